@@ -1,0 +1,47 @@
+# `make` lists the targets. Everything runs in .venv, from the versions and hashes in requirements.lock.
+PYTHON ?= python3
+BIN := .venv/bin
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lock deploy
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no GPU; under 5 minutes
+	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
+
+test: .venv/installed  ## run the whole test suite
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## check format, lint, types, import rules, and that the lock fits pyproject.toml
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cp requirements.lock .venv/fresh.lock
+	$(LOCK) --output-file .venv/fresh.lock
+	diff requirements.lock .venv/fresh.lock || (echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1)
+
+lock: .venv/installed  ## write requirements.lock anew from pyproject.toml
+	$(LOCK) --output-file requirements.lock
+
+deploy: .venv/installed  ## create the work pools and deployments on the Prefect server at PREFECT_API_URL
+	$(BIN)/prefect work-pool create cpu --type process --overwrite
+	$(BIN)/prefect work-pool create gpu --type process --overwrite
+	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
+
+LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
+	--no-header --python-version 3.11 --all-extras pyproject.toml
+
+# uv comes from the lock too, by pip with its hashes; then uv installs the rest.
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit("Python 3.11, 3.12 or 3.13 \
+	is needed (TensorFlow has no wheel for others). Received: %d.%d. Try: make demo PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv .venv
+	awk '/^uv==/ {on = 1} on {print} on && !/\\$$/ {exit}' requirements.lock > .venv/uv.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/uv.txt
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@

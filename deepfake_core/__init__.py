@@ -1,0 +1,1 @@
+"""The domain of the deepfake retraining pipeline: data, models, metrics, registry."""

@@ -1,0 +1,159 @@
+"""Every parameter, defined once.
+
+Prefect draws its form from these models, YAML files are validated against them, the
+command line is built from them and MLflow logs them.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+CLASS_NAMES = ("real", "fake")
+"""A label is the position here: fake is 1, the positive class, everywhere."""
+
+SPLITS = ("train", "val", "test")
+
+Architecture = Literal["cnn"]
+
+
+class Parameters(BaseModel):
+    """Parameters that can't change and that know no key but their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(Parameters):
+    """One data set of real and fake faces, and how its folders name the label."""
+
+    name: str = Field(
+        description="Kaggle slug (owner/name), or path of a local zip or folder. A path begins with /, ./, ../ or ~."
+    )
+    version: int | None = Field(
+        default=None, ge=1, description="Kaggle version to stay at. Empty: the newest at each run."
+    )
+    real_folder: str = Field(default="real", min_length=1, description="Name of the folders whose images are real.")
+    fake_folder: str = Field(default="fake", min_length=1, description="Name of the folders whose images are fake.")
+    csv_real_label: int | None = Field(
+        default=None,
+        description="Value that means real in the column `label` of the source's csv files. "
+        "Where set, the csv files must agree with the folders, or the run stops.",
+    )
+    drawn: bool = Field(
+        default=False,
+        description="The images are drawn, not photographs. A model trained on them never replaces one "
+        "that was trained on photographs.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.is_local and len([part for part in self.name.split("/") if part]) != 2:
+            raise ValueError(
+                "`name` must be a Kaggle slug of the form owner/name, or a path that begins with "
+                f"/, ./, ../ or ~. Received: {self.name!r}"
+            )
+        if not self.is_local and not all(
+            part.replace("-", "").replace("_", "").isalnum() for part in self.name.split("/")
+        ):
+            raise ValueError(
+                f"A Kaggle slug holds letters, digits, - and _ only (the version goes into `version`). "
+                f"Received: {self.name!r}"
+            )
+        if self.is_local and self.version is not None:
+            raise ValueError(f"`version` is for Kaggle sources only. Received: {self.version} for {self.name!r}")
+        if self.real_folder == self.fake_folder:
+            raise ValueError(f"`real_folder` and `fake_folder` must differ. Received: {self.real_folder!r} for both")
+        return self
+
+    @property
+    def is_local(self) -> bool:
+        return self.name.startswith(("/", "./", "../", "~"))
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the slug or path, without `.zip`: how metrics and manifest name the source."""
+        return Path(self.name).name.removesuffix(".zip")
+
+
+KAGGLE_SOURCES = (
+    Source(name="ciplab/real-and-fake-face-detection", real_folder="training_real", fake_folder="training_fake"),
+    Source(name="uditsharma72/real-vs-fake-faces"),
+    Source(name="xhlulu/140k-real-and-fake-faces", csv_real_label=1),
+)
+
+
+class DataParameters(Parameters):
+    """Where images come from, where they go, and how they are split."""
+
+    sources: tuple[Source, ...] = Field(
+        default=KAGGLE_SOURCES,
+        min_length=1,
+        description="Data sets to merge. Where two hold the same picture, the one listed first keeps it.",
+    )
+    data_dir: Path = Field(
+        default=Path("data"), description="Folder that holds archives, image indexes and split folders."
+    )
+    test_fraction: float = Field(
+        default=0.15, gt=0, lt=1, description="Share of the pictures that are seen once, at the end."
+    )
+    val_fraction: float = Field(
+        default=0.15, gt=0, lt=1, description="Share of the pictures that choose checkpoint and candidate."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.test_fraction + self.val_fraction >= 1:
+            raise ValueError(
+                "test_fraction + val_fraction must be less than 1, so that images are left to train on. "
+                f"Received: {self.test_fraction} + {self.val_fraction}"
+            )
+        names = [source.short_name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The last parts of the sources' names must differ. Received: {names}")
+        return self
+
+
+class AugmentationParameters(Parameters):
+    """Random changes to training images; validation and test images are left as they are."""
+
+    rotation: float = Field(default=20.0, ge=0, le=180, description="Greatest rotation either way, in degrees.")
+    width_shift: float = Field(
+        default=0.1, ge=0, lt=1, description="Greatest shift left or right, as a share of the width."
+    )
+    height_shift: float = Field(
+        default=0.1, ge=0, lt=1, description="Greatest shift up or down, as a share of the height."
+    )
+    zoom: float = Field(default=0.1, ge=0, lt=1, description="Greatest zoom in or out: 0.1 is 0.9 to 1.1.")
+    horizontal_flip: bool = Field(default=True, description="Mirror every other image.")
+
+
+class TrainingParameters(Parameters):
+    """What is trained, and for how long."""
+
+    candidates: tuple[Architecture, ...] = Field(
+        default=("cnn",),
+        min_length=1,
+        description="Architectures to train. The best on validation goes on to the test split.",
+    )
+    image_size: int = Field(default=150, ge=32, le=1024, description="Side of the input images, in pixels.")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="Images per training step.")
+    epochs: int = Field(default=50, ge=1, le=10_000, description="Most passes over the training images.")
+    patience: int = Field(default=10, ge=1, description="Stop after this many epochs without a lower validation loss.")
+    learning_rate: float = Field(default=0.001, gt=0, le=1, description="Adam's learning rate.")
+    augmentation: AugmentationParameters = Field(default=AugmentationParameters())
+    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of initial weights, shuffling, augmentation.")
+
+
+class PromotionParameters(Parameters):
+    """What a model must reach before it goes into production."""
+
+    model_name: str = Field(
+        default="deepfake-detector",
+        min_length=1,
+        pattern=r"^[\w.-]+$",
+        description="Name in MLflow's model registry.",
+    )
+    min_precision: float = Field(
+        default=0.6, ge=0, le=1, description="Lowest precision on the test split, at the threshold."
+    )
+    min_recall: float = Field(default=0.6, ge=0, le=1, description="Lowest recall on the test split, at the threshold.")

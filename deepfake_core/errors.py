@@ -1,0 +1,66 @@
+"""What can go wrong, and whether trying again helps.
+
+DeepfakeError
+├── TransientError          trying again may help; tasks retry these and nothing else
+│   └── DownloadError       the network or Kaggle's servers failed
+└── PermanentError          trying again won't help; a person has to act
+    ├── ConfigurationError  a parameter, a flag or a file of parameters
+    ├── CredentialsError    Kaggle's credentials are missing or refused
+    ├── SourceError         a source does not exist, or is not ours to read
+    ├── ArchiveError        an archive is not a zip, or is damaged
+    ├── DatasetError        the images can't make a data set: a class without images, labels that disagree
+    ├── LockedError         another run holds the data folder
+    ├── ModelError          a model can't be found, loaded or built
+    └── ServiceError        MLflow or Prefect can't be reached
+
+Each message says the rule, the value received and the way out.
+A bad image is no error: it is a row of the manifest with a reason.
+"""
+
+
+class DeepfakeError(Exception):
+    """Any failure that this project explains."""
+
+
+class TransientError(DeepfakeError):
+    """Trying again may help."""
+
+
+class DownloadError(TransientError):
+    """The network or Kaggle's servers failed."""
+
+
+class PermanentError(DeepfakeError):
+    """Trying again won't help; a person has to act."""
+
+
+class ConfigurationError(PermanentError):
+    """A parameter, a flag or a file of parameters is wrong."""
+
+
+class CredentialsError(PermanentError):
+    """Kaggle's credentials are missing or refused."""
+
+
+class SourceError(PermanentError):
+    """A source does not exist, or is not ours to read."""
+
+
+class ArchiveError(PermanentError):
+    """An archive is not a zip, or is damaged."""
+
+
+class DatasetError(PermanentError):
+    """The images can't make a data set."""
+
+
+class LockedError(PermanentError):
+    """Another run holds the data folder."""
+
+
+class ModelError(PermanentError):
+    """A model can't be found, loaded or built."""
+
+
+class ServiceError(PermanentError):
+    """MLflow or Prefect can't be reached."""
