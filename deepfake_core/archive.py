@@ -1,0 +1,348 @@
+"""Sources become verified archives on this disk: downloaded from Kaggle, or found locally.
+
+The one module that imports kaggle. Nothing is ever unpacked by name: members are listed and read.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import stat
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import requests
+
+from deepfake_core.config import Source
+from deepfake_core.errors import ArchiveError, CredentialsError, DownloadError, SourceError
+from deepfake_core.files import hash_file, write_json
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all, both in one unit (bytes, images, epochs)."""
+
+MAX_MEMBER_BYTES = 100_000_000
+MAX_EXPANSION = 100
+"""Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
+
+CREDENTIALS_HELP = (
+    "Create a token at https://www.kaggle.com/settings (API, Create New Token) and set KAGGLE_API_TOKEN, "
+    "or KAGGLE_USERNAME and KAGGLE_KEY, or save it as ~/.kaggle/kaggle.json. "
+    "`make demo` and local zips or folders need no credentials."
+)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A source's files on this disk, and where they come from.
+
+    `sha256` is the zip's; of a folder, that of its listing (names, sizes, modification times).
+    """
+
+    source: Source
+    path: Path
+    sha256: str
+    bytes: int
+    version: int | None = None
+    licence: str | None = None
+    downloaded_at: str | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the provenance as plain values, for `dataset.json`."""
+        return {
+            "name": self.source.name,
+            "drawn": self.source.drawn,
+            "kaggle_version": self.version,
+            "licence": self.licence,
+            "archive_sha256": self.sha256,
+            "archive_bytes": self.bytes,
+            "downloaded_at": self.downloaded_at,
+        }
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file of an archive. `problem` is a reason not to read it, or empty."""
+
+    name: str
+    size: int
+    problem: str = ""
+    handle: Any = None
+
+
+def fetch_archive(source: Source, data_dir: Path, on_progress: Progress | None = None) -> Archive:
+    """Return the source's archive, verified; download it if Kaggle has a version that is not here yet.
+
+    Raises:
+        CredentialsError, SourceError, ArchiveError: a person has to act.
+        DownloadError: the network failed; what has come is kept, and another call goes on from there.
+    """
+    if source.is_local:
+        return _find_local(source)
+    return _download(source, data_dir, on_progress)
+
+
+def _find_local(source: Source) -> Archive:
+    path = Path(source.name).expanduser()
+    if path.is_dir():
+        members = _list_folder(path)
+        listing = [f"{member.name}\0{member.size}\0{member.handle.lstat().st_mtime_ns}" for member in members]
+        digest = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
+        return Archive(source, path.absolute(), digest, sum(member.size for member in members))
+    if not path.is_file():
+        raise SourceError(
+            f"A local source must be an existing zip or folder. Received: {source.name!r} "
+            f"(looked at {path.absolute()}). Correct `data.sources`."
+        )
+    verify_zip(path)
+    return Archive(source, path.absolute(), hash_file(path), path.stat().st_size)
+
+
+def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> Archive:
+    owner, name = source.name.split("/")
+    folder = data_dir / "archives" / owner / name
+    if source.version and (here := _read_download(source, folder, source.version)):
+        return here
+    with _translate_kaggle_errors(source):
+        api = _log_in()
+        with api.build_kaggle_client() as kaggle:
+            from kagglesdk.datasets.types.dataset_api_service import (
+                ApiDownloadDatasetRequest,
+                ApiGetDatasetRequest,
+            )
+
+            request = ApiGetDatasetRequest()
+            request.owner_slug, request.dataset_slug = owner, name
+            dataset = kaggle.datasets.dataset_api_client.get_dataset(request)
+            version = source.version or dataset.current_version_number
+            if here := _read_download(source, folder, version):
+                return here
+
+            wanted = ApiDownloadDatasetRequest()
+            wanted.owner_slug, wanted.dataset_slug, wanted.dataset_version_number = owner, name, version
+            response = kaggle.datasets.dataset_api_client.download_dataset(wanted)
+            total = int(response.headers.get("Content-Length") or 0)
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"{version}.zip.partial"
+            _check_free_space(folder, total - (partial.stat().st_size if partial.exists() else 0), source)
+            log.info("%s: downloading version %d, %.1f MB", source.name, version, total / 1e6)
+            with _watch_file(partial, total, on_progress):
+                api.download_file(response, str(partial), kaggle.http_client(), quiet=True, resume=True)
+    try:
+        verify_zip(partial)
+    except ArchiveError as exc:
+        partial.unlink()
+        raise ArchiveError(f"{source.name}: {exc} It was deleted; run again to download it anew.") from exc
+    archive = Archive(
+        source=source,
+        path=folder / f"{version}.zip",
+        sha256=hash_file(partial),
+        bytes=partial.stat().st_size,
+        version=version,
+        licence=dataset.license_name or None,
+        downloaded_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    provenance = {k: v for k, v in asdict(archive).items() if k not in ("source", "path")}
+    write_json(folder / f"{version}.json", provenance)
+    partial.replace(archive.path)
+    log.info("%s: version %d is here and verified, %.1f MB", source.name, version, archive.bytes / 1e6)
+    return archive
+
+
+def _read_download(source: Source, folder: Path, version: int) -> Archive | None:
+    path, provenance = folder / f"{version}.zip", folder / f"{version}.json"
+    if not (path.exists() and provenance.exists()):
+        return None
+    log.info("%s: version %d is on disk already, nothing to download", source.name, version)
+    return Archive(source, path, **json.loads(provenance.read_text()))
+
+
+def _log_in() -> Any:
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    api = KaggleApi()
+    try:
+        api.authenticate()
+    except SystemExit as exc:  # the client's way to say that it found no credentials
+        raise CredentialsError(f"Kaggle needs credentials, and none were found. {CREDENTIALS_HELP}") from exc
+    return api
+
+
+@contextlib.contextmanager
+def _translate_kaggle_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except requests.HTTPError as exc:
+        status = exc.response.status_code if exc.response is not None else None
+        if status == 401:
+            raise CredentialsError(
+                f"Kaggle refused the credentials (401) for {source.name}. {CREDENTIALS_HELP}"
+            ) from exc
+        if status == 403:
+            raise SourceError(
+                f"Kaggle does not let this account read {source.name} (403). Open "
+                f"https://www.kaggle.com/datasets/{source.name} while logged in and accept its terms, "
+                "or use another account's token."
+            ) from exc
+        if status == 404:
+            version = f" in version {source.version}" if source.version else ""
+            raise SourceError(
+                f"Kaggle knows no data set {source.name}{version} (404). Correct `data.sources`."
+            ) from exc
+        raise DownloadError(
+            f"Kaggle answered {status or exc} for {source.name}; what has come is kept. Run again later."
+        ) from exc
+    except requests.RequestException as exc:
+        raise DownloadError(
+            f"The connection to Kaggle failed for {source.name} ({type(exc).__name__}: {exc}); what has come "
+            "is kept. Check the network or HTTPS_PROXY and run again: the download goes on from there."
+        ) from exc
+
+
+def _check_free_space(folder: Path, needed: int, source: Source) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ArchiveError(
+            f"{source.name} needs {needed / 1e9:.2f} GB more on the disk of {folder}, which has "
+            f"{free / 1e9:.2f} GB free. Make room, or set `data.data_dir` to another disk."
+        )
+
+
+@contextlib.contextmanager
+def _watch_file(path: Path, total: int, on_progress: Progress | None) -> Iterator[None]:
+    """Report the size of a growing file every second; Kaggle's client reports to a terminal only."""
+    if on_progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def report() -> None:
+        while not done.wait(1.0):
+            if path.exists():
+                on_progress(path.stat().st_size, total)
+
+    watcher = threading.Thread(target=report, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+    on_progress(total, total)
+
+
+def verify_zip(path: Path) -> None:
+    """Read every member and compare its checksum, in bounded memory.
+
+    Raises:
+        ArchiveError: if the file is no zip, a member is damaged, or it expands like a bomb.
+    """
+    with ArchiveReader(path) as reader:
+        expanded = sum(member.size for member in reader.members)
+        if expanded > MAX_EXPANSION * path.stat().st_size:
+            raise ArchiveError(
+                f"A zip may expand to {MAX_EXPANSION} times its size. Received: {path}, "
+                f"{path.stat().st_size:,} bytes that expand to {expanded:,}."
+            )
+        for member in reader.members:
+            reader.check(member)
+
+
+class ArchiveReader:
+    """List and read the files of a zip or a folder, following no link and no name out of it.
+
+    Reading is safe from several threads at once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._zip: zipfile.ZipFile | None = None
+        if path.is_dir():
+            self.members = _list_folder(path)
+            return
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as exc:
+            with path.open("rb") as file:
+                begins = file.read(8)
+            raise ArchiveError(
+                f"An archive must be a whole zip file. Received: {path}, which begins with {begins!r} ({exc})."
+            ) from exc
+        seen: set[str] = set()
+        self.members = [_describe_info(info, seen) for info in self._zip.infolist() if not info.is_dir()]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._zip:
+            self._zip.close()
+
+    def read(self, member: Member) -> bytes:
+        if member.size > MAX_MEMBER_BYTES:
+            raise ArchiveError(f"A member may hold {MAX_MEMBER_BYTES:,} bytes. Received: {member.size:,}")
+        with self._open(member) as file:
+            return file.read(member.size + 1)
+
+    def check(self, member: Member) -> None:
+        """Read a member to its end, so that zipfile compares its checksum."""
+        with self._open(member) as file:
+            while file.read(1 << 20):
+                pass
+
+    @contextlib.contextmanager
+    def _open(self, member: Member) -> Iterator[Any]:
+        if not self._zip:
+            descriptor = os.open(member.handle, os.O_RDONLY | os.O_NOFOLLOW)
+            with os.fdopen(descriptor, "rb") as file:
+                yield file
+            return
+        try:
+            with self._zip.open(member.handle) as file:
+                yield file
+        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, zlib.error) as exc:
+            raise ArchiveError(
+                f"Every member of a zip must match its checksum. {member.name!r} of {self._path} is damaged or "
+                f"can't be read ({exc})."
+            ) from exc
+
+
+def _describe_info(info: zipfile.ZipInfo, seen: set[str]) -> Member:
+    path = PurePosixPath(info.filename.replace("\\", "/"))
+    problem = ""
+    if path.is_absolute() or ".." in path.parts or (path.parts and path.parts[0].endswith(":")):
+        problem = "unsafe_name"
+    elif stat.S_ISLNK(info.external_attr >> 16):
+        problem = "symlink"
+    elif info.file_size > MAX_MEMBER_BYTES:
+        problem = "too_large"
+    elif info.filename in seen:
+        problem = "repeated_name"
+    seen.add(info.filename)
+    return Member(info.filename, info.file_size, problem, info)
+
+
+def _list_folder(path: Path) -> list[Member]:
+    members = []
+    for parent, folders, files in os.walk(path, followlinks=False):
+        folders.sort()
+        linked = [folder for folder in folders if (Path(parent) / folder).is_symlink()]
+        for name in sorted([*files, *linked]):
+            file = Path(parent) / name
+            info = file.lstat()
+            problem = ""
+            if not stat.S_ISREG(info.st_mode):
+                problem = "symlink" if stat.S_ISLNK(info.st_mode) else "not_a_file"
+            elif info.st_size > MAX_MEMBER_BYTES:
+                problem = "too_large"
+            members.append(Member(file.relative_to(path).as_posix(), info.st_size, problem, file))
+    return members
