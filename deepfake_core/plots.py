@@ -1,0 +1,141 @@
+"""Figures of data, training and evaluation; each function returns a figure and keeps no state."""
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn import metrics as sklearn_metrics
+
+from deepfake_core.batches import Batches, Images
+from deepfake_core.config import CLASS_NAMES, TrainingParameters
+from deepfake_core.metrics import Confusion
+from deepfake_core.models import Augmentation
+
+COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
+
+
+def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
+    """Draw the images per class and source of one split's manifest rows."""
+    counts = rows.groupby(["source", "label"]).size().unstack(fill_value=0).reindex(columns=CLASS_NAMES, fill_value=0)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    positions = np.arange(len(counts))
+    for offset, label in zip((-0.2, 0.2), CLASS_NAMES, strict=True):
+        bars = axes.bar(positions + offset, counts[label], width=0.4, label=label, color=COLOURS[label])
+        axes.bar_label(bars)
+    axes.set_xticks(positions, ["\n".join(_wrap(source)) for source in counts.index])
+    axes.set(title=f"{split}: {len(rows)} images", ylabel="images")
+    axes.margins(y=0.12)
+    axes.legend()
+    return figure
+
+
+def _wrap(name: str, width: int = 18) -> list[str]:
+    lines = [""]
+    for word in name.split("-"):
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] += ("-" if lines[-1] else "") + word
+    return lines
+
+
+def plot_image_grid(pixels: np.ndarray, titles: Sequence[str], heading: str) -> Figure:
+    """Draw up to 16 images, four a row.
+
+    Args:
+        pixels: array of shape (n, size, size, 3), 0 to 255.
+        titles: one line per image.
+    """
+    figure = Figure(figsize=(8, 8.8), layout="constrained")
+    figure.suptitle(heading)
+    for position, axes in enumerate(figure.subplots(4, 4).flat):
+        axes.axis("off")
+        if position < len(pixels):
+            axes.imshow(np.clip(pixels[position], 0, 255).astype(np.uint8))
+            axes.set_title(titles[position], fontsize=9)
+    return figure
+
+
+def plot_training_batch(images: Images, parameters: TrainingParameters) -> Figure:
+    """Draw 16 training images as the network sees them: augmented, with their labels."""
+    pixels, labels = Batches(images, 16, shuffle_seed=parameters.seed)[0]
+    augmentation = Augmentation(parameters.augmentation, seed=parameters.seed)
+    augmented = keras.ops.convert_to_numpy(augmentation(pixels.astype(np.float32), training=True))
+    return plot_image_grid(augmented, [CLASS_NAMES[int(label)] for label in labels], "A training batch, augmented")
+
+
+def plot_worst_mistakes(images: Images, scores: np.ndarray, threshold: float) -> Figure:
+    """Draw the 16 images whose scores are furthest on the wrong side of the threshold."""
+    error = np.where(images.labels == 1, threshold - scores, scores - threshold)
+    wrong = (scores >= threshold) != (images.labels == 1)
+    worst = [int(i) for i in np.argsort(-error) if wrong[i]][:16]
+    titles = [f"{CLASS_NAMES[images.labels[i]]}, P(fake) = {scores[i]:.2f}" for i in worst]
+    heading = f"The {len(worst)} worst of {int(wrong.sum())} mistakes on {len(images)} test images"
+    return plot_image_grid(images.pixels[worst], titles, heading)
+
+
+def plot_history(history: pd.DataFrame, best_epoch: int) -> Figure:
+    """Draw loss and accuracy by epoch, training against validation, side by side."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        axes.plot(history["epoch"], history[name], marker=".", label="training")
+        axes.plot(history["epoch"], history[f"val_{name}"], marker=".", label="validation")
+        axes.axvline(best_epoch, color="grey", linestyle=":", label="checkpoint kept")
+        axes.set(title=name, xlabel="epoch", ylabel=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+    return figure
+
+
+def plot_confusion(confusion: Confusion, threshold: float) -> Figure:
+    """Draw the four counts at the threshold."""
+    counts = np.array(
+        [
+            [confusion.true_negatives, confusion.false_positives],
+            [confusion.false_negatives, confusion.true_positives],
+        ]
+    )
+    figure = Figure(figsize=(4.8, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(counts, cmap="Blues", vmin=0)
+    for row, column in np.ndindex(2, 2):
+        dark = counts[row, column] > counts.max() / 2
+        share = counts[row, column] / max(1, counts[row].sum())
+        axes.text(
+            column, row, f"{counts[row, column]}\n{share:.0%}", ha="center", va="center",
+            color="white" if dark else "black", fontsize=13,
+        )  # fmt: skip
+    axes.set_xticks((0, 1), [f"said {name}" for name in CLASS_NAMES])
+    axes.set_yticks((0, 1), [f"is {name}" for name in CLASS_NAMES])
+    axes.set_title(f"Test images, threshold {threshold:g}")
+    return figure
+
+
+def plot_curves(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Figure:
+    """Draw the ROC and the precision-recall curve, the threshold marked."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    roc, pr = figure.subplots(1, 2)
+    at = Confusion.count(labels, scores, threshold)
+
+    false_alarms, recall, _ = sklearn_metrics.roc_curve(labels, scores)
+    roc.plot(false_alarms, recall, label=f"AUC {sklearn_metrics.roc_auc_score(labels, scores):.3f}")
+    roc.plot((0, 1), (0, 1), color="grey", linestyle=":", label="chance")
+    roc.scatter(
+        at.false_positives / (at.false_positives + at.true_negatives), at.recall, color="black", zorder=3,
+        label=f"threshold {threshold:g}",
+    )  # fmt: skip
+    roc.set(title="ROC", xlabel="false alarms (real called fake)", ylabel="recall (fake called fake)")
+
+    precision, recall, _ = sklearn_metrics.precision_recall_curve(labels, scores)
+    average = sklearn_metrics.average_precision_score(labels, scores)
+    pr.plot(recall, precision, label=f"average precision {average:.3f}")
+    pr.axhline(float(np.mean(labels)), color="grey", linestyle=":", label="chance")
+    pr.scatter(at.recall, at.precision, color="black", zorder=3, label=f"threshold {threshold:g}")
+    pr.set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
+    for axes in (roc, pr):
+        axes.legend(loc="lower right" if axes is roc else "lower left")
+        axes.grid(alpha=0.3)
+    return figure
