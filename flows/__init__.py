@@ -1,0 +1,1 @@
+"""Composition only: each flow reads as the sentence that describes it."""

@@ -1,0 +1,174 @@
+"""The retrain flow's command line, built from the same parameter models as Prefect's form."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.client.orchestration import get_client
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from deepfake_core import registry
+from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, PromotionParameters, TrainingParameters
+from deepfake_core.errors import ConfigurationError, ServiceError
+from deepfake_core.manifest import open_dataset
+from deepfake_core.sample import draw_archives
+
+SAMPLE_DEFAULTS: dict[str, Any] = {"training": {"epochs": 12}}
+
+
+class RetrainSettings(BaseSettings):
+    """Run one retrain: download, index, deduplicate, split, merge, train, evaluate, log, promote."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        cli_prog_name="python -m flows.retrain",
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    config: Path | None = Field(default=None, description="YAML file of parameters. Flags beat the file.")
+    sample: bool = Field(
+        default=False,
+        description="Draw three small archives instead of asking Kaggle. The figures say nothing about real faces.",
+    )
+    data: DataParameters = DataParameters()
+    training: TrainingParameters = TrainingParameters()
+    promotion: PromotionParameters = PromotionParameters()
+    train_on: str = Field(
+        default="", description="Name of the deployment that trains, such as train/gpu. Empty: train here."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from the file (passed by `read_settings`) and flags, never from the environment."""
+        return (init_settings,)
+
+
+def read_settings(arguments: Sequence[str]) -> RetrainSettings:
+    """Read flags and the file that `--config` names; draw the archives that `--sample` asks for.
+
+    Raises:
+        ConfigurationError: for an unknown key or a value out of range, each named.
+        SystemExit: for an unknown flag, as argparse does.
+    """
+    flags: CliSettingsSource = CliSettingsSource(RetrainSettings, cli_parse_args=list(arguments))
+    given = flags()
+    file = _read_file(Path(given["config"])) if given.get("config") else {}
+    defaults = SAMPLE_DEFAULTS if given.get("sample") else {}
+    values = {**defaults, **file, "training": {**defaults.get("training", {}), **file.get("training", {})}}
+    try:
+        settings = RetrainSettings(_cli_settings_source=flags, **values)
+    except ValidationError as exc:
+        raise ConfigurationError(_explain(exc)) from exc
+    if not settings.sample:
+        return settings
+    if "sources" in settings.data.model_fields_set:
+        raise ConfigurationError("--sample draws its own sources. Leave out either --sample or data.sources.")
+    Console(stderr=True).print(
+        "[bold]The images of this run are drawn, not photographs: its figures say nothing about real faces."
+    )
+    sources = draw_archives(settings.data.data_dir.expanduser().absolute() / "sample")
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": sources})})
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise ConfigurationError(f"--config must name a readable YAML file. Received: {path} ({exc})") from exc
+    known = set(RetrainSettings.model_fields) - {"config", "sample"}
+    if not isinstance(content, dict) or set(content) - known:
+        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ConfigurationError(
+            f"The YAML file must be a mapping with the keys {', '.join(sorted(known))}. Received: {keys} in {path}"
+        )
+    return {name: value for name, value in content.items() if value is not None}
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        name = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{name}: there is no such parameter. Correct its name or leave it out")
+        else:
+            lines.append(f"{name}: {problem['msg'].removeprefix('Value error, ')}. Received: {problem['input']!r}")
+    return "Parameters must be known and in range.\n  " + "\n  ".join(lines) + "\nSee --help for all of them."
+
+
+def check_prefect() -> None:
+    """Say at once that a Prefect server which is configured does not answer.
+
+    Raises:
+        ServiceError: with the address, and what to do.
+    """
+    with get_client(sync_client=True) as client:
+        address = client.api_url
+        failure = client.api_healthcheck()
+    if failure:
+        raise ServiceError(
+            f"Prefect must answer before anything runs. Received: {address}, which failed ({failure!r}). Start the "
+            "server, correct PREFECT_API_URL, or unset it (and PREFECT_PROFILE) to run with a temporary one."
+        )
+
+
+def print_outcome(dataset_path: str, version: registry.ModelVersion) -> None:
+    """Print what a retrain found, reached and decided, and where to look further."""
+    console = Console()
+    dataset = open_dataset(dataset_path)
+    counts = dataset.description["counts"]
+    reasons = sorted({reason for source in counts["sources"].values() for reason in source} - {"files", "kept"})
+
+    found = Table("source", "files", *(reason.replace("_", " ") for reason in reasons), "kept", title="Files")
+    for source, mine in counts["sources"].items():
+        found.add_row(source, *(str(mine.get(column, 0)) for column in ("files", *reasons, "kept")))
+    found.add_section()
+    totals = {"files": counts["files"], **counts["reasons"]}
+    found.add_row("all", *(str(totals.get(column, 0)) for column in ("files", *reasons, "kept")))
+    console.print(found)
+
+    splits = Table("split", *CLASS_NAMES, title=f"Data set {dataset.version}")
+    for split in SPLITS:
+        splits.add_row(split, *(str(counts["splits"][split][label]) for label in CLASS_NAMES))
+    console.print(splits)
+
+    result = Table("figure", "on the test split", title=f"{version.name} version {version.version}")
+    for name, label in (
+        ("accuracy", "accuracy"),
+        ("precision", "precision"),
+        ("recall", "recall"),
+        ("auc", "AUC"),
+    ):
+        result.add_row(label, f"{version.metrics[f'test/{name}']:.4f}")
+    result.add_section()
+    result.add_row("decision", version.tags["decision"])
+    for reason in version.tags["reasons"].split("; "):
+        result.add_row("", reason)
+    console.print(result)
+
+    if dataset.is_drawn:
+        console.print("[bold]These images are drawn: the figures say nothing about real faces.\n")
+    image = dataset.path / dataset.split("test")["path"].iloc[0]
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or registry.DEFAULT_TRACKING_URI
+    console.print("To look further:", style="bold")
+    for command in (
+        f".venv/bin/mlflow ui --backend-store-uri {tracking}",
+        ".venv/bin/deepfake versions",
+        f".venv/bin/deepfake predict {os.path.relpath(image)}",
+        ".venv/bin/prefect server start",
+    ):
+        console.print(f"  {command}", soft_wrap=True, highlight=False)

@@ -1,0 +1,63 @@
+"""The whole DAG. `python -m flows.retrain --help` lists the parameters."""
+
+import logging
+import sys
+
+from prefect import flow, runtime
+
+from deepfake_core import registry
+from deepfake_core.config import DataParameters, PromotionParameters, TrainingParameters
+from deepfake_core.errors import DeepfakeError
+from deepfake_core.manifest import lock_data
+from flows.command_line import check_prefect, print_outcome, read_settings
+from flows.prepare import prepare
+from flows.train import train
+from tasks.remote import check_deployment, run_remotely
+
+
+@flow(name="retrain")
+def retrain(
+    data: DataParameters = DataParameters(),
+    training: TrainingParameters = TrainingParameters(),
+    promotion: PromotionParameters = PromotionParameters(),
+    train_on: str = "",
+) -> tuple[str, str]:
+    """Prepare the data, train, evaluate, and promote the best model if it beats production.
+
+    Args:
+        data: Where images come from, where they go, and how they are split.
+        training: What is trained, and for how long.
+        promotion: What a model must reach before it goes into production.
+        train_on: Name of the deployment that trains, such as train/gpu. Empty: train here.
+
+    Returns:
+        The folder of the data set, and the registered version.
+    """
+    registry.connect()
+    check_deployment(train_on)
+    with lock_data(data.data_dir, holder=f"flow run {runtime.flow_run.name}"):
+        dataset = prepare(data)
+        if train_on:
+            run = run_remotely(train_on, dataset, training, promotion)
+            version = registry.find_version(promotion.model_name, run)
+        else:
+            version = train(dataset, training, promotion)
+    return dataset, version
+
+
+def main() -> int:
+    """Run one retrain from the command line; return the exit status."""
+    logging.getLogger("deepfake_core").setLevel(logging.INFO)
+    try:
+        settings = read_settings(sys.argv[1:])
+        check_prefect()
+        dataset, version = retrain(settings.data, settings.training, settings.promotion, settings.train_on)
+        print_outcome(dataset, registry.read_version(settings.promotion.model_name, version))
+    except DeepfakeError as exc:
+        print(f"\nretrain stopped: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""From split folders to a model version. Runs on the GPU pool where there is one."""
+
+import tempfile
+from pathlib import Path
+
+from prefect import flow, runtime
+
+from deepfake_core import registry
+from deepfake_core.config import PromotionParameters, TrainingParameters
+from deepfake_core.manifest import open_dataset
+from tasks.model import choose_best, evaluate, log_data, promote, register, train_candidate
+
+
+@flow(name="train")
+def train(
+    dataset: str,
+    training: TrainingParameters = TrainingParameters(),
+    promotion: PromotionParameters = PromotionParameters(),
+) -> str:
+    """Train the candidates, evaluate the best on the test split, register it, promote it if it is better.
+
+    Args:
+        dataset: Folder of a data set that the prepare flow published.
+        training: What is trained, and for how long.
+        promotion: What a model must reach before it goes into production.
+
+    Returns:
+        The number of the registered version.
+    """
+    published = open_dataset(dataset)
+    tags = {"prefect.flow_run_id": runtime.flow_run.id, "drawn_images": str(published.is_drawn).lower()}
+    with (
+        registry.open_run(runtime.flow_run.name, tags=tags) as run_id,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        log_data(run_id, published, training, promotion)
+        trained = [
+            train_candidate(architecture, published, training, run_id, Path(folder) / architecture)
+            for architecture in training.candidates
+        ]
+        best = choose_best(trained)
+        evaluation = evaluate(best, published, run_id)
+        version = register(best, evaluation, published, promotion.model_name)
+        promote(version, evaluation, published, promotion)
+    return version

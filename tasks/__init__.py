@@ -1,0 +1,1 @@
+"""Core functions declared as Prefect tasks: names, retries, tags, progress. No logic."""

@@ -1,0 +1,71 @@
+"""The stages from Kaggle to split folders."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from prefect import State, Task, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import TaskRun
+
+from deepfake_core import archive, duplicates, index, manifest
+from deepfake_core.archive import Archive
+from deepfake_core.config import DataParameters, Source
+from deepfake_core.errors import TransientError
+from deepfake_core.manifest import Dataset
+from tasks.progress import report_progress
+
+
+def retry_transient(task: Task, task_run: TaskRun, state: State) -> bool:  # noqa: ARG001 - Prefect's signature
+    """Retry what can heal, such as a network; a person has to act on anything else."""
+    return isinstance(state.result(raise_on_failure=False), TransientError)
+
+
+@task(
+    name="download",
+    task_run_name="download {source.short_name}",
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_condition_fn=retry_transient,
+    tags=["network"],
+    cache_policy=NO_CACHE,
+)
+def download(source: Source, data_dir: Path) -> Archive:
+    """Bring a source's archive to this disk, verified."""
+    with report_progress(f"download {source.short_name}") as on_progress:
+        return archive.fetch_archive(source, data_dir, on_progress)
+
+
+@task(name="index", task_run_name="index {archive.source.short_name}", tags=["cpu"], cache_policy=NO_CACHE)
+def build_index(archive: Archive, data_dir: Path) -> pd.DataFrame:
+    """Describe every file of an archive."""
+    with report_progress(f"index {archive.source.short_name}") as on_progress:
+        return index.build_index(archive, data_dir, on_progress)
+
+
+@task(name="deduplicate", tags=["cpu"], cache_policy=NO_CACHE)
+def deduplicate(indexes: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Keep one copy per picture across all sources."""
+    return duplicates.mark_duplicates(pd.concat(indexes))
+
+
+@task(name="split", tags=["cpu"], cache_policy=NO_CACHE)
+def split(rows: pd.DataFrame, data: DataParameters) -> pd.DataFrame:
+    """Put each kept image into train, val or test."""
+    return manifest.assign_splits(rows, data.val_fraction, data.test_fraction)
+
+
+@task(name="merge", tags=["cpu"], cache_policy=NO_CACHE)
+def merge(rows: pd.DataFrame, archives: Sequence[Archive], data: DataParameters) -> Dataset:
+    """Publish the split folders, whole or not at all."""
+    fractions = data.model_dump(include={"val_fraction", "test_fraction"})
+    with report_progress("merge") as on_progress:
+        dataset = manifest.publish_dataset(rows, archives, data.data_dir, fractions, on_progress)
+    counts = dataset.description["counts"]["sources"]
+    create_table_artifact(
+        [{"source": source, **reasons} for source, reasons in counts.items()],
+        key="data-set",
+        description=f"Files per source and what became of them; data set {dataset.version} at {dataset.path}",
+    )
+    return dataset

@@ -1,0 +1,56 @@
+"""Training on another machine, through a deployment."""
+
+from typing import cast
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import FlowRun
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+
+from deepfake_core.config import PromotionParameters, TrainingParameters
+from deepfake_core.errors import ConfigurationError, ServiceError
+
+
+def check_deployment(name: str) -> None:
+    """Refuse a deployment that does not exist before any work is done.
+
+    Raises:
+        ConfigurationError: if Prefect's server knows none of this name.
+    """
+    if not name:
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_deployment_by_name(name)
+        except (ObjectNotFound, ValueError) as exc:
+            raise ConfigurationError(
+                f"`train_on` must name a deployment, such as train/gpu, or be empty to train here. Received: "
+                f"{name!r}, which the Prefect server at {client.api_url} does not know. `make deploy` creates "
+                "the deployments."
+            ) from exc
+
+
+def run_remotely(name: str, dataset: str, training: TrainingParameters, promotion: PromotionParameters) -> str:
+    """Run the train flow through its deployment and wait for it; return the id of its flow run.
+
+    Raises:
+        ServiceError: if it ends in any state but Completed; `run_deployment` itself would not say so.
+    """
+    run = cast(
+        FlowRun,
+        run_deployment(
+            name,
+            parameters={
+                "dataset": dataset,
+                "training": training.model_dump(mode="json"),
+                "promotion": promotion.model_dump(mode="json"),
+            },
+        ),
+    )
+    if run.state is None or not run.state.is_completed():
+        ended = f"{run.state.name}: {run.state.message}" if run.state else "unknown"
+        raise ServiceError(
+            f"The training run must complete. {name} run {run.name!r} ended as {ended}. Nothing was promoted "
+            "unless its log says so; open that run's page for its log, then run again: the data set is kept."
+        )
+    return str(run.id)
