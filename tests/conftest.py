@@ -1,0 +1,79 @@
+"""Small real things that tests share: drawn images, zips, a temporary Prefect and MLflow."""
+
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "build_archives.py").is_file(), reason="the shared face images lie beside the checkout; not here"
+)
+
+
+def draw_image(seed: int, size: int = 48) -> Image.Image:
+    """Draw a smooth random picture; other seeds give other pictures."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def jpeg(seed: int, size: int = 48) -> bytes:
+    return encode(draw_image(seed, size), quality=90)
+
+
+def recode(data: bytes) -> bytes:
+    """Return other bytes with the same pixels: a JPEG with a comment segment."""
+    return data[:2] + b"\xff\xfe\x00\x07hello" + data[2:]
+
+
+def write_zip(path: Path, members: Mapping[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(name), data)
+    return path
+
+
+def faces(count: int, start: int = 0) -> dict[str, bytes]:
+    """Return `count` images per class, as members of a zip."""
+    members = {f"real/{i}.jpg": jpeg(start + i) for i in range(count)}
+    return members | {f"fake/{i}.jpg": jpeg(10_000 + start + i) for i in range(count)}
+
+
+@pytest.fixture
+def make_zip(tmp_path: Path) -> Callable[..., Path]:
+    def make(members: Mapping[str, bytes], name: str = "faces.zip") -> Path:
+        return write_zip(tmp_path / "sources" / name, members)
+
+    return make
+
+
+@pytest.fixture
+def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put MLflow into a folder of its own, which is also the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[None]:
+    """Run flows against a temporary Prefect server with a database of its own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield

@@ -1,0 +1,154 @@
+"""Against a real MLflow on SQLite."""
+
+import json
+import socket
+
+import mlflow
+import pandas as pd
+import pytest
+
+from deepfake_core import registry
+from deepfake_core.cli import main
+from deepfake_core.errors import ModelError, ServiceError
+from tests.conftest import draw_image, encode, jpeg
+from tests.test_training import SIZE, candidate  # noqa: F401 - a fixture
+
+NAME = "deepfake-detector"
+
+
+@pytest.fixture(scope="module")
+def registered_once(candidate, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        with registry.open_run("retrain") as parent:
+            with registry.open_run("cnn", parent) as run_id:
+                registry.log_parameters(run_id, {"training": {"epochs": 3, "augmentation": {"zoom": 0.1}}})
+                registry.log_metrics(run_id, {"test/auc": 0.9, "test/precision": 0.8, "test/recall": 0.7})
+            version = registry.register_detector(run_id, candidate.folder, NAME, jpeg(1), {"flow_run_id": "f1"})
+    return folder, (parent, run_id, version)
+
+
+@pytest.fixture
+def registered(registered_once, monkeypatch):
+    """Give the parent run, the candidate's run and the version, in an MLflow that holds just these."""
+    folder, ids = registered_once
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    registry.connect()
+    return ids
+
+
+def test_runs_are_nested_and_carry_the_commit(registered):
+    parent, run_id, _ = registered
+    run = mlflow.MlflowClient().get_run(run_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.tags["mlflow.source.git.commit"] == registry.read_git_commit()
+    assert run.data.params == {"training.epochs": "3", "training.augmentation.zoom": "0.1"}
+    assert mlflow.get_experiment(run.info.experiment_id).name == "deepfake-detection"
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("tracking")
+def test_a_run_whose_body_fails_is_failed():
+    with pytest.raises(KeyError), registry.open_run("broken") as run_id:
+        raise KeyError("x")
+    assert mlflow.MlflowClient().get_run(run_id).info.status == "FAILED"
+
+
+@pytest.mark.usefixtures("tracking")
+def test_no_model_and_no_alias_both_mean_no_production_yet():
+    registry.connect()
+    assert registry.find_production(NAME) is None
+    mlflow.MlflowClient().create_registered_model(NAME)
+    assert registry.find_production(NAME) is None
+
+
+def test_pyfunc_model_answers_bytes_and_harms_no_row(registered):
+    _, _, version = registered
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}/{version}")
+    out = model.predict(pd.DataFrame({"image": [jpeg(1), b"no image", encode(draw_image(2), "PNG")]}))
+    assert list(out.columns) == ["label", "fake_probability", "threshold", "error"]
+    assert out["label"].isna().tolist() == [False, True, False]
+    assert out.loc[1, "error"] == "must be a JPEG, PNG or WebP image"
+    assert out["fake_probability"].dropna().between(0, 1).all()
+
+
+def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
+    _, _, version = registered
+    registry.set_production(NAME, version)
+    face = tmp_path / "face.jpg"
+    face.write_bytes(jpeg(1))
+
+    assert main(["pull", str(tmp_path / "pulled")]) == 0
+    assert {file.name for file in (tmp_path / "pulled").iterdir()} == {
+        "checkpoint.keras",
+        "detector.json",
+        "model.onnx",
+    }
+    capsys.readouterr()
+    assert main(["predict", str(face), "--json", "--model", str(tmp_path / "pulled")]) == 0
+    pulled = json.loads(capsys.readouterr().out)
+    assert main(["predict", str(face), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == pulled
+    served = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(pd.DataFrame({"image": [jpeg(1)]}))
+    assert pulled["fake_probability"] == pytest.approx(served["fake_probability"][0])
+    assert pulled["label"] == served["label"][0]
+
+
+def test_unreadable_images_are_named_and_end_with_status_2(registered, tmp_path, capsys):
+    assert registered
+    (tmp_path / "words.jpg").write_bytes(b"words")
+    (tmp_path / "face.jpg").write_bytes(jpeg(1))
+    main(["pull", str(tmp_path / "pulled"), "--model", f"models:/{NAME}/1"])
+    paths = [str(tmp_path / name) for name in ("words.jpg", "missing.jpg", "face.jpg")]
+    assert main(["predict", "--json", "--model", str(tmp_path / "pulled"), *paths]) == 2
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["error"] for row in rows] == [
+        "must be a JPEG, PNG or WebP image",
+        "can't be read (No such file or directory)",
+        None,
+    ]
+
+
+def test_pull_never_writes_into_a_folder_that_holds_files(registered, tmp_path, capsys):
+    assert registered
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["pull", str(tmp_path)]) == 2
+    assert "empty or new folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_versions_lists_figures_and_decision(registered, capsys, monkeypatch):
+    _, _, version = registered
+    monkeypatch.setenv("COLUMNS", "200")
+    registry.tag_version(NAME, version, {"decision": "promoted", "dataset_version": "abc"})
+    assert main(["versions"]) == 0
+    out = capsys.readouterr().out
+    for word in ("0.8000", "0.7000", "0.9000", "promoted", "abc"):
+        assert word in out
+
+
+def test_version_is_found_by_its_flow_run(registered):
+    _, _, version = registered
+    assert registry.find_version(NAME, "f1") == version
+    with pytest.raises(ModelError, match="MLFLOW_TRACKING_URI on all workers"):
+        registry.find_version(NAME, "f2")
+
+
+def test_an_unknown_version_is_a_clear_error(registered, capsys):
+    assert registered
+    assert main(["predict", "x.jpg", "--model", f"models:/{NAME}/99"]) == 2
+    assert "See `deepfake versions`" in capsys.readouterr().err
+    assert main(["predict", "x.jpg", "--model", "/nowhere"]) == 2
+    assert "folder written by `deepfake pull`" in capsys.readouterr().err
+
+
+def test_an_unreachable_server_is_said_at_once(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with pytest.raises(ServiceError, match=rf"127.0.0.1:{port}.*correct\s+MLFLOW_TRACKING_URI"):
+        registry.connect()
