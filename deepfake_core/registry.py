@@ -167,13 +167,11 @@ def log_dataset(run_id: str, dataset: "Dataset") -> None:
     with warnings.catch_warnings():  # advice on schemas of training tables, which a manifest is not
         warnings.simplefilter("ignore", UserWarning)
         manifest = from_pandas(
-            dataset.manifest,
-            source=str(dataset.path / "manifest.parquet"),
-            name="manifest",
-            digest=dataset.version,
+            dataset.manifest, source=str(dataset.path / "manifest.parquet"), name="manifest", digest=dataset.version
         )
-    tags = [mlflow.entities.InputTag("mlflow.data.context", "training")]
-    client.log_inputs(run_id, datasets=[mlflow.entities.DatasetInput(manifest._to_mlflow_entity(), tags)])
+        tags = [mlflow.entities.InputTag("mlflow.data.context", "training")]
+        dataset_input = mlflow.entities.DatasetInput(manifest._to_mlflow_entity(), tags)
+    client.log_inputs(run_id, datasets=[dataset_input])
     for file in ("manifest.parquet", "dataset.json"):
         client.log_artifact(run_id, str(dataset.path / file), "dataset")
     client.set_tag(run_id, "dataset_version", dataset.version)

@@ -1,0 +1,256 @@
+"""Whole flows, with a real temporary Prefect server and a real MLflow."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepfake_core import registry
+from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
+from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError
+from deepfake_core.manifest import open_dataset
+from flows.command_line import read_settings
+from flows.retrain import retrain
+from tests.conftest import SHARED, faces, needs_shared, recode, write_zip
+
+NAME = "deepfake-detector"
+NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
+TINY = TrainingParameters(image_size=32, epochs=1)
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+def parameters(folder: Path, *sources: Source) -> DataParameters:
+    return DataParameters(sources=sources, data_dir=folder / "data")
+
+
+def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make decoding, copying and downloading fail."""
+    monkeypatch.setattr("deepfake_core.index.decode_image", None)
+    monkeypatch.setattr("deepfake_core.batches.decode_image", None)
+    monkeypatch.setattr("deepfake_core.manifest._copy_images", None)
+    monkeypatch.setattr("deepfake_core.archive._log_in", None)
+
+
+@pytest.fixture
+def two_zips(tracking):
+    members = faces(40)
+    first = write_zip(tracking / "first.zip", members)
+    second = write_zip(tracking / "second.zip", {name: recode(data) for name, data in members.items()})
+    return Source(name=str(first)), Source(name=str(second))
+
+
+def test_retrain_twice_does_the_work_once_and_a_tie_keeps_production(tracking, two_zips, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO, "deepfake_core"):
+        dataset, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
+    assert version == "1"
+    assert open_dataset(dataset).description["counts"]["reasons"] == {"duplicate": 80, "kept": 80}
+    assert registry.find_production(NAME) == "1"
+    assert "80 kept, 80 duplicates" in caplog.text
+
+    forbid_work(monkeypatch)
+    again, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
+    assert (again, version) == (dataset, "2")
+    assert registry.find_production(NAME) == "1"
+    second = registry.read_version(NAME, "2")
+    assert second.tags["decision"] == "not promoted"
+    assert "a tie keeps production" in second.tags["reasons"]
+    assert second.tags["compared_with"] == "1"
+
+    logged = check_run(second.run_id)
+    assert logged["params"]["architecture"] == "cnn"
+
+
+def check_run(run_id: str) -> dict:
+    """Assert that a candidate's run and its parent hold all that a retrain logs; return the run's values."""
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    run = client.get_run(run_id)
+    for name in ("accuracy", "precision", "recall", "f1", "auc", "average_precision", "true_positives"):
+        assert f"test/{name}" in run.data.metrics
+    assert [metric.step for metric in client.get_metric_history(run_id, "val_loss")] == list(
+        range(1, len(client.get_metric_history(run_id, "loss")) + 1)
+    )
+    artifacts = {
+        file.path for folder in ("", "figures", "checkpoint") for file in client.list_artifacts(run_id, folder)
+    }
+    assert {"model_summary.txt", "checkpoint/checkpoint.keras", "figures/history.png"} <= artifacts
+    figures = {"confusion_matrix", "roc_and_precision_recall", "worst_mistakes"}
+    assert {f"figures/{name}.png" for name in figures} <= artifacts
+
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    parent_artifacts = {
+        file.path for folder in ("figures", "dataset") for file in client.list_artifacts(parent.info.run_id, folder)
+    }
+    assert parent_artifacts == {
+        "dataset/dataset.json",
+        "dataset/manifest.parquet",
+        "figures/classes_test.png",
+        "figures/classes_train.png",
+        "figures/training_batch.png",
+    }
+    assert parent.data.params["training.seed"] == "0"
+    assert parent.data.tags["mlflow.source.git.commit"] == registry.read_git_commit()
+    (dataset,) = parent.inputs.dataset_inputs
+    assert dataset.dataset.digest == parent.data.tags["dataset_version"]
+    return {"params": run.data.params, "metrics": run.data.metrics}
+
+
+@needs_shared
+@pytest.mark.slow
+def test_retrain_on_real_images_twice(tracking, monkeypatch):
+    subprocess.run([sys.executable, SHARED / "build_archives.py", tracking / "kaggle", "--per-class", "60"], check=True)
+    sources = [
+        source.model_copy(update={"name": f"{tracking}/kaggle/{source.short_name}.zip"})
+        for source in DataParameters().sources
+    ]
+    training = TrainingParameters(epochs=2)
+    dataset, version = retrain(parameters(tracking, *sources), training, NO_FLOORS)
+    counts = open_dataset(dataset).description["counts"]
+    assert counts["reasons"] == {"duplicate": 240, "kept": 240, "not_an_image": 3}
+    assert counts["sources"]["real-vs-fake-faces"] == {"files": 120, "duplicate": 120}
+    assert registry.find_production(NAME) == version == "1"
+    metrics = check_run(registry.read_version(NAME, version).run_id)["metrics"]
+    assert "test/140k-real-and-fake-faces/auc" in metrics
+    assert "test/real-and-fake-face-detection/auc" in metrics
+
+    forbid_work(monkeypatch)
+    assert retrain(parameters(tracking, *sources), training, NO_FLOORS) == (dataset, "2")
+
+
+def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):
+    retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
+    drawn = two_zips[0].model_copy(update={"drawn": True})
+    better = TINY.model_copy(update={"epochs": 2, "seed": 5})
+    _, version = retrain(parameters(tracking, drawn), better, NO_FLOORS)
+    tags = registry.read_version(NAME, version).tags
+    assert tags["decision"] == "not promoted"
+    assert "NOT met: drawn images never replace" in tags["reasons"]
+    assert registry.find_production(NAME) == "1"
+
+
+def test_a_model_below_the_floors_is_registered_but_not_promoted(tracking, two_zips):
+    _, version = retrain(parameters(tracking, two_zips[0]), TINY, PromotionParameters(min_precision=1, min_recall=1))
+    assert registry.read_version(NAME, version).tags["decision"] == "not promoted"
+    assert registry.find_production(NAME) is None
+
+
+def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_zips):
+    words = tracking / "words.zip"
+    words.write_bytes(b"<html>not a zip</html>")
+    with pytest.raises(ArchiveError, match=r"whole zip file.*words.zip, which begins with b'<html>no'"):
+        retrain(parameters(tracking, Source(name=str(words))), TINY, NO_FLOORS)
+    damaged = tracking / "damaged.zip"
+    content = bytearray((tracking / "first.zip").read_bytes())
+    content[2000] ^= 0xFF
+    damaged.write_bytes(content)
+    with pytest.raises(ArchiveError, match="must match its checksum"):
+        retrain(parameters(tracking, two_zips[1], Source(name=str(damaged))), TINY, NO_FLOORS)
+    one_class = write_zip(tracking / "one.zip", {k: v for k, v in faces(30).items() if k.startswith("real")})
+    with pytest.raises(DatasetError, match="no fake image"):
+        retrain(parameters(tracking, Source(name=str(one_class))), TINY, NO_FLOORS)
+    assert not (tracking / "data" / "splits").exists()
+    assert registry.list_versions(NAME) == []
+
+
+def test_mlflow_and_deployments_are_checked_before_any_work(tracking, two_zips, monkeypatch):
+    with pytest.raises(ConfigurationError, match=r"'train/nowhere'.*make deploy"):
+        retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS, train_on="train/nowhere")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(ServiceError, match="before anything runs"):
+        retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
+    assert not (tracking / "data").exists()
+
+
+def test_two_retrains_do_not_share_a_data_folder(tracking, two_zips):
+    code = (
+        "import sys, time; from pathlib import Path; from deepfake_core.manifest import lock_data\n"
+        "with lock_data(Path(sys.argv[1]), 'flow run other'): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, tracking / "data"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(LockedError, match=f"flow run other.*{other.pid}"):
+            retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
+    file = tmp_path / "retrain.yaml"
+    file.write_text("training: {epochs: 7, seed: 3, augmentation: {zoom: 0.3}}\npromotion: {min_recall: 0.5}\n")
+    settings = read_settings(["--config", str(file), "--training.epochs", "9", "--training.augmentation.rotation", "5"])
+    assert settings.training.epochs == 9
+    assert settings.training.seed == 3
+    assert settings.training.augmentation.zoom == 0.3
+    assert settings.training.augmentation.rotation == 5
+    assert settings.training.patience == TrainingParameters().patience
+    assert settings.promotion.min_recall == 0.5
+    assert settings.data == DataParameters()
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("training: {epoch: 3}", [], "training.epoch: there is no such parameter"),
+        ("trainings: {}", [], "Received: ['trainings']"),
+        ("training: {epochs: 0}", [], "training.epochs: Input should be greater than or equal to 1. Received: 0"),
+        ("- 1", [], "must be a mapping"),
+        ("training: [", [], "readable YAML file"),
+        ("training: {epochs: 3}", ["--training.epochs", "none"], "training.epochs"),
+        ("data: {test_fraction: 0.9}", [], "test_fraction + val_fraction must be less than 1"),
+        ("data: {sources: [{name: ciplab}]}", [], "Kaggle slug of the form owner/name"),
+        ("data: {sources: [{name: ./x.zip}]}", ["--sample"], "--sample draws its own sources"),
+    ],
+)
+def test_wrong_parameters_are_named(tmp_path, text, flags, message):
+    file = tmp_path / "retrain.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError) as caught:
+        read_settings(["--config", str(file), *flags])
+    assert message in str(caught.value)
+
+
+def test_an_unknown_flag_is_refused_before_anything_runs(capsys):
+    with pytest.raises(SystemExit) as caught:
+        read_settings(["--training.epoch", "3"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --training.epoch" in capsys.readouterr().err
+
+
+def test_environment_variables_are_no_parameters(monkeypatch):
+    monkeypatch.setenv("TRAIN_ON", "train/gpu")
+    monkeypatch.setenv("TRAINING", '{"epochs": 3}')
+    settings = read_settings([])
+    assert settings.train_on == ""
+    assert settings.training == TrainingParameters()
+
+
+@pytest.mark.slow
+def test_an_unreachable_prefect_server_is_said_without_a_traceback(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/api"
+    environment = {**os.environ, "PREFECT_API_URL": address, "PREFECT_CLIENT_MAX_RETRIES": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "flows.retrain", "--data.data_dir", tmp_path / "data"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert ended.returncode == 1
+    assert "retrain stopped: Prefect must answer" in ended.stderr
+    assert address in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "data").exists()
