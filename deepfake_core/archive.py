@@ -136,7 +136,9 @@ def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> A
             _check_free_space(folder, total - (partial.stat().st_size if partial.exists() else 0), source)
             log.info("%s: downloading version %d, %.1f MB", source.name, version, total / 1e6)
             with _watch_file(partial, total, on_progress):
-                api.download_file(response, str(partial), kaggle.http_client(), quiet=True, resume=True)
+                client = kaggle.http_client()
+                # One retry at once; the task that calls this decides on further ones and their delays.
+                api.download_file(response, str(partial), client, quiet=True, resume=True, max_retries=1)
     try:
         verify_zip(partial)
     except ArchiveError as exc:
@@ -168,12 +170,15 @@ def _read_download(source: Source, folder: Path, version: int) -> Archive | None
 
 def _log_in() -> Any:
     from kaggle.api.kaggle_api_extended import KaggleApi
+    from kagglesdk import get_access_token_from_env
 
     api = KaggleApi()
     try:
         api.authenticate()
-    except SystemExit as exc:  # the client's way to say that it found no credentials
-        raise CredentialsError(f"Kaggle needs credentials, and none were found. {CREDENTIALS_HELP}") from exc
+    except SystemExit as exc:  # the client's way to say that it found no credentials, or an expired token
+        token, place = get_access_token_from_env()
+        found = f"the token in {place} is refused: wrong, revoked or expired" if token else "none were found"
+        raise CredentialsError(f"Kaggle needs credentials, and {found}. {CREDENTIALS_HELP}") from exc
     return api
 
 
