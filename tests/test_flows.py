@@ -11,11 +11,14 @@ import pytest
 
 from deepfake_core import registry
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
-from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError
+from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
 from deepfake_core.manifest import open_dataset
 from flows.command_line import read_settings
+from flows.prepare import prepare
 from flows.retrain import retrain
+from tasks.data import download
 from tests.conftest import SHARED, faces, needs_shared, recode, write_zip
+from tests.kaggle_server import KaggleServer
 
 NAME = "deepfake-detector"
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
@@ -156,6 +159,50 @@ def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_z
         retrain(parameters(tracking, Source(name=str(one_class))), TINY, NO_FLOORS)
     assert not (tracking / "data" / "splits").exists()
     assert registry.list_versions(NAME) == []
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    """Kaggle on loopback, with the three data sets; the client's retries take no time."""
+    folder = tmp_path / "kaggle"
+    folder.mkdir()
+    with KaggleServer(folder) as server:
+        for name, value in {**server.environment, "HOME": str(folder)}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("flows.prepare.download", download.with_options(retry_delay_seconds=0))
+        yield server
+
+
+def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(tracking, kaggle, caplog):
+    members = faces(30)
+    photographs = {
+        f"{top}/training_{name}": data
+        for top in ("real_and_fake_face", "real_and_fake_face_detection/real_and_fake_face")
+        for name, data in members.items()
+    }
+    portraits = {f"real_vs_fake/real-vs-fake/train/{name}": data for name, data in faces(30, start=100).items()}
+    rows = [f"{i},p,i,{int('/real/' in name)},s,{name[26:]}" for i, name in enumerate(portraits)]
+    portraits["train.csv"] = "\n".join([",original_path,id,label,label_str,path", *rows]).encode()
+    contents = (photographs, members, portraits)
+    for source, content in zip(DataParameters().sources, contents, strict=True):
+        kaggle.add(source.name, write_zip(tracking / "zips" / f"{source.short_name}.zip", content).read_bytes())
+    kaggle.statuses = [503]
+    data = DataParameters(data_dir=tracking / "data")
+    with caplog.at_level(logging.INFO, "deepfake_core"):
+        dataset = open_dataset(prepare(data))
+    assert dataset.description["counts"]["reasons"] == {"duplicate": 120, "kept": 120, "not_an_image": 1}
+    assert [source["kaggle_version"] for source in dataset.description["sources"]] == [1, 1, 1]
+    assert len(kaggle.downloads) == 3
+    assert "60 labels agree with the csv files" in caplog.text
+
+    assert prepare(data) == str(dataset.path)
+    assert len(kaggle.downloads) == 3
+
+
+def test_what_a_person_must_act_on_is_not_retried(tracking, kaggle):
+    with pytest.raises(SourceError, match=r"owner/nothing \(404\)|data set owner/nothing"):
+        prepare(DataParameters(sources=(Source(name="owner/nothing"),), data_dir=tracking / "data"))
+    assert len([path for _, path, _ in kaggle.requests if path.endswith("GetDataset")]) == 1
 
 
 def test_mlflow_and_deployments_are_checked_before_any_work(tracking, two_zips, monkeypatch):

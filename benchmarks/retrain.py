@@ -1,0 +1,72 @@
+"""One full retrain on the three archives as Kaggle serves them: counts, figures, seconds.
+
+    python benchmarks/retrain.py ARCHIVES [--epochs N]
+
+ARCHIVES holds real-and-fake-face-detection.zip, real-vs-fake-faces.zip and 140k-real-and-fake-faces.zip. Data and
+MLflow go into a temporary folder; the results go into benchmarks/results/retrain.json, which the README quotes.
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+from deepfake_core import registry
+from deepfake_core.config import DataParameters, PromotionParameters, TrainingParameters
+from deepfake_core.files import write_json
+from deepfake_core.manifest import open_dataset
+from flows.command_line import print_outcome
+from flows.prepare import prepare
+from flows.retrain import retrain
+
+RESULTS = Path(__file__).parent / "results" / "retrain.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archives", type=Path)
+    parser.add_argument("--epochs", type=int, default=TrainingParameters().epochs)
+    options = parser.parse_args()
+    archives = options.archives.absolute()
+    training = TrainingParameters(epochs=options.epochs)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        os.chdir(folder)
+        sources = tuple(
+            source.model_copy(update={"name": f"{archives}/{source.short_name}.zip"})
+            for source in DataParameters().sources
+        )
+        data = DataParameters(sources=sources, data_dir=Path(folder) / "data")
+
+        start = time.perf_counter()
+        prepare(data)
+        prepared = time.perf_counter() - start
+        start = time.perf_counter()
+        prepare(data)
+        prepared_again = time.perf_counter() - start
+        start = time.perf_counter()
+        dataset, version = retrain(data, training, PromotionParameters())
+        trained = time.perf_counter() - start
+
+        registered = registry.read_version(PromotionParameters().model_name, version)
+        print_outcome(dataset, registered)
+        write_json(
+            RESULTS,
+            {
+                "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+                "training": training.model_dump(mode="json"),
+                "counts": open_dataset(dataset).description["counts"],
+                "dataset_version": open_dataset(dataset).version,
+                "metrics": dict(sorted(registered.metrics.items())),
+                "decision": registered.tags["decision"],
+                "reasons": registered.tags["reasons"],
+                "seconds": {"prepare": prepared, "prepare again": prepared_again, "retrain": trained},
+            },
+        )
+    print(f"written: {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
