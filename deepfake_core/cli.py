@@ -92,16 +92,15 @@ def _list_versions(options: argparse.Namespace) -> int:
     from deepfake_core import registry
 
     versions = registry.list_versions(options.model_name)
-    table = Table("version", "aliases", "created", "precision", "recall", "AUC", "data set", "decision")
+    table = Table("version", "created", "on its test split", "decision")
+    table.show_lines = True
     for version in versions:
-        figures = [version.metrics.get(f"test/{name}") for name in ("precision", "recall", "auc")]
+        figures = {name: version.metrics.get(f"test/{name}") for name in ("precision", "recall", "auc")}
         table.add_row(
-            version.version,
-            ", ".join(version.aliases),
+            "\n".join((version.version, *version.aliases)),
             version.created,
-            *("" if figure is None else f"{figure:.4f}" for figure in figures),
-            version.tags.get("dataset_version", ""),
-            version.tags.get("decision", ""),
+            "\n".join(f"{name} {figure:.4f}" for name, figure in figures.items() if figure is not None),
+            "\n".join((version.tags.get("decision", ""), *version.tags.get("reasons", "").split("; "))),
         )
     if versions:
         Console().print(table)

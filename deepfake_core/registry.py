@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
-from mlflow.data.pandas_dataset import from_pandas
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
 from deepfake_core.errors import ModelError, ServiceError
 
@@ -38,18 +36,6 @@ DEFAULT_MODEL = "deepfake-detector"
 PRODUCTION = "production"
 DETECTOR = "detector"
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
-
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("binary", "image")]),
-    outputs=Schema(
-        [
-            ColSpec("string", "label", required=False),
-            ColSpec("double", "fake_probability", required=False),
-            ColSpec("double", "threshold"),
-            ColSpec("string", "error", required=False),
-        ]
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -73,18 +59,18 @@ def connect() -> mlflow.MlflowClient:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient()
     with _environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10"):
         try:
+            client = mlflow.MlflowClient()
             client.search_experiments(max_results=1)
-        except ModuleNotFoundError as exc:
+        except (ModuleNotFoundError, UnsupportedModelRegistryStoreURIException) as exc:
             raise ServiceError(
-                f"A database as tracking store needs the whole of MLflow. Received: {uri}; missing: {exc.name}. "
-                "Install deepfake-retraining[train], or set MLFLOW_TRACKING_URI to a server's http address."
+                f"A database as tracking store needs the whole of MLflow. Received: {uri}. Set MLFLOW_TRACKING_URI "
+                "to a tracking server's http address, or install deepfake-retraining[train]."
             ) from exc
         except Exception as exc:
             raise ServiceError(
-                f"MLflow must answer before anything runs. Received: {uri}, which failed "
+                f"MLflow must answer at the tracking URI. Received: {uri}, which failed "
                 f"({type(exc).__name__}: {str(exc).splitlines()[0][:300]}). Start the server, or correct "
                 "MLFLOW_TRACKING_URI."
             ) from exc
@@ -163,6 +149,8 @@ def _flatten(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 def log_dataset(run_id: str, dataset: "Dataset") -> None:
     """Log the manifest as the run's dataset input, and it and dataset.json as artifacts."""
+    from mlflow.data.pandas_dataset import from_pandas  # pandas is no part of the base install
+
     client = mlflow.MlflowClient()
     with warnings.catch_warnings():  # advice on schemas of training tables, which a manifest is not
         warnings.simplefilter("ignore", UserWarning)
@@ -209,8 +197,20 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
         folder: holds `model.onnx`, `detector.json` and `checkpoint.keras`.
         example: one encoded image.
     """
-    import pandas as pd
+    import pandas as pd  # neither it nor what signatures need is part of the base install
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
 
+    optional = {"label": "string", "fake_probability": "double", "error": "string"}
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("binary", "image")]),
+        outputs=Schema(
+            [
+                *(ColSpec(kind, name, required=False) for name, kind in optional.items()),
+                ColSpec("double", "threshold"),
+            ]
+        ),
+    )
     here = Path(__file__).parent
     with tempfile.TemporaryDirectory() as temporary:
         detector = Path(temporary) / DETECTOR
@@ -221,7 +221,7 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
                 python_model=str(here / "pyfunc_model.py"),
                 code_paths=[str(here / "detector.py")],
                 artifacts={DETECTOR: str(detector)},
-                signature=SIGNATURE,
+                signature=signature,
                 input_example=pd.DataFrame({"image": [example]}),
                 pip_requirements=[
                     f"{package}=={installed_version(package)}"

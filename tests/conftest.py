@@ -2,9 +2,12 @@
 
 import io
 import os
+import socket
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+T = TypeVar("T")
 SHARED = Path(__file__).parents[2] / "shared"
 
 needs_shared = pytest.mark.skipif(
@@ -52,6 +56,22 @@ def faces(count: int, start: int = 0) -> dict[str, bytes]:
     """Return `count` images per class, as members of a zip."""
     members = {f"real/{i}.jpg": jpeg(start + i) for i in range(count)}
     return members | {f"fake/{i}.jpg": jpeg(10_000 + start + i) for i in range(count)}
+
+
+def free_port() -> int:
+    """Return a port on loopback that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], T], seconds: float) -> T:
+    """Return the condition's value once it is true; fail after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
+        time.sleep(1)
+    return result
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import zipfile
 
 import pytest
@@ -19,7 +18,7 @@ from deepfake_core.errors import (
     SourceError,
     TransientError,
 )
-from tests.conftest import faces, write_zip
+from tests.conftest import faces, free_port, write_zip
 from tests.kaggle_server import KaggleServer
 
 SOURCE = Source(name="owner/some-faces")
@@ -167,9 +166,7 @@ def test_refusals_and_failures_of_the_server(kaggle, data_dir, status, error):
 
 def test_no_connection(kaggle, data_dir, monkeypatch):
     assert kaggle
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(DownloadError, match=r"connection to Kaggle failed.*run again"):
         fetch_archive(SOURCE, data_dir)
 

@@ -3,10 +3,8 @@
 import inspect
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from uuid import UUID
 
@@ -20,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled
 
 from deepfake_core import registry
-from tests.conftest import faces, write_zip
+from tests.conftest import faces, free_port, wait_until, write_zip
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())
@@ -65,9 +63,7 @@ def test_the_form_shows_descriptions_bounds_and_choices():
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Start a Prefect server on loopback with all deployments applied; yield a function that starts a worker."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
         "PREFECT_HOME": str(tmp_path / "prefect"),
@@ -109,14 +105,6 @@ def is_healthy(api: str) -> bool:
         return httpx.get(f"{api}/health").is_success
     except httpx.TransportError:
         return False
-
-
-def wait_until(condition, seconds: float):
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
-        time.sleep(1)
-    return result
 
 
 @pytest.mark.slow

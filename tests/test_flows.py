@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from flows.command_line import read_settings
 from flows.prepare import prepare
 from flows.retrain import retrain
 from tasks.data import download
-from tests.conftest import SHARED, faces, needs_shared, recode, write_zip
+from tests.conftest import SHARED, faces, free_port, needs_shared, recode, write_zip
 from tests.kaggle_server import KaggleServer
 
 NAME = "deepfake-detector"
@@ -208,10 +207,8 @@ def test_what_a_person_must_act_on_is_not_retried(tracking, kaggle):
 def test_mlflow_and_deployments_are_checked_before_any_work(tracking, two_zips, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"'train/nowhere'.*make deploy"):
         retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS, train_on="train/nowhere")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(ServiceError, match="before anything runs"):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ServiceError, match="must answer at the tracking URI"):
         retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
     assert not (tracking / "data").exists()
 
@@ -284,9 +281,7 @@ def test_environment_variables_are_no_parameters(monkeypatch):
 
 @pytest.mark.slow
 def test_an_unreachable_prefect_server_is_said_without_a_traceback(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}/api"
+    address = f"http://127.0.0.1:{free_port()}/api"
     environment = {**os.environ, "PREFECT_API_URL": address, "PREFECT_CLIENT_MAX_RETRIES": "0"}
     ended = subprocess.run(
         [sys.executable, "-m", "flows.retrain", "--data.data_dir", tmp_path / "data"],

@@ -1,7 +1,6 @@
 """Against a real MLflow on SQLite."""
 
 import json
-import socket
 
 import mlflow
 import pandas as pd
@@ -10,7 +9,7 @@ import pytest
 from deepfake_core import registry
 from deepfake_core.cli import main
 from deepfake_core.errors import ModelError, ServiceError
-from tests.conftest import draw_image, encode, jpeg
+from tests.conftest import draw_image, encode, free_port, jpeg
 from tests.test_training import SIZE, candidate  # noqa: F401 - a fixture
 
 NAME = "deepfake-detector"
@@ -123,10 +122,10 @@ def test_pull_never_writes_into_a_folder_that_holds_files(registered, tmp_path, 
 def test_versions_lists_figures_and_decision(registered, capsys, monkeypatch):
     _, _, version = registered
     monkeypatch.setenv("COLUMNS", "200")
-    registry.tag_version(NAME, version, {"decision": "promoted", "dataset_version": "abc"})
+    registry.tag_version(NAME, version, {"decision": "promoted", "reasons": "met: a; met: b"})
     assert main(["versions"]) == 0
     out = capsys.readouterr().out
-    for word in ("0.8000", "0.7000", "0.9000", "promoted", "abc"):
+    for word in ("0.8000", "0.7000", "0.9000", "promoted", "met: a", "met: b", "production"):
         assert word in out
 
 
@@ -146,9 +145,7 @@ def test_an_unknown_version_is_a_clear_error(registered, capsys):
 
 
 def test_an_unreachable_server_is_said_at_once(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     with pytest.raises(ServiceError, match=rf"127.0.0.1:{port}.*correct\s+MLFLOW_TRACKING_URI"):
         registry.connect()
