@@ -7,6 +7,7 @@ MLflow go into a temporary folder; the results go into benchmarks/results/retrai
 """
 
 import argparse
+import logging
 import os
 import platform
 import tempfile
@@ -31,6 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     archives = options.archives.absolute()
     training = TrainingParameters(epochs=options.epochs)
+    logging.getLogger("deepfake_core").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         os.chdir(folder)
@@ -50,15 +52,16 @@ def main() -> None:
         dataset, version = retrain(data, training, PromotionParameters())
         trained = time.perf_counter() - start
 
+        published = open_dataset(dataset)
         registered = registry.read_version(PromotionParameters().model_name, version)
-        print_outcome(dataset, registered)
+        print_outcome(published, registered)
         write_json(
             RESULTS,
             {
                 "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
                 "training": training.model_dump(mode="json"),
-                "counts": open_dataset(dataset).description["counts"],
-                "dataset_version": open_dataset(dataset).version,
+                "counts": published.description["counts"],
+                "dataset_version": published.version,
                 "metrics": dict(sorted(registered.metrics.items())),
                 "decision": registered.tags["decision"],
                 "reasons": registered.tags["reasons"],

@@ -22,6 +22,7 @@ from typing import Any, Self
 import requests
 
 from deepfake_core.config import Source
+from deepfake_core.detector import MAX_BYTES
 from deepfake_core.errors import ArchiveError, CredentialsError, DownloadError, SourceError
 from deepfake_core.files import hash_file, write_json
 
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with what is done and what there is in all, both in one unit (bytes, images, epochs)."""
 
-MAX_MEMBER_BYTES = 100_000_000
 MAX_EXPANSION = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
 
@@ -293,8 +293,8 @@ class ArchiveReader:
             self._zip.close()
 
     def read(self, member: Member) -> bytes:
-        if member.size > MAX_MEMBER_BYTES:
-            raise ArchiveError(f"A member may hold {MAX_MEMBER_BYTES:,} bytes. Received: {member.size:,}")
+        if member.size > MAX_BYTES:
+            raise ArchiveError(f"A member may hold {MAX_BYTES:,} bytes. Received: {member.size:,}")
         with self._open(member) as file:
             return file.read(member.size + 1)
 
@@ -328,7 +328,7 @@ def _describe_info(info: zipfile.ZipInfo, seen: set[str]) -> Member:
         problem = "unsafe_name"
     elif stat.S_ISLNK(info.external_attr >> 16):
         problem = "symlink"
-    elif info.file_size > MAX_MEMBER_BYTES:
+    elif info.file_size > MAX_BYTES:
         problem = "too_large"
     elif info.filename in seen:
         problem = "repeated_name"
@@ -347,7 +347,7 @@ def _list_folder(path: Path) -> list[Member]:
             problem = ""
             if not stat.S_ISREG(info.st_mode):
                 problem = "symlink" if stat.S_ISLNK(info.st_mode) else "not_a_file"
-            elif info.st_size > MAX_MEMBER_BYTES:
+            elif info.st_size > MAX_BYTES:
                 problem = "too_large"
             members.append(Member(file.relative_to(path).as_posix(), info.st_size, problem, file))
     return members

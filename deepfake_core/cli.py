@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from deepfake_core.detector import Detector, Prediction
+from deepfake_core.detector import MAX_BYTES, Detector, Prediction
 from deepfake_core.errors import DeepfakeError, ModelError
 
 PRODUCTION_URI = "models:/deepfake-detector@production"
@@ -70,6 +70,8 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _judge_file(detector: Detector, path: Path) -> Prediction:
     try:
+        if path.stat().st_size > MAX_BYTES:
+            return Prediction(None, None, detector.threshold, f"may hold {MAX_BYTES:,} bytes at most")
         return detector.predict([path.read_bytes()])[0]
     except OSError as exc:
         return Prediction(None, None, detector.threshold, f"can't be read ({exc.strerror})")

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_BYTES = 100_000_000
+"""Larger files are refused unread."""
+
 MAX_PIXELS = 50_000_000
 """Larger images are refused from their header alone, before memory is spent on them (150 MB as RGB)."""
 
@@ -30,7 +33,7 @@ class UnreadableImageError(ValueError):
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP to an RGB image, whose `format` says which it was.
+    """Decode a JPEG, PNG or WebP to an upright RGB image, whose `format` says which it was.
 
     Raises:
         UnreadableImageError: if `data` is none of these, is truncated or damaged, or declares more
@@ -48,7 +51,7 @@ def decode_image(data: bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise UnreadableImageError("too_large", f"may hold {MAX_PIXELS:,} pixels at most. Received: {width} x {height}")
     try:
-        converted = image.convert("RGB")
+        converted = ImageOps.exif_transpose(image).convert("RGB")
     except Exception as exc:
         raise UnreadableImageError("truncated", f"is truncated or damaged ({exc})") from exc
     converted.format = image.format

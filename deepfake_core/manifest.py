@@ -217,6 +217,7 @@ def lock_data(data_dir: Path, holder: str) -> Iterator[None]:
     Raises:
         LockedError: at once, if another process holds it; says which.
     """
+    data_dir = data_dir.expanduser().resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
     note = data_dir / ".lock.json"
     lock = filelock.FileLock(data_dir / ".lock", timeout=0, is_singleton=True, thread_local=False)
@@ -225,7 +226,7 @@ def lock_data(data_dir: Path, holder: str) -> Iterator[None]:
     except filelock.Timeout as exc:
         held_by = json.loads(note.read_text()) if note.exists() else {"holder": "unknown"}
         raise LockedError(
-            f"One run at a time may use a data folder. {data_dir.absolute()} is held by {held_by}. "
+            f"One run at a time may use a data folder. {data_dir} is held by {held_by}. "
             "Wait until it ends, or set `data.data_dir` to another folder."
         ) from exc
     try:

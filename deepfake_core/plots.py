@@ -1,5 +1,6 @@
 """Figures of data, training and evaluation; each function returns a figure and keeps no state."""
 
+import textwrap
 from collections.abc import Sequence
 
 import keras
@@ -26,20 +27,11 @@ def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
     for offset, label in zip((-0.2, 0.2), CLASS_NAMES, strict=True):
         bars = axes.bar(positions + offset, counts[label], width=0.4, label=label, color=COLOURS[label])
         axes.bar_label(bars)
-    axes.set_xticks(positions, ["\n".join(_wrap(source)) for source in counts.index])
+    axes.set_xticks(positions, [textwrap.fill(source, 18) for source in counts.index])
     axes.set(title=f"{split}: {len(rows)} images", ylabel="images")
     axes.margins(y=0.12)
     axes.legend()
     return figure
-
-
-def _wrap(name: str, width: int = 18) -> list[str]:
-    lines = [""]
-    for word in name.split("-"):
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] += ("-" if lines[-1] else "") + word
-    return lines
 
 
 def plot_image_grid(pixels: np.ndarray, titles: Sequence[str], heading: str) -> Figure:
@@ -100,13 +92,13 @@ def plot_confusion(confusion: Confusion, threshold: float) -> Figure:
     )
     figure = Figure(figsize=(4.8, 4.4), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(counts, cmap="Blues", vmin=0)
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.ndindex(2, 2):
-        dark = counts[row, column] > counts.max() / 2
-        share = counts[row, column] / max(1, counts[row].sum())
+        share = shares[row, column]
         axes.text(
             column, row, f"{counts[row, column]}\n{share:.0%}", ha="center", va="center",
-            color="white" if dark else "black", fontsize=13,
+            color="white" if share > 0.5 else "black", fontsize=13,
         )  # fmt: skip
     axes.set_xticks((0, 1), [f"said {name}" for name in CLASS_NAMES])
     axes.set_yticks((0, 1), [f"is {name}" for name in CLASS_NAMES])
@@ -134,7 +126,7 @@ def plot_curves(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Fig
     pr.plot(recall, precision, label=f"average precision {average:.3f}")
     pr.axhline(float(np.mean(labels)), color="grey", linestyle=":", label="chance")
     pr.scatter(at.recall, at.precision, color="black", zorder=3, label=f"threshold {threshold:g}")
-    pr.set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
+    pr.set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(-0.03, 1.03))
     for axes in (roc, pr):
         axes.legend(loc="lower right" if axes is roc else "lower left")
         axes.grid(alpha=0.3)

@@ -1,6 +1,7 @@
 """The retrain flow's command line, built from the same parameter models as Prefect's form."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.table import Table
 from deepfake_core import registry
 from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import ConfigurationError, ServiceError
-from deepfake_core.manifest import open_dataset
+from deepfake_core.manifest import Dataset
 from deepfake_core.sample import draw_archives
 
 SAMPLE_DEFAULTS: dict[str, Any] = {"training": {"epochs": 12}}
@@ -126,49 +127,42 @@ def check_prefect() -> None:
         )
 
 
-def print_outcome(dataset_path: str, version: registry.ModelVersion) -> None:
-    """Print what a retrain found, reached and decided, and where to look further."""
+def print_outcome(dataset: Dataset, version: registry.ModelVersion) -> None:
+    """Print what a retrain found, reached and decided."""
     console = Console()
-    dataset = open_dataset(dataset_path)
     counts = dataset.description["counts"]
-    reasons = sorted({reason for source in counts["sources"].values() for reason in source} - {"files", "kept"})
-
-    found = Table("source", "files", *(reason.replace("_", " ") for reason in reasons), "kept", title="Files")
-    for source, mine in counts["sources"].items():
-        found.add_row(source, *(str(mine.get(column, 0)) for column in ("files", *reasons, "kept")))
-    found.add_section()
-    totals = {"files": counts["files"], **counts["reasons"]}
-    found.add_row("all", *(str(totals.get(column, 0)) for column in ("files", *reasons, "kept")))
+    columns = {**counts["sources"], "all": {"files": counts["files"], **counts["reasons"]}}
+    stages = ["files", *sorted(set(counts["reasons"]) - {"kept"}), "kept"]
+    found = Table("", *(textwrap.fill(name, 16) for name in columns), title="Files found, and what became of them")
+    for stage in stages:
+        found.add_row(stage.replace("_", " "), *(str(column.get(stage, 0)) for column in columns.values()))
     console.print(found)
 
-    splits = Table("split", *CLASS_NAMES, title=f"Data set {dataset.version}")
-    for split in SPLITS:
-        splits.add_row(split, *(str(counts["splits"][split][label]) for label in CLASS_NAMES))
+    splits = Table("images", *SPLITS, title=f"Data set {dataset.version}")
+    for label in CLASS_NAMES:
+        splits.add_row(label, *(str(counts["splits"][split][label]) for split in SPLITS))
     console.print(splits)
 
-    result = Table("figure", "on the test split", title=f"{version.name} version {version.version}")
-    for name, label in (
-        ("accuracy", "accuracy"),
-        ("precision", "precision"),
-        ("recall", "recall"),
-        ("auc", "AUC"),
-    ):
-        result.add_row(label, f"{version.metrics[f'test/{name}']:.4f}")
+    result = Table("", "on the test split", title=f"{version.name} version {version.version}")
+    for name, title in {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "auc": "AUC"}.items():
+        result.add_row(title, f"{version.metrics[f'test/{name}']:.4f}")
     result.add_section()
-    result.add_row("decision", version.tags["decision"])
-    for reason in version.tags["reasons"].split("; "):
-        result.add_row("", reason)
+    result.add_row(version.tags["decision"], version.tags["reasons"].replace("; ", "\n"))
     console.print(result)
-
     if dataset.is_drawn:
-        console.print("[bold]These images are drawn: the figures say nothing about real faces.\n")
+        console.print("[bold]These images are drawn: the figures say nothing about real faces.")
+
+
+def print_next_steps(dataset: Dataset) -> None:
+    """Print the commands that look further."""
     image = dataset.path / dataset.split("test")["path"].iloc[0]
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or registry.DEFAULT_TRACKING_URI
-    console.print("To look further:", style="bold")
-    for command in (
-        f".venv/bin/mlflow ui --backend-store-uri {tracking}",
-        ".venv/bin/deepfake versions",
-        f".venv/bin/deepfake predict {os.path.relpath(image)}",
-        ".venv/bin/prefect server start",
-    ):
-        console.print(f"  {command}", soft_wrap=True, highlight=False)
+    commands = {
+        "runs, figures and versions in a browser": f".venv/bin/mlflow ui --backend-store-uri {tracking}",
+        "why each version was promoted or not": ".venv/bin/deepfake versions",
+        "the production model's verdict on an image": f".venv/bin/deepfake predict {os.path.relpath(image)}",
+        "flow runs and forms in a browser (then `make deploy`)": ".venv/bin/prefect server start",
+    }
+    print("\nTo look further:")
+    for purpose, command in commands.items():
+        print(f"  # {purpose}\n  {command}")

@@ -14,7 +14,7 @@ def prepare(data: DataParameters = DataParameters()) -> str:
     Args:
         data: Where images come from, where they go, and how they are split.
     """
-    data_dir = data.data_dir.expanduser().absolute()
+    data_dir = data.data_dir.expanduser().resolve()
     with lock_data(data_dir, holder=f"flow run {runtime.flow_run.name}"):
         archives = download.map(data.sources, unmapped(data_dir)).result()
         indexes = build_index.map(archives, unmapped(data_dir)).result()

@@ -8,8 +8,8 @@ from prefect import flow, runtime
 from deepfake_core import registry
 from deepfake_core.config import DataParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import DeepfakeError
-from deepfake_core.manifest import lock_data
-from flows.command_line import check_prefect, print_outcome, read_settings
+from deepfake_core.manifest import lock_data, open_dataset
+from flows.command_line import check_prefect, print_next_steps, print_outcome, read_settings
 from flows.prepare import prepare
 from flows.train import train
 from tasks.remote import check_deployment, run_remotely
@@ -52,7 +52,8 @@ def main() -> int:
         settings = read_settings(sys.argv[1:])
         check_prefect()
         dataset, version = retrain(settings.data, settings.training, settings.promotion, settings.train_on)
-        print_outcome(dataset, registry.read_version(settings.promotion.model_name, version))
+        print_outcome(open_dataset(dataset), registry.read_version(settings.promotion.model_name, version))
+        print_next_steps(open_dataset(dataset))
     except DeepfakeError as exc:
         print(f"\nretrain stopped: {exc}", file=sys.stderr)
         return 1

@@ -1,16 +1,14 @@
 """Progress of a task, as a Prefect progress artifact and as log lines."""
 
-import logging
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from deepfake_core.archive import Progress
-
-log = logging.getLogger("deepfake_core.progress")
 
 SECONDS_BETWEEN_UPDATES = 2.0
 
@@ -18,6 +16,7 @@ SECONDS_BETWEEN_UPDATES = 2.0
 @contextmanager
 def report_progress(name: str) -> Iterator[Progress]:
     """Yield a callback for what is done and what there is in all; the artifact appears with the first call."""
+    log = get_run_logger()
     artifact = None
     last = 0.0
 

@@ -84,6 +84,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", environment["MLFLOW_TRACKING_URI"])
     monkeypatch.chdir(tmp_path)
     try:
+        registry.connect().create_experiment(registry.EXPERIMENT, artifact_location=str(tmp_path / "mlruns"))
         start("server", "start", "--port", str(port))
         wait_until(lambda: is_healthy(environment["PREFECT_API_URL"]), 120)
         make = ["make", "deploy", "--assume-old", ".venv/installed", f"BIN={Path(sys.executable).parent}"]

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import get_client
 
 from deepfake_core import registry
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
@@ -46,7 +48,7 @@ def two_zips(tracking):
     return Source(name=str(first)), Source(name=str(second))
 
 
-def test_retrain_twice_does_the_work_once_and_a_tie_keeps_production(tracking, two_zips, monkeypatch, caplog):
+def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "deepfake_core"):
         dataset, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
     assert version == "1"
@@ -57,11 +59,21 @@ def test_retrain_twice_does_the_work_once_and_a_tie_keeps_production(tracking, t
     forbid_work(monkeypatch)
     again, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
     assert (again, version) == (dataset, "2")
-    assert registry.find_production(NAME) == "1"
     second = registry.read_version(NAME, "2")
-    assert second.tags["decision"] == "not promoted"
-    assert "a tie keeps production" in second.tags["reasons"]
     assert second.tags["compared_with"] == "1"
+    ours, theirs = re.search(r"AUC ([\d.]+), production's ([\d.]+) on", second.tags["reasons"]).groups()
+    assert float(ours) == pytest.approx(second.metrics["test/auc"], abs=1e-4)
+    assert float(theirs) == pytest.approx(registry.read_version(NAME, "1").metrics["test/auc"], abs=1e-4)
+    promoted = second.tags["decision"] == "promoted"
+    assert second.metrics["test/auc"] > registry.read_version(NAME, "1").metrics["test/auc"] or not promoted
+    assert registry.find_production(NAME) == ("2" if promoted else "1")
+
+    with get_client(sync_client=True) as client:
+        artifacts = client.read_artifacts(limit=200)
+    assert {"progress", "markdown", "table"} <= {artifact.type for artifact in artifacts}
+    (decision,) = [artifact for artifact in artifacts if artifact.key == "promotion" and "version 2" in artifact.data]
+    assert "Version 1 was in production." in decision.data
+    assert {"train-cnn", "index-first", "merge"} <= {artifact.key for artifact in artifacts}
 
     logged = check_run(second.run_id)
     assert logged["params"]["architecture"] == "cnn"

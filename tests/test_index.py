@@ -168,6 +168,15 @@ def test_all_colour_modes_become_rgb(mode):
     assert decoded.size == image.size
 
 
+def test_images_are_turned_upright():
+    image = draw_image(1, 48).crop((0, 0, 48, 32))
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was turned: rotate by 90 degrees to see it upright
+    turned = detector.decode_image(encode(image, "PNG", exif=exif))
+    assert turned.size == (32, 48)
+    assert turned.tobytes() == image.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
 def test_only_three_formats_are_decoded():
     buffer = io.BytesIO()
     draw_image(1).save(buffer, "BMP")

@@ -143,7 +143,7 @@ def _hold(data_dir, holding, release):
         release.wait(30)
 
 
-def test_a_locked_data_folder_says_who_holds_it(tmp_path):
+def test_a_locked_data_folder_says_who_holds_it(tmp_path, monkeypatch):
     context = multiprocessing.get_context("spawn")
     holding, release = context.Event(), context.Event()
     first = context.Process(target=_hold, args=(tmp_path, holding, release))
@@ -154,7 +154,8 @@ def test_a_locked_data_folder_says_who_holds_it(tmp_path):
             pass
         first.kill()  # a run that is killed holds nothing
         first.join()
-        with lock_data(tmp_path, "second"), lock_data(tmp_path, "nested"):
+        monkeypatch.chdir(tmp_path.parent)
+        with lock_data(tmp_path, "second"), lock_data(Path(tmp_path.name), "nested"):
             assert json.loads((tmp_path / ".lock.json").read_text())["holder"] == "second"
     finally:
         release.set()
