@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock deploy
+.PHONY: help demo test check bench lock deploy
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -13,7 +13,7 @@ demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
 
 test: .venv/installed  ## run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed  ## check format, lint, types, import rules, and that the lock fits pyproject.toml
 	$(BIN)/ruff format --check .
@@ -23,6 +23,10 @@ check: .venv/installed  ## check format, lint, types, import rules, and that the
 	cp requirements.lock .venv/fresh.lock
 	$(LOCK) --output-file .venv/fresh.lock
 	diff requirements.lock .venv/fresh.lock || (echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1)
+
+bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder of the three zips
+	$(BIN)/python benchmarks/retrain.py $(ARCHIVES)
+	$(BIN)/python -m tests.test_readme
 
 lock: .venv/installed  ## write requirements.lock anew from pyproject.toml
 	$(LOCK) --output-file requirements.lock

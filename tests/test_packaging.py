@@ -46,8 +46,9 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     port = free_port()
     backend = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (tmp_path / "server.log").open("w") as log:
-        server = subprocess.Popen([BIN / "mlflow", "server", *backend], stdout=log, stderr=log)
+        server = subprocess.Popen([BIN / "mlflow", "server", *backend], stdout=log, stderr=log, env=environment)
     try:
         python = install_base(wheel, tmp_path / "base")
         absent = f"import importlib.util as u; print([name for name in {ABSENT} if u.find_spec(name)])"
