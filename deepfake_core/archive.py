@@ -225,7 +225,7 @@ def _check_free_space(folder: Path, needed: int, source: Source) -> None:
 @contextlib.contextmanager
 def _watch_file(path: Path, total: int, on_progress: Progress | None) -> Iterator[None]:
     """Report the size of a growing file every second; Kaggle's client reports to a terminal only."""
-    if on_progress is None:
+    if on_progress is None or not total:
         yield
         return
     done = threading.Event()

@@ -48,6 +48,14 @@ class Dataset:
         """Whether any image is drawn, so that figures say nothing about real faces."""
         return any(source["drawn"] for source in self.description["sources"])
 
+    @property
+    def source_names(self) -> list[str]:
+        """The sources, each with its Kaggle version, or the SHA-256 of a local one."""
+        return [
+            f"{source['name']}@{source['kaggle_version'] or source['archive_sha256']}"
+            for source in self.description["sources"]
+        ]
+
     @cached_property
     def manifest(self) -> pd.DataFrame:
         return pd.read_parquet(self.path / "manifest.parquet")

@@ -29,8 +29,8 @@ def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
         axes.bar_label(bars)
     axes.set_xticks(positions, [textwrap.fill(source, 18) for source in counts.index])
     axes.set(title=f"{split}: {len(rows)} images", ylabel="images")
-    axes.margins(y=0.12)
-    axes.legend()
+    axes.margins(y=0.2)
+    axes.legend(loc="upper center", ncols=2)
     return figure
 
 
@@ -65,7 +65,8 @@ def plot_worst_mistakes(images: Images, scores: np.ndarray, threshold: float) ->
     wrong = (scores >= threshold) != (images.labels == 1)
     worst = [int(i) for i in np.argsort(-error) if wrong[i]][:16]
     titles = [f"{CLASS_NAMES[images.labels[i]]}, P(fake) = {scores[i]:.2f}" for i in worst]
-    heading = f"The {len(worst)} worst of {int(wrong.sum())} mistakes on {len(images)} test images"
+    which = "All" if len(worst) == wrong.sum() else f"The {len(worst)} worst of"
+    heading = f"{which} {int(wrong.sum())} mistakes on {len(images)} test images, the worst first"
     return plot_image_grid(images.pixels[worst], titles, heading)
 
 

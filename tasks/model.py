@@ -35,7 +35,7 @@ def log_data(run_id: str, dataset: Dataset, parameters: TrainingParameters, prom
         {
             "training": parameters.model_dump(),
             "promotion": promotion.model_dump(),
-            "data": dataset.description["parameters"] | {"version": dataset.version},
+            "data": {**dataset.description["parameters"], "version": dataset.version, "sources": dataset.source_names},
         },
     )
     registry.log_dataset(run_id, dataset)

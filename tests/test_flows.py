@@ -109,6 +109,8 @@ def check_run(run_id: str) -> dict:
         "figures/training_batch.png",
     }
     assert parent.data.params["training.seed"] == "0"
+    assert parent.data.params["data.test_fraction"] == "0.15"
+    assert "@" in parent.data.params["data.sources"]
     assert parent.data.tags["mlflow.source.git.commit"] == registry.read_git_commit()
     (dataset,) = parent.inputs.dataset_inputs
     assert dataset.dataset.digest == parent.data.tags["dataset_version"]
