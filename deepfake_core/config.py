@@ -5,9 +5,9 @@ command line is built from them and MLflow logs them.
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 CLASS_NAMES = ("real", "fake")
 """A label is the position here: fake is 1, the positive class, everywhere."""
@@ -15,12 +15,23 @@ CLASS_NAMES = ("real", "fake")
 SPLITS = ("train", "val", "test")
 
 Architecture = Literal["cnn"]
+Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(get_args(Architecture))})]
+"""An architecture, which Prefect's form offers as a list to choose from."""
+
+
+def _state_bounds(schema: dict[str, Any]) -> None:
+    """Say each number's bounds in its description: Prefect's form enforces bounds, but does not show them."""
+    for field in schema["properties"].values():
+        limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+        bounds = [f"{words} {field[limit]:,}" for limit, words in limits.items() if limit in field]
+        if bounds:
+            field["description"] = f"{field['description'].rstrip('.')} ({', '.join(bounds)})."
 
 
 class Parameters(BaseModel):
     """Parameters that can't change and that know no key but their own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_state_bounds)
 
 
 class Source(Parameters):
@@ -130,7 +141,7 @@ class AugmentationParameters(Parameters):
 class TrainingParameters(Parameters):
     """What is trained, and for how long."""
 
-    candidates: tuple[Architecture, ...] = Field(
+    candidates: tuple[Choice, ...] = Field(
         default=("cnn",),
         min_length=1,
         description="Architectures to train. The best on validation goes on to the test split.",
@@ -141,7 +152,7 @@ class TrainingParameters(Parameters):
     patience: int = Field(default=10, ge=1, description="Stop after this many epochs without a lower validation loss.")
     learning_rate: float = Field(default=0.001, gt=0, le=1, description="Adam's learning rate.")
     augmentation: AugmentationParameters = Field(default=AugmentationParameters())
-    seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of initial weights, shuffling, augmentation.")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of initial weights, shuffling, augmentation.")
 
 
 class PromotionParameters(Parameters):

@@ -53,7 +53,8 @@ def test_the_form_shows_descriptions_bounds_and_choices():
     schema = load_flow(DEPLOYMENTS[0]).parameters.model_dump()
     training = schema["definitions"]["TrainingParameters"]["properties"]
     assert training["epochs"]["minimum"] == 1
-    assert training["candidates"]["items"]["const"] == "cnn"
+    assert training["epochs"]["description"].endswith("(at least 1, at most 10,000).")
+    assert training["candidates"]["items"]["enum"] == ["cnn"]
     assert schema["properties"]["train_on"]["description"].startswith("Name of the deployment that trains")
     for model in schema["definitions"].values():
         for name, field in model["properties"].items():
