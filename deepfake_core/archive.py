@@ -96,7 +96,7 @@ def _find_local(source: Source) -> Archive:
     if path.is_dir():
         members = _list_folder(path)
         listing = [f"{member.name}\0{member.size}\0{member.handle.lstat().st_mtime_ns}" for member in members]
-        digest = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
         return Archive(source, path.absolute(), digest, sum(member.size for member in members))
     if not path.is_file():
         raise SourceError(
@@ -349,5 +349,6 @@ def _list_folder(path: Path) -> list[Member]:
                 problem = "symlink" if stat.S_ISLNK(info.st_mode) else "not_a_file"
             elif info.st_size > MAX_BYTES:
                 problem = "too_large"
-            members.append(Member(file.relative_to(path).as_posix(), info.st_size, problem, file))
+            shown = os.fsencode(file.relative_to(path)).decode("utf-8", "backslashreplace")
+            members.append(Member(shown, info.st_size, problem, file))
     return members

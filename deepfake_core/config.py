@@ -4,6 +4,8 @@ Prefect draws its form from these models, YAML files are validated against them,
 command line is built from them and MLflow logs them.
 """
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -82,8 +84,12 @@ class Source(Parameters):
 
     @property
     def short_name(self) -> str:
-        """The last part of the slug or path, without `.zip`: how metrics and manifest name the source."""
-        return Path(self.name).name.removesuffix(".zip")
+        """The last part of the slug or path, without `.zip`: how metrics and manifest name the source.
+
+        What MLflow admits in no metric's name becomes `_`.
+        """
+        last = os.path.basename(os.path.abspath(os.path.expanduser(self.name)))  # noqa: PTH100, PTH111, PTH119 - `..` too
+        return re.sub(r"[^\w. -]", "_", last.removesuffix(".zip"))
 
 
 KAGGLE_SOURCES = (

@@ -59,6 +59,14 @@ def test_a_path_is_a_local_source(name):
         Source(name=name, version=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("./my faces (1).zip", "my faces _1_"), ("/data/a/../b/", "b"), ("owner/some-faces", "some-faces")],
+)
+def test_short_names_are_names_that_mlflow_admits(name, short):
+    assert Source(name=name).short_name == short
+
+
 def test_parameters_do_not_change():
     with pytest.raises(ValidationError, match="frozen"):
         TrainingParameters().epochs = 3

@@ -43,7 +43,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def two_zips(tracking):
     members = faces(40)
-    first = write_zip(tracking / "first.zip", members)
+    first = write_zip(tracking / "first (1).zip", members)
     second = write_zip(tracking / "second.zip", {name: recode(data) for name, data in members.items()})
     return Source(name=str(first)), Source(name=str(second))
 
@@ -73,7 +73,7 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     assert {"progress", "markdown", "table"} <= {artifact.type for artifact in artifacts}
     (decision,) = [artifact for artifact in artifacts if artifact.key == "promotion" and "version 2" in artifact.data]
     assert "Version 1 was in production." in decision.data
-    assert {"train-cnn", "index-first", "merge"} <= {artifact.key for artifact in artifacts}
+    assert {"train-cnn", "index-first-1", "merge"} <= {artifact.key for artifact in artifacts}
 
     logged = check_run(second.run_id)
     assert logged["params"]["architecture"] == "cnn"
@@ -162,7 +162,7 @@ def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_z
     with pytest.raises(ArchiveError, match=r"whole zip file.*words.zip, which begins with b'<html>no'"):
         retrain(parameters(tracking, Source(name=str(words))), TINY, NO_FLOORS)
     damaged = tracking / "damaged.zip"
-    content = bytearray((tracking / "first.zip").read_bytes())
+    content = bytearray((tracking / "first (1).zip").read_bytes())
     content[2000] ^= 0xFF
     damaged.write_bytes(content)
     with pytest.raises(ArchiveError, match="must match its checksum"):

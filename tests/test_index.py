@@ -147,6 +147,14 @@ def test_an_unchanged_archive_is_not_read_again(make_zip, monkeypatch):
     assert index_of(path).equals(first)
 
 
+def test_names_that_are_no_text_are_listed_and_read(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "real").mkdir(parents=True)
+    Path(os.fsdecode(bytes(folder / "real") + b"/caf\xe9.jpg")).write_bytes(jpeg(1))
+    index = index_of(folder)
+    assert index["reason"].to_dict() == {"real/caf\\xe9.jpg": ""}
+
+
 def test_a_changed_folder_is_indexed_again(tmp_path):
     folder = tmp_path / "folder"
     (folder / "real").mkdir(parents=True)
