@@ -138,7 +138,15 @@ def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> A
             with _watch_file(partial, total, on_progress):
                 client = kaggle.http_client()
                 # One retry at once; the task that calls this decides on further ones and their delays.
-                api.download_file(response, str(partial), client, quiet=True, resume=True, max_retries=1)
+                try:
+                    api.download_file(response, str(partial), client, quiet=True, resume=True, max_retries=1)
+                except ValueError as exc:  # it checks no status when it resumes, and wrote an error's body instead
+                    partial.unlink(missing_ok=True)
+                    partial.with_name(f"{partial.name}.kaggle-partial").unlink(missing_ok=True)
+                    raise DownloadError(
+                        f"Kaggle's storage must send the rest of {source.name} when a download is resumed. Received: "
+                        f"something else ({exc}). What had come was deleted; run again to download it anew."
+                    ) from exc
     try:
         verify_zip(partial)
     except ArchiveError as exc:

@@ -105,6 +105,15 @@ def test_a_download_that_failed_goes_on_where_it_stopped(kaggle, data_dir, conte
     assert files(data_dir) == ["archives/owner/some-faces/1.json", "archives/owner/some-faces/1.zip"]
 
 
+def test_an_error_instead_of_the_rest_is_never_taken_for_it(kaggle, data_dir, content):
+    kaggle.cuts = [2_500_000]
+    kaggle.storage_statuses = [0, 503, 503]
+    with pytest.raises(DownloadError, match=r"something else.*run again"):
+        fetch_archive(SOURCE, data_dir)
+    assert files(data_dir) == []
+    assert fetch_archive(SOURCE, data_dir).path.read_bytes() == content
+
+
 def test_three_sources_are_downloaded_from_three_threads(kaggle, data_dir, content):
     from concurrent.futures import ThreadPoolExecutor
 
