@@ -3,9 +3,12 @@
 import io
 import os
 import socket
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,6 +75,23 @@ def wait_until(condition: Callable[[], T], seconds: float) -> T:
         assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
         time.sleep(1)
     return result
+
+
+@contextmanager
+def hold_data(data_dir: Path, holder: str) -> Iterator[subprocess.Popen]:
+    """Let another process hold the data folder's lock; it is killed at the end."""
+    code = (
+        "import sys, time; from pathlib import Path; from deepfake_core.manifest import lock_data\n"
+        "with lock_data(Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", code, str(data_dir), holder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "held\n"
+            yield other
+        finally:
+            other.kill()
 
 
 @pytest.fixture

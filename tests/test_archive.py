@@ -19,7 +19,7 @@ from deepfake_core.errors import (
     TransientError,
 )
 from tests.conftest import faces, free_port, write_zip
-from tests.kaggle_server import KaggleServer
+from tests.kaggle_server import HIDDEN, KaggleServer
 
 SOURCE = Source(name="owner/some-faces")
 CHUNK = 1 << 20  # the client writes whole chunks, so it resumes at the last one
@@ -36,9 +36,8 @@ def content(tmp_path_factory):
 def kaggle(tmp_path, monkeypatch, content):
     folder = tmp_path / "kaggle"
     folder.mkdir()
-    for name in ("KAGGLE_USERNAME", "KAGGLE_KEY", "https_proxy", "no_proxy"):
+    for name in HIDDEN:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(folder))
     with KaggleServer(folder) as server:
         server.add(SOURCE.name, content)
         for name, value in server.environment.items():

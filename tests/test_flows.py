@@ -18,8 +18,8 @@ from flows.command_line import read_settings
 from flows.prepare import prepare
 from flows.retrain import retrain
 from tasks.data import download
-from tests.conftest import SHARED, faces, free_port, needs_shared, recode, write_zip
-from tests.kaggle_server import KaggleServer
+from tests.conftest import SHARED, faces, free_port, hold_data, needs_shared, recode, write_zip
+from tests.kaggle_server import HIDDEN, KaggleServer
 
 NAME = "deepfake-detector"
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
@@ -179,8 +179,10 @@ def kaggle(tmp_path, monkeypatch):
     """Kaggle on loopback, with the three data sets; the client's retries take no time."""
     folder = tmp_path / "kaggle"
     folder.mkdir()
+    for name in HIDDEN:
+        monkeypatch.delenv(name, raising=False)
     with KaggleServer(folder) as server:
-        for name, value in {**server.environment, "HOME": str(folder)}.items():
+        for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("flows.prepare.download", download.with_options(retry_delay_seconds=0))
         yield server
@@ -228,19 +230,11 @@ def test_mlflow_and_deployments_are_checked_before_any_work(tracking, two_zips, 
 
 
 def test_two_retrains_do_not_share_a_data_folder(tracking, two_zips):
-    code = (
-        "import sys, time; from pathlib import Path; from deepfake_core.manifest import lock_data\n"
-        "with lock_data(Path(sys.argv[1]), 'flow run other'): print('held', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code, tracking / "data"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(LockedError, match=f"flow run other.*{other.pid}"):
-            retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
-    finally:
-        other.kill()
-        other.wait()
+    with (
+        hold_data(tracking / "data", "flow run other") as other,
+        pytest.raises(LockedError, match=f"flow run other.*{other.pid}"),
+    ):
+        retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
 
 
 def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import multiprocessing
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +13,7 @@ from deepfake_core.duplicates import mark_duplicates
 from deepfake_core.errors import ArchiveError, DatasetError, LockedError
 from deepfake_core.index import build_index
 from deepfake_core.manifest import _hash_content, assign_splits, lock_data, open_dataset, publish_dataset
-from tests.conftest import faces, jpeg, recode, write_zip
+from tests.conftest import faces, hold_data, jpeg, recode, write_zip
 
 COLUMNS = [  # named in the issue that founded the project; users' notebooks read them
     *("source", "member", "sha256", "label", "width", "height"),
@@ -137,27 +136,15 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
         open_dataset(tmp_path)
 
 
-def _hold(data_dir, holding, release):
-    with lock_data(data_dir, holder="flow run first"):
-        holding.set()
-        release.wait(30)
-
-
 def test_a_locked_data_folder_says_who_holds_it(tmp_path, monkeypatch):
-    context = multiprocessing.get_context("spawn")
-    holding, release = context.Event(), context.Event()
-    first = context.Process(target=_hold, args=(tmp_path, holding, release))
-    first.start()
-    try:
-        assert holding.wait(60)
-        with pytest.raises(LockedError, match=f"flow run first.*{first.pid}"), lock_data(tmp_path, "second"):
-            pass
-        first.kill()  # a run that is killed holds nothing
-        first.join()
-        monkeypatch.chdir(tmp_path.parent)
-        with lock_data(tmp_path, "second"), lock_data(Path(tmp_path.name), "nested"):
-            assert json.loads((tmp_path / ".lock.json").read_text())["holder"] == "second"
-    finally:
-        release.set()
-        first.kill()
+    with (
+        hold_data(tmp_path, "flow run first") as first,
+        pytest.raises(LockedError, match=f"flow run first.*{first.pid}"),
+        lock_data(tmp_path, "second"),
+    ):
+        pass
+    # the first was killed, and so holds nothing
+    monkeypatch.chdir(tmp_path.parent)
+    with lock_data(tmp_path, "second"), lock_data(Path(tmp_path.name), "nested"):
+        assert json.loads((tmp_path / ".lock.json").read_text())["holder"] == "second"
     assert not (tmp_path / ".lock.json").exists()
