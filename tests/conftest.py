@@ -26,9 +26,9 @@ needs_shared = pytest.mark.skipif(
 )
 
 
-def draw_image(seed: int, size: int = 48) -> Image.Image:
-    """Draw a smooth random picture; other seeds give other pictures."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+def draw_image(seed: int, size: int = 48, cells: int = 6) -> Image.Image:
+    """Draw a random picture of so many smooth cells a side; other seeds give other pictures."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (cells, cells, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 
 

@@ -3,14 +3,18 @@ import os
 import zipfile
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from deepfake_core import detector
 from deepfake_core.archive import fetch_archive
 from deepfake_core.config import Source
 from deepfake_core.errors import DatasetError
-from deepfake_core.index import build_index
+from deepfake_core.index import _decode, build_index
 from tests.conftest import draw_image, encode, faces, jpeg, recode, write_zip
 
 
@@ -97,11 +101,130 @@ def test_a_repeated_member_name_is_read_once(tmp_path):
     assert sorted(index_of(path)["reason"]) == ["", "repeated_name"]
 
 
-def test_equal_pixels_share_a_group_whatever_their_bytes(make_zip):
+def test_equal_pixels_have_equal_thumbnails_and_hashes_whatever_their_bytes(make_zip):
     index = index_of(make_zip({"real/a.jpg": jpeg(1), "real/b.jpg": recode(jpeg(1)), "real/c.jpg": jpeg(2)}))
-    assert index.loc["real/a.jpg", "sha256"] != index.loc["real/b.jpg", "sha256"]
-    assert index.loc["real/a.jpg", "group"] == index.loc["real/b.jpg", "group"]
-    assert index.loc["real/a.jpg", "group"] != index.loc["real/c.jpg", "group"]
+    a, b, c = (index.loc[f"real/{name}.jpg"] for name in "abc")
+    assert a["sha256"] != b["sha256"]
+    assert a["bytes"] == b["bytes"] - 9 == len(jpeg(1))
+    assert (a["hash"], a["thumbnail"]) == (b["hash"], b["thumbnail"])
+    assert len(a["hash"]) == 32
+    assert len(a["thumbnail"]) == 32 * 32
+    assert a["hash"] != c["hash"]
+
+
+def read_thumbnails(index: pd.DataFrame) -> np.ndarray:
+    return np.frombuffer(b"".join(index["thumbnail"]), np.uint8).reshape(-1, 32, 32)
+
+
+def test_thumbnails_are_the_picture_averaged_over_cells_whatever_decodes_it(make_zip):
+    image = draw_image(1, 640)
+    members = {
+        "real/a.jpg": encode(image, quality=95),
+        "real/b.jpg": encode(image, quality=95, progressive=True),
+        "real/c.png": encode(image, "PNG"),
+        "real/d.webp": encode(image, "WEBP", lossless=True),
+        "real/e.jpg": encode(image.resize((480, 480), Image.Resampling.BOX), quality=95),
+        "real/f.jpg": encode(image.resize((67, 67), Image.Resampling.BOX), "PNG"),
+    }
+    thumbnails = read_thumbnails(index_of(make_zip(members))).astype(int)
+    expected = np.asarray(image.convert("L")).reshape(32, 20, 32, 20).mean((1, 3))
+    assert np.abs(thumbnails - expected).max() <= 3
+
+
+def test_a_jpeg_turned_by_exif_is_upright(make_zip):
+    image = draw_image(1, 128).crop((0, 0, 128, 96))
+    exif = Image.Exif()
+    exif[274] = 6
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    members = {"real/a.jpg": encode(image, quality=95, exif=exif), "real/b.jpg": encode(upright, quality=95)}
+    index = index_of(make_zip(members))
+    assert index[["width", "height"]].to_numpy().tolist() == [[96, 128]] * 2
+    assert index["jpeg_table"].nunique() == 1
+    first, second = read_thumbnails(index).astype(int)
+    assert np.abs(first - second).max() <= 2
+
+
+def test_quantisation_tables_are_named_by_quality_and_digest(make_zip):
+    image = draw_image(1)
+    exif = Image.Exif()
+    exif[271] = "a camera that leaves a thumbnail \xff\xda"
+    members = {f"real/{quality}.jpg": encode(image, quality=quality) for quality in (30, 50, 75, 95)}
+    members["real/exif.jpg"] = encode(image, quality=75, exif=exif)
+    members["real/none.png"] = encode(image, "PNG")
+    tables = index_of(make_zip(members))["jpeg_table"]
+    for quality in (30, 50, 75, 95):
+        assert tables[f"real/{quality}.jpg"].startswith(f"q{quality}-")
+    assert tables["real/exif.jpg"] == tables["real/75.jpg"]
+    assert tables["real/none.png"] == ""
+    assert tables.nunique() == 5
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 5000), st.booleans())
+def test_a_jpeg_cut_anywhere_is_no_usable_image(cut, progressive):
+    data = encode(draw_image(1, 200), quality=90, progressive=progressive)
+    cut = min(cut, len(data) - 3)  # without the end marker's two bytes alone, the picture is whole
+    content, _ = _decode(data[:cut])
+    assert content.reason in ("truncated", "not_an_image")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 400), st.integers(0, 255))
+def test_a_damaged_header_raises_nothing(position, value):
+    data = bytearray(jpeg(1))
+    data[position] = value
+    content, _ = _decode(bytes(data))
+    assert content.reason in ("", "truncated", "not_an_image", "too_large")
+
+
+def test_shards_of_any_size_on_any_number_of_threads_give_the_same_index(make_zip, monkeypatch):
+    members = faces(30) | {f"real/png{i}.png": encode(draw_image(i, 50 + i), "PNG") for i in range(10)}
+    path = make_zip(members)
+    expected = index_of(path)
+    for number, (shard, at_once, cores) in enumerate([(1, 1, 1), (7, 3, 5), (1000, 128, 2)]):
+        monkeypatch.setattr("deepfake_core.index.SHARD_SIZE", shard)
+        monkeypatch.setattr("deepfake_core.index.DECODED_AT_ONCE", at_once)
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        archive = fetch_archive(Source(name=str(path)), path.parent)
+        again = build_index(archive, path.parent / str(number)).set_index("member")
+        pd.testing.assert_frame_equal(again, expected)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Count what is decoded."""
+    sizes = []
+    monkeypatch.setattr("deepfake_core.index._decode", lambda data: sizes.append(len(data)) or _decode(data))
+    return sizes
+
+
+def test_equal_bytes_are_decoded_once(make_zip, decoded):
+    copies = {f"again/{name}": data for name, data in faces(5).items()}
+    index = index_of(make_zip(faces(5) | copies))
+    assert len(decoded) == 10
+    assert index.loc["real/3.jpg", "hash"] == index.loc["again/real/3.jpg", "hash"]
+
+
+def test_of_a_grown_archive_only_new_images_are_decoded(make_zip, decoded, caplog):
+    index_of(make_zip(faces(100)))
+    assert len(decoded) == 200
+    path = make_zip(faces(101) | {"readme.txt": b"hello"})
+    with caplog.at_level("INFO", "deepfake_core"):
+        grown = index_of(path)
+    assert len(decoded) == 203
+    assert "203 files, 3 decoded now" in caplog.text
+    path.rename(path.with_name("other.zip"))  # a source that is new here
+    fresh = index_of(path.with_name("other.zip"))
+    pd.testing.assert_frame_equal(grown.drop(columns="source"), fresh.drop(columns="source"))
+
+
+def test_compressed_and_stored_members_read_the_same(tmp_path):
+    with zipfile.ZipFile(tmp_path / "deflated.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in faces(3).items():
+            archive.writestr(name, data)
+    stored = index_of(write_zip(tmp_path / "stored.zip", faces(3)))
+    deflated = index_of(tmp_path / "deflated.zip")
+    pd.testing.assert_frame_equal(stored.drop(columns="source"), deflated.drop(columns="source"))
 
 
 def test_the_innermost_named_folder_decides_the_label(make_zip):
