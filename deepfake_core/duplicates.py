@@ -1,43 +1,177 @@
-"""One copy is kept per picture, and the manifest lists every other."""
+"""Copies, edits and neighbours: which pictures belong together, and which copy is kept."""
 
 import logging
 
+import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from deepfake_core.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, find_neighbours, hash_thumbnails
+from deepfake_core.likeness import measure_pairs
 
 log = logging.getLogger(__name__)
 
+RADIUS = 60
+"""Candidates are pairs whose hashes are this near, in bits of 256. From 54 on, some are of different people."""
 
-def mark_duplicates(index: pd.DataFrame) -> pd.DataFrame:
-    """Decide which images are kept.
+LEAST_LIKENESS = 0.5
+"""Share of windows that must agree in their details for a candidate to be a near copy; see `measure_likeness`."""
 
-    Pictures are equal if their decoded pixels are (`group`), whatever their bytes. The copy kept is
-    the first by order of sources, then by member name. A picture under both labels is dropped
-    on both sides, since one of them is wrong.
+MOST_DIFFERENCE = 12.0
+"""Grey levels by which a resized or recompressed copy may differ anywhere; see `measure_difference`."""
+
+LEAST_CONTRAST = 2.0
+"""Standard deviation (grey levels) of pictures that are looked at; the hash of an even one is noise."""
+
+MOST_IN_GROUP, MOST_SHARE_IN_GROUP = 50, 0.02
+"""A group grows to 50 pictures or to this share of all, whichever is more: chains of likenesses must not swallow a
+class. The strongest links are taken first; copies of one picture are not limited."""
+
+LINK_COLUMNS = ["image", "other", "distance", "likeness", "difference", "same_picture"]
+
+
+def find_links(index: pd.DataFrame) -> pd.DataFrame:
+    """Find the pairs of near copies among the usable images: candidates from the hash, confirmed by a look at pixels.
+
+    Args:
+        index: image indexes of all sources, concatenated.
+
+    Returns:
+        One row per pair: `image` and `other` (SHA-256, the smaller first), `distance` (bits, through the nearest view),
+        `likeness` (0 to 1), `difference` (grey levels) and `same_picture`. Independent of the order of rows.
+    """
+    distinct = index[index["reason"] == ""].drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
+    shape = (len(distinct), THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    thumbnails = np.frombuffer(b"".join(distinct["thumbnail"]), np.uint8).reshape(shape)
+    hashes = np.frombuffer(b"".join(distinct["hash"]), np.uint8).reshape(len(distinct), HASH_BYTES)
+
+    # Of pictures with equal hashes, the first stands for all.
+    searched = np.flatnonzero(thumbnails.std((1, 2)) >= LEAST_CONTRAST)
+    _, first, inverse = np.unique(hashes[searched], axis=0, return_index=True, return_inverse=True)
+    stand_ins, represented = searched[np.sort(first)], searched[first[inverse.ravel()]]
+    near = find_neighbours(np.stack([hash_thumbnails(thumbnails[stand_ins], view) for view in VIEWS]), RADIUS)
+    equal = represented != searched
+    image = np.concatenate([stand_ins[near.images], represented[equal]])
+    other = np.concatenate([stand_ins[near.viewed], searched[equal]])
+    mirrored = np.zeros(len(image), bool)
+    mirrored[: len(near.views)] = np.array([view.mirrored for view in VIEWS])[near.views]
+    distance = np.zeros(len(image), int)
+    distance[: len(near.distances)] = near.distances
+
+    likeness, difference = measure_pairs(thumbnails, image, other, mirrored)
+    names = distinct["sha256"].to_numpy()
+    same = ~mirrored & (difference <= MOST_DIFFERENCE)
+    columns = [names[image], names[other], distance, likeness, difference, same]
+    links = pd.DataFrame(dict(zip(LINK_COLUMNS, columns, strict=True)))
+    links = links[links["same_picture"] | (links["likeness"] >= LEAST_LIKENESS)]
+    log.info(
+        "%d pictures: %d candidates, %d confirmed as near copies, %d of them as the same picture",
+        len(distinct),
+        len(image),
+        len(links),
+        int(links["same_picture"].sum()),
+    )
+    return links.sort_values(["image", "other"], ignore_index=True)
+
+
+def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
+    """Name the group of each usable image, and decide which images are kept.
+
+    Groups are the connected components of the links. Inside a group, of the images of one label that show the same
+    picture the largest is kept (pixels, then bytes, then the source listed first, then the member's name). Other
+    near copies are all kept, and so are images of different labels: an edit and its source belong to the most valuable
+    pairs there are. Only where the same bytes stand under both labels, both are dropped: one label is wrong.
 
     Args:
         index: image indexes of all sources, concatenated in the order of `data.sources`.
+        links: from `find_links`.
 
     Returns:
-        The same rows with `kept` (bool), and `reason` filled in: `kept`, `duplicate`,
-        `label_conflict`, or what the index said.
+        The same rows with `group` (the smallest SHA-256 in it), `kept` (bool), `copy_of` (SHA-256 of the image kept
+        instead), and `reason` filled in: `kept`, `duplicate` (same bytes), `copy` (same picture), `label_conflict`, or
+        what the index said.
     """
     rows = index.reset_index(drop=True)
     usable = rows[rows["reason"] == ""]
     order = {source: position for position, source in enumerate(dict.fromkeys(index["source"]))}
-    ranked = usable.assign(rank=usable["source"].map(order)).sort_values(["rank", "member"], kind="stable")
-    labels_per_group = ranked.groupby("group")["label"].transform("nunique")
-    conflicting = labels_per_group.index[labels_per_group > 1]
-    duplicate = ranked.index[ranked.duplicated("group")]
+    ranked = usable.assign(rank=usable["source"].map(order), pixels=usable["width"] * usable["height"])
+    ranked = ranked.sort_values(
+        ["pixels", "bytes", "rank", "member"], ascending=[False, False, True, True], kind="stable"
+    )
+    conflicting = ranked.groupby("sha256")["label"].transform("nunique") > 1
+    names = pd.Index(sorted(set(usable["sha256"])))
+    ranked["picture"] = _find_same_pictures(names, links, ranked[~conflicting])[names.get_indexer(ranked["sha256"])]
+    candidates = ranked[~conflicting]
+    best = candidates.groupby("picture")["sha256"].transform("first")
+    again = candidates.index[candidates.duplicated("picture")]
 
+    group = pd.Series(names[_join(links, names)], index=names)
+    rows["group"] = rows["sha256"].where(rows["reason"] == "").map(group).astype(object).fillna("")
+    rows["copy_of"] = best.reindex(again).reindex(rows.index).astype(object).fillna("")
     reason = rows["reason"].mask(rows["reason"] == "", "kept")
-    reason.loc[duplicate] = "duplicate"
-    reason.loc[conflicting] = "label_conflict"
+    reason[again] = np.where(rows.loc[again, "sha256"] == rows.loc[again, "copy_of"], "duplicate", "copy")
+    reason[ranked.index[conflicting]] = "label_conflict"
     rows["reason"], rows["kept"] = reason, reason == "kept"
+    counts = reason[usable.index].value_counts().sort_index()
+    kept_groups = rows[rows["kept"]].groupby("group").size()
     log.info(
-        "%d usable images: %d kept, %d duplicates, %d under both labels",
+        "%d usable images: %s; %d groups of more than one kept image, the largest of %d",
         len(usable),
-        int(rows["kept"].sum()),
-        int((reason == "duplicate").sum()),
-        len(conflicting),
+        ", ".join(f"{count} {name}" for name, count in counts.items()),
+        int((kept_groups > 1).sum()),
+        int(kept_groups.max()) if len(kept_groups) else 0,
     )
     return rows
+
+
+def _find_same_pictures(names: pd.Index, links: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
+    """Number the pictures: images of one label that are linked as the same picture share a number."""
+    label = rows.drop_duplicates("sha256").set_index("sha256")["label"]
+    same = links[links["same_picture"].astype(bool)]
+    one, other = same["image"].map(label), same["other"].map(label)
+    return connect(names, same[one.notna() & (one == other)])
+
+
+def find_ends(names: pd.Index, links: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions in `names` of both ends of each link."""
+    return names.get_indexer(pd.Index(links["image"])), names.get_indexer(pd.Index(links["other"]))
+
+
+def connect(names: pd.Index, links: pd.DataFrame) -> np.ndarray:
+    """Number the connected components of `links` between images; returns int of shape (len(names),)."""
+    graph = coo_array((np.ones(len(links), bool), find_ends(names, links)), shape=(len(names), len(names)))
+    return connected_components(graph, directed=False)[1]
+
+
+def _join(links: pd.DataFrame, names: pd.Index) -> np.ndarray:
+    """Join linked images, strongest links first, to groups of limited size (Kruskal 1956).
+
+    Returns:
+        Position in `names` of the first member of each image's group.
+    """
+    most = max(MOST_IN_GROUP, int(MOST_SHARE_IN_GROUP * len(names)))
+    joined, size = list(range(len(names))), [1] * len(names)
+
+    def find(image: int) -> int:
+        while joined[image] != image:
+            joined[image] = image = joined[joined[image]]
+        return image
+
+    strongest = links.sort_values(
+        ["same_picture", "likeness", "distance", "image", "other"], ascending=[False, False, True, True, True]
+    )
+    cut = 0
+    images, others = find_ends(names, strongest)
+    for image, other, same in zip(images.tolist(), others.tolist(), strongest["same_picture"], strict=True):
+        first, second = sorted((find(image), find(other)))
+        if first == second:
+            continue
+        if not same and size[first] + size[second] > most:
+            cut += 1
+            continue
+        joined[second] = first
+        size[first] += size[second]
+    if cut:
+        log.warning("%d near copies were left in groups of their own: a group may hold %d pictures", cut, most)
+    return np.array([find(image) for image in range(len(names))], int)

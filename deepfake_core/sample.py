@@ -170,7 +170,7 @@ def _draw_portraits(per_class: int, seed: int) -> list[Picture]:
 def _draw_odd_portraits(portraits: Sequence[Picture], per_class: int, seed: int) -> list[Picture]:
     """Draw what the pipeline must leave out; the reason it gives follows each.
 
-    Training images that come again in test, with other bytes (`duplicate`), one picture under both
+    Training images that come again in test, with other bytes (`copy`), one picture under both
     labels (`label_conflict`), half a JPEG (`truncated`), a saved web page (`not_an_image`).
     """
     odd: list[Picture] = []

@@ -1,33 +1,170 @@
+import itertools
+from pathlib import Path
+
 import pandas as pd
+import pytest
+from PIL import Image
 
-from deepfake_core.duplicates import mark_duplicates
+from deepfake_core.archive import fetch_archive
+from deepfake_core.config import Source
+from deepfake_core.duplicates import LINK_COLUMNS, find_links, mark_duplicates
+from deepfake_core.index import build_index
+from tests.conftest import SHARED, draw_image, encode, faces, jpeg, needs_shared, recode, write_zip
 
 
-def index(*rows: tuple[str, str, str, str, str]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["source", "member", "group", "label", "reason"])
+def rows_of(*images: tuple[str, str, str, str, str]) -> pd.DataFrame:
+    """Make index rows from source, member, sha256, label and reason; an image's member is its width."""
+    frame = pd.DataFrame(images, columns=["source", "member", "sha256", "label", "reason"])
+    return frame.assign(width=frame["member"].str.extract(r"(\d+)")[0].astype(int), height=1, bytes=1)
 
 
-def test_the_source_listed_first_keeps_the_picture():
+def links_of(*pairs: tuple[str, str, bool]) -> pd.DataFrame:
+    rows = [(*sorted(pair[:2]), 10, 0.9, 20.0, pair[2]) for pair in pairs]
+    return pd.DataFrame(rows, columns=LINK_COLUMNS).astype({"same_picture": bool})
+
+
+NO_LINKS = links_of()
+
+
+def test_of_equal_bytes_the_source_listed_first_keeps_them():
     rows = mark_duplicates(
-        index(("b", "1.jpg", "p", "real", ""), ("b", "0.jpg", "p", "real", ""), ("a", "0.jpg", "p", "real", ""))
+        rows_of(("b", "1.jpg", "p", "real", ""), ("b", "1_.jpg", "p", "real", ""), ("a", "1.jpg", "p", "real", "")),
+        NO_LINKS,
     )
-    assert rows["reason"].tolist() == ["duplicate", "kept", "duplicate"]
-    assert rows["kept"].tolist() == [False, True, False]
+    assert rows["reason"].tolist() == ["kept", "duplicate", "duplicate"]
+    assert rows["copy_of"].tolist() == ["", "p", "p"]
 
 
-def test_a_picture_under_both_labels_is_dropped_on_both_sides():
+def test_of_one_picture_the_largest_is_kept_and_all_say_which():
+    images = rows_of(("a", "1", "p", "real", ""), ("b", "3", "q", "real", ""), ("b", "2", "r", "real", ""))
+    rows = mark_duplicates(images, links_of(("p", "q", True), ("r", "q", True)))
+    assert rows["reason"].tolist() == ["copy", "kept", "copy"]
+    assert rows["copy_of"].tolist() == ["q", "", "q"]
+    assert rows["group"].tolist() == ["p"] * 3
+
+
+def test_near_but_different_pictures_are_all_kept_in_one_group():
+    images = rows_of(("a", "1", "p", "fake", ""), ("a", "2", "q", "fake", ""), ("a", "3", "r", "fake", ""))
+    rows = mark_duplicates(images, links_of(("p", "q", False), ("q", "r", False)))
+    assert rows["kept"].all()
+    assert rows["group"].tolist() == ["p"] * 3
+
+
+@pytest.mark.parametrize("same_picture", [True, False])
+def test_different_labels_are_all_kept_in_one_group(same_picture):
+    images = rows_of(("a", "1", "p", "real", ""), ("a", "2", "q", "fake", ""))
+    rows = mark_duplicates(images, links_of(("p", "q", same_picture)))
+    assert rows["kept"].all()
+    assert rows["group"].tolist() == ["p"] * 2
+
+
+def test_equal_bytes_under_both_labels_are_dropped_on_both_sides():
     rows = mark_duplicates(
-        index(
+        rows_of(
             ("a", "1", "p", "real", ""),
-            ("b", "2", "p", "fake", ""),
-            ("b", "3", "p", "fake", ""),
-            ("b", "4", "q", "fake", ""),
-        )
+            ("b", "1", "p", "fake", ""),
+            ("b", "1", "p", "fake", ""),
+            ("b", "1", "q", "fake", ""),
+        ),
+        links_of(("p", "q", True)),
     )
     assert rows["reason"].tolist() == ["label_conflict", "label_conflict", "label_conflict", "kept"]
 
 
 def test_unusable_rows_keep_their_reason_and_group_with_nothing():
-    rows = mark_duplicates(index(("a", "1", "", "real", "truncated"), ("a", "2", "", "fake", "truncated")))
-    assert rows["reason"].tolist() == ["truncated", "truncated"]
+    rows = mark_duplicates(rows_of(("a", "1", "p", "real", "truncated"), ("a", "2", "p", "", "no_label")), NO_LINKS)
+    assert rows["reason"].tolist() == ["truncated", "no_label"]
+    assert rows["group"].tolist() == ["", ""]
     assert not rows["kept"].any()
+
+
+def test_a_chain_does_not_swallow_a_class(monkeypatch, caplog):
+    monkeypatch.setattr("deepfake_core.duplicates.MOST_IN_GROUP", 5)
+    names = [f"{i:03}" for i in range(100)]
+    images = rows_of(*(("a", "1", name, "fake", "") for name in names))
+    chain = links_of(*((one, other, False) for one, other in itertools.pairwise(names)))
+    rows = mark_duplicates(images, chain)
+    assert rows["kept"].all()
+    assert rows.groupby("group").size().max() <= 5
+    assert "left in groups of their own" in caplog.text
+    copies = mark_duplicates(images, chain.assign(same_picture=True))
+    assert copies["group"].nunique() == 1  # copies of one picture are no chain of likenesses
+
+
+def index_of(path: Path) -> pd.DataFrame:
+    return build_index(fetch_archive(Source(name=str(path)), path.parent), path.parent / "data")
+
+
+def test_copies_crops_and_edits_of_drawn_pictures_are_grouped(tmp_path):
+    image = draw_image(1, 256, 24)
+    edited = image.copy()
+    edited.paste(draw_image(2, 64), (96, 160))
+    members = faces(20) | {
+        "real/original.png": encode(image, "PNG"),
+        "real/recoded.jpg": recode(encode(image, quality=90)),
+        "real/small.jpg": encode(image.resize((100, 100), Image.Resampling.LANCZOS), quality=60),
+        "real/cropped.jpg": encode(image.crop((8, 8, 248, 248)), quality=90),
+        "real/mirrored.jpg": encode(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), quality=90),
+        "fake/edited.jpg": encode(edited, quality=90),
+    }
+    index = index_of(write_zip(tmp_path / "a.zip", members))
+    rows = mark_duplicates(index, find_links(index)).set_index("member")
+    (group,) = set(rows.loc[list(members)[40:], "group"])
+    assert (rows["group"] == group).sum() == 6
+    assert rows.loc[list(members)[40:], "reason"].to_dict() == {
+        "real/original.png": "kept",
+        "real/recoded.jpg": "copy",
+        "real/small.jpg": "copy",
+        "real/cropped.jpg": "kept",
+        "real/mirrored.jpg": "kept",
+        "fake/edited.jpg": "kept",
+    }
+
+
+def test_even_pictures_are_no_copies_of_each_other(tmp_path):
+    members = faces(2) | {f"real/grey{i}.png": encode(Image.new("L", (50, 50), 20 * i), "PNG") for i in range(10)}
+    links = find_links(index_of(write_zip(tmp_path / "a.zip", members)))
+    assert links.empty
+
+
+def test_no_images_have_no_links(tmp_path):
+    index = index_of(write_zip(tmp_path / "a.zip", faces(1)))
+    assert list(find_links(index.iloc[:0]).columns) == LINK_COLUMNS
+    assert mark_duplicates(index.iloc[:0], NO_LINKS).empty
+
+
+def test_links_do_not_depend_on_the_order_of_rows_or_cores(tmp_path, monkeypatch):
+    copies = {f"real/small{i}.jpg": encode(draw_image(i).resize((44, 44)), quality=85) for i in range(20)}
+    index = index_of(write_zip(tmp_path / "a.zip", faces(20) | copies))
+    links = find_links(index)
+    assert len(links) >= 20
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    pd.testing.assert_frame_equal(find_links(index.sample(frac=1, random_state=1)), links)
+
+
+@needs_shared
+def test_edits_of_one_photograph_share_a_group_and_different_people_do_not(tmp_path):
+    from benchmarks.near_copies import JUDGED_TRUE, KNOWN_PAIRS
+
+    images = {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for source in ("ciplab", "140k")
+        for path in (SHARED / "faces" / source).rglob("*.jpg")
+    }
+    index = index_of(write_zip(tmp_path / "a.zip", images))
+    links = find_links(index)
+    rows = mark_duplicates(index, links)
+    group = rows.set_index(rows["member"].map(lambda member: Path(member).stem))["group"]
+    assert len(group) == 2400
+    for one, other in KNOWN_PAIRS:
+        assert group[one] == group[other]
+    groups = {" ".join(sorted(part.index)) for _, part in group.groupby(group) if len(part) > 1}
+    assert groups == JUDGED_TRUE
+    assert rows["kept"].all()
+    assert not links["same_picture"].any()
+
+
+def test_jpeg_and_its_recoded_twin_are_one_picture(tmp_path):
+    index = index_of(write_zip(tmp_path / "a.zip", {"real/a.jpg": jpeg(1), "real/b.jpg": recode(jpeg(1))}))
+    rows = mark_duplicates(index, find_links(index)).set_index("member")
+    assert rows["reason"].to_dict() == {"real/a.jpg": "copy", "real/b.jpg": "kept"}

@@ -16,7 +16,7 @@ from deepfake_core import sample
 from deepfake_core.archive import fetch_archive
 from deepfake_core.config import KAGGLE_SOURCES
 from deepfake_core.detector import UnreadableImageError, decode_image
-from deepfake_core.duplicates import mark_duplicates
+from deepfake_core.duplicates import find_links, mark_duplicates
 from deepfake_core.index import build_index
 from deepfake_core.sample import draw_archives
 
@@ -125,7 +125,8 @@ def test_sources_are_local_with_the_rules_of_kaggles(folder):
 
 def test_pipeline_leaves_out_the_odd_files_with_every_reason(folder, tmp_path):
     archives = [fetch_archive(source, tmp_path) for source in draw_archives(folder, PER_CLASS)]
-    rows = mark_duplicates(pd.concat([build_index(archive, tmp_path) for archive in archives]))
+    index = pd.concat([build_index(archive, tmp_path) for archive in archives])
+    rows = mark_duplicates(index, find_links(index))
     kept = rows[rows["kept"]]
     assert kept.groupby(["source", "label"]).size().to_dict() == {
         (FACES_140K.removesuffix(".zip"), "fake"): PER_CLASS,
@@ -135,7 +136,7 @@ def test_pipeline_leaves_out_the_odd_files_with_every_reason(folder, tmp_path):
     }
     reasons = rows[rows["source"] == FACES_140K.removesuffix(".zip")]
     reasons = reasons[reasons["member"].str.endswith(".jpg")]["reason"].value_counts().to_dict()
-    expected = {"duplicate": 4, "label_conflict": 2, "truncated": 1, "not_an_image": 1}
+    expected = {"copy": 4, "label_conflict": 2, "truncated": 1, "not_an_image": 1}
     assert reasons == {"kept": 2 * PER_CLASS, **expected}
 
 
