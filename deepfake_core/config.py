@@ -14,11 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 CLASS_NAMES = ("real", "fake")
 """A label is the position here: fake is 1, the positive class, everywhere."""
 
+CLASS_COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
+"""In figures and reports."""
+
 SPLITS = ("train", "val", "test")
 
 Architecture = Literal["cnn"]
 Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(get_args(Architecture))})]
 """An architecture, which Prefect's form offers as a list to choose from."""
+
+
+Normalisation = Literal["none", "reencode"]
 
 
 def _state_bounds(schema: dict[str, Any]) -> None:
@@ -105,16 +111,28 @@ class DataParameters(Parameters):
     sources: tuple[Source, ...] = Field(
         default=KAGGLE_SOURCES,
         min_length=1,
-        description="Data sets to merge. Where two hold the same picture, the one listed first keeps it.",
+        description="Data sets to merge. Where two hold the same picture equally large, the one listed first keeps it.",
     )
     data_dir: Path = Field(
         default=Path("data"), description="Folder that holds archives, image indexes and split folders."
     )
     test_fraction: float = Field(
-        default=0.15, gt=0, lt=1, description="Share of the pictures that are seen once, at the end."
+        default=0.15,
+        gt=0,
+        lt=1,
+        description="Share of the new pictures that are seen once, at the end. Images of earlier versions stay in "
+        "their split, whatever the shares.",
     )
     val_fraction: float = Field(
-        default=0.15, gt=0, lt=1, description="Share of the pictures that choose checkpoint and candidate."
+        default=0.15, gt=0, lt=1, description="Share of the new pictures that choose checkpoint and candidate."
+    )
+
+    normalise: Annotated[Normalisation, WithJsonSchema({"type": "string", "enum": list(get_args(Normalisation))})] = (
+        Field(
+            default="none",
+            description="none: images keep their bytes. reencode: every image is written at one size and JPEG quality, "
+            "so that a model can't tell fakes by their compression.",
+        )
     )
 
     @model_validator(mode="after")

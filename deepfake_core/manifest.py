@@ -1,11 +1,12 @@
 """Kept images are split and published: whole or not at all, under a name made from their content."""
 
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import pandas as pd
+from PIL import Image
 
 from deepfake_core.archive import Archive, ArchiveReader, Progress
-from deepfake_core.config import CLASS_NAMES, SPLITS
+from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, Normalisation
+from deepfake_core.detector import decode_image
+from deepfake_core.duplicates import connect, find_ends
 from deepfake_core.errors import ArchiveError, DatasetError, LockedError
 from deepfake_core.files import write_beside, write_json
 
@@ -25,7 +30,11 @@ log = logging.getLogger(__name__)
 
 COLUMNS = [
     "source", "member", "sha256", "label", "width", "height", "split", "kept", "reason", "group", "path",
+    "copy_of", "bytes", "format", "jpeg_table",
 ]  # fmt: skip
+NORMAL_SIZE, NORMAL_QUALITY = 256, 90
+"""Side in pixels and JPEG quality of all images where `normalise` is `reencode`."""
+
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
 
@@ -81,30 +90,40 @@ def open_dataset(path: str | Path) -> Dataset:
     return Dataset(path)
 
 
-def assign_splits(rows: pd.DataFrame, val_fraction: float, test_fraction: float) -> pd.DataFrame:
-    """Put each kept image into train, val or test.
+def assign_splits(
+    rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str], val_fraction: float, test_fraction: float
+) -> pd.DataFrame:
+    """Put each kept image into train, val or test; all of a group go to one split.
 
-    The split is a function of the picture alone: its pixels' SHA-256, read as a number between 0 and 1,
-    falls below `test_fraction` (test), below `test_fraction + val_fraction` (val), or above (train). So it
-    never changes as data is added, and every source and label is divided by the same fractions,
-    up to chance.
+    A group whose images an earlier version held stays in that version's split. A new group's split is a function
+    of the group alone: the hash of its name, read as a number between 0 and 1, falls below `test_fraction` (test),
+    below `test_fraction + val_fraction` (val), or above (train). So every source and label is divided by the same
+    fractions, up to chance.
+
+    Where new images join groups that lie in different splits, those images are left out; where old ones do, the smaller
+    part is. The reason is then `split_conflict`.
 
     Args:
-        rows: with `group`, `kept`, `label`.
+        rows: from `mark_duplicates`.
+        links: from `find_links`.
+        memory: splits of images that earlier versions held, by SHA-256; see `read_memory`.
 
     Returns:
-        The same rows with `split` and `path` (both empty where not kept).
+        The same rows with `split` and `path` (both empty where not kept), and `group` of what is left together.
 
     Raises:
         DatasetError: if a class has no image in some split.
     """
-    position = rows["group"].map(lambda name: int(name[:16] or "0", 16) / 2**64)
+    rows = _resolve_conflicts(rows, links, memory)
+    remembered = rows["sha256"].map(memory).groupby(rows["group"]).transform("first")
+    position = rows["group"].map(
+        {name: int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 2**64 for name in set(rows["group"])}
+    )
     split = pd.Series("train", index=rows.index)
     split[position < test_fraction + val_fraction] = "val"
     split[position < test_fraction] = "test"
-    split = split.where(rows["kept"], "")
-    suffix = rows["format"].map(SUFFIXES)
-    path = (split + "/" + rows["label"] + "/" + rows["sha256"] + suffix).where(rows["kept"], "")
+    split = remembered.where(remembered.notna(), split).where(rows["kept"], "")
+    path = (split + "/" + rows["label"] + "/" + rows["sha256"] + rows["format"].map(SUFFIXES)).where(rows["kept"], "")
     rows = rows.assign(split=split, path=path)
     for name in SPLITS:
         for label in CLASS_NAMES:
@@ -118,26 +137,96 @@ def assign_splits(rows: pd.DataFrame, val_fraction: float, test_fraction: float)
     return rows
 
 
+def _resolve_conflicts(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str]) -> pd.DataFrame:
+    """Leave out what joins images of different splits, and name the groups of the others anew."""
+    grouped = rows[rows["group"] != ""]
+    remembered = grouped["sha256"].map(memory)
+    torn = set(grouped["group"][remembered.groupby(grouped["group"]).transform("nunique") > 1])
+    if not torn:
+        return rows
+    images = grouped[grouped["group"].isin(torn)].drop_duplicates("sha256").set_index("sha256")
+    names = images.index.sort_values()
+    split = names.map(lambda name: memory.get(name, "")).to_numpy(object)
+    inside = links[links["image"].isin(names) & links["other"].isin(names)]
+    ends = find_ends(names, inside)
+
+    # Parts are linked images of one split, or linked new ones. The largest are kept, old ones first.
+    part = connect(names, inside[split[ends[0]] == split[ends[1]]])
+    sides = pd.Series(split).groupby(part).first()
+    beside: dict[int, set[int]] = {number: set() for number in sides.index}
+    for one, other in zip(part[ends[0]], part[ends[1]], strict=True):
+        beside[one].add(other)
+        beside[other].add(one)
+    side: dict[int, str] = {}
+    for number in sorted(beside, key=lambda number: (not sides[number], -(part == number).sum(), number)):
+        allowed = {side[other] for other in beside[number] if other in side} | ({sides[number]} - {""})
+        if len(allowed) == 1:
+            (side[number],) = allowed
+    kept = np.isin(part, list(side))
+    together = connect(names, inside[kept[ends[0]] & kept[ends[1]]])
+    group = pd.Series(names, index=names).groupby(together).transform("first")
+    left_out = set(names[~kept])
+
+    rows = rows.copy()
+    rows["group"] = rows["sha256"].map(group).where(rows["group"] != "").fillna(rows["group"])
+    conflict = rows["sha256"].isin(left_out) & rows["kept"]
+    rows.loc[conflict, "reason"] = "split_conflict"
+    instead = rows[rows["copy_of"].isin(left_out) & ~rows["sha256"].isin(left_out)]  # a smaller copy takes its place
+    instead = instead.sort_values(["width", "bytes"], ascending=False, kind="stable").drop_duplicates("copy_of")
+    rows.loc[instead.index, "reason"] = "kept"
+    rows.loc[instead.index, "copy_of"] = ""
+    rows["kept"] = rows["reason"] == "kept"
+    log.warning("%d images left out, which join groups of different splits", int(conflict.sum()))
+    return rows
+
+
+def read_memory(data_dir: Path) -> dict[str, str]:
+    """Return the split of every image that any version in this data folder held, by SHA-256.
+
+    Images of a group that were left out as copies are remembered too: should the kept one go, they take its place.
+    """
+    path = data_dir / "splits" / "memory.parquet"
+    if not path.exists():
+        return {}
+    memory = pd.read_parquet(path)
+    return dict(zip(memory["sha256"], memory["split"], strict=True))
+
+
+def _remember(rows: pd.DataFrame, data_dir: Path) -> None:
+    splits = rows[rows["kept"]].drop_duplicates("group").set_index("group")["split"]
+    now = rows["group"].map(splits)
+    memory = read_memory(data_dir)
+    known = len(memory)
+    memory = dict(zip(rows["sha256"][now.notna()], now.dropna(), strict=True)) | memory
+    if len(memory) > known:
+        with write_beside(data_dir / "splits" / "memory.parquet") as beside:
+            table = pd.DataFrame(sorted(memory.items()), columns=["sha256", "split"])
+            table.to_parquet(beside, index=False)
+
+
 def publish_dataset(
     rows: pd.DataFrame,
     archives: Sequence[Archive],
-    data_dir: Path,
-    parameters: dict[str, Any],
+    parameters: DataParameters,
     on_progress: Progress | None = None,
 ) -> Dataset:
     """Write the split folders; a version that is there already is not copied again.
 
-    The version is a hash of every kept image's bytes, label and split: same images, same version,
+    The version is a hash of every kept image's bytes, label and split, and of `normalise`: same images, same version,
     in whatever order they came. The folder is written beside and renamed into place.
     """
+    data_dir, normalise = parameters.data_dir, parameters.normalise
     manifest = rows[COLUMNS].sort_values(["source", "member", "sha256"], ignore_index=True)
-    version = _hash_content(manifest)
+    if normalise == "reencode":
+        manifest["path"] = manifest["path"].str.replace(r"\.\w+$", ".jpg", regex=True)
+    version = _hash_content(manifest, normalise)
     description: dict[str, Any] = {
         "version": version,
-        "parameters": parameters,
+        "parameters": parameters.model_dump(include={"val_fraction", "test_fraction", "normalise"}),
         "sources": [archive.describe() for archive in archives],
         "counts": _count(manifest, [archive.source.short_name for archive in archives]),
     }
+    _remember(rows, data_dir)
     target = data_dir / "splits" / version
     if target.is_dir():
         log.info("data set %s is published already, nothing to copy", version)
@@ -147,7 +236,7 @@ def publish_dataset(
     beside = target.with_name(f".{version}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # left by a run that was killed: the lock is ours
     try:
-        _copy_images(manifest, archives, beside, on_progress)
+        _copy_images(manifest, archives, beside, normalise, on_progress)
         _write_manifest(beside, manifest, description)
         beside.replace(target)
     except BaseException:
@@ -157,9 +246,11 @@ def publish_dataset(
     return Dataset(target)
 
 
-def _hash_content(manifest: pd.DataFrame) -> str:
+def _hash_content(manifest: pd.DataFrame, normalise: Normalisation) -> str:
     kept = manifest.loc[manifest["kept"], ["sha256", "label", "split"]]
     lines = sorted(" ".join(row) for row in kept.itertuples(index=False))
+    if normalise != "none":
+        lines.append(f"{normalise} {NORMAL_SIZE} {NORMAL_QUALITY}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -184,7 +275,11 @@ def _count_reasons(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def _copy_images(
-    manifest: pd.DataFrame, archives: Sequence[Archive], folder: Path, on_progress: Progress | None
+    manifest: pd.DataFrame,
+    archives: Sequence[Archive],
+    folder: Path,
+    normalise: Normalisation,
+    on_progress: Progress | None,
 ) -> None:
     for split in SPLITS:
         for label in CLASS_NAMES:
@@ -202,12 +297,20 @@ def _copy_images(
                         f"An archive must not change during a run. {row.member!r} of {row.source} has other "
                         "bytes than when it was indexed. Nothing was published; run again."
                     )
-                (folder / row.path).write_bytes(data)
+                (folder / row.path).write_bytes(data if normalise == "none" else _reencode(data))
 
             for _ in pool.map(copy, mine.itertuples(index=False)):
                 done += 1
                 if on_progress and (done % 500 == 0 or done == total):
                     on_progress(done, total)
+
+
+def _reencode(data: bytes) -> bytes:
+    """Write an image as all others are written, so that size and compression tell nothing of its label."""
+    buffer = io.BytesIO()
+    image = decode_image(data).resize((NORMAL_SIZE, NORMAL_SIZE), Image.Resampling.LANCZOS)
+    image.save(buffer, "JPEG", quality=NORMAL_QUALITY)
+    return buffer.getvalue()
 
 
 def _write_manifest(folder: Path, manifest: pd.DataFrame, description: dict[str, Any]) -> None:
