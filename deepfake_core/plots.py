@@ -11,11 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn import metrics as sklearn_metrics
 
 from deepfake_core.batches import Batches, Images
-from deepfake_core.config import CLASS_NAMES, TrainingParameters
+from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, TrainingParameters
 from deepfake_core.metrics import Confusion
 from deepfake_core.models import Augmentation
-
-COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
 
 
 def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
@@ -25,7 +23,7 @@ def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
     axes = figure.subplots()
     positions = np.arange(len(counts))
     for offset, label in zip((-0.2, 0.2), CLASS_NAMES, strict=True):
-        bars = axes.bar(positions + offset, counts[label], width=0.4, label=label, color=COLOURS[label])
+        bars = axes.bar(positions + offset, counts[label], width=0.4, label=label, color=CLASS_COLOURS[label])
         axes.bar_label(bars)
     axes.set_xticks(positions, [textwrap.fill(source, 18) for source in counts.index])
     axes.set(title=f"{split}: {len(rows)} images", ylabel="images")

@@ -148,7 +148,7 @@ def _flatten(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def log_dataset(run_id: str, dataset: "Dataset") -> None:
-    """Log the manifest as the run's dataset input, and it and dataset.json as artifacts."""
+    """Log the manifest as the run's dataset input, and it, dataset.json and the report as artifacts."""
     from mlflow.data.pandas_dataset import from_pandas  # pandas is no part of the base install
 
     client = mlflow.MlflowClient()
@@ -160,7 +160,7 @@ def log_dataset(run_id: str, dataset: "Dataset") -> None:
         tags = [mlflow.entities.InputTag("mlflow.data.context", "training")]
         dataset_input = mlflow.entities.DatasetInput(manifest._to_mlflow_entity(), tags)
     client.log_inputs(run_id, datasets=[dataset_input])
-    for file in ("manifest.parquet", "dataset.json"):
+    for file in ("manifest.parquet", "dataset.json", "report.html"):
         client.log_artifact(run_id, str(dataset.path / file), "dataset")
     client.set_tag(run_id, "dataset_version", dataset.version)
 

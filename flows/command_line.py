@@ -166,3 +166,4 @@ def print_next_steps(dataset: Dataset) -> None:
     print("\nTo look further:")
     for purpose, command in commands.items():
         print(f"  # {purpose}\n  {command}")
+    print(f"  # what the data set holds, and what a model could cheat by\n  {(dataset.path / 'report.html').as_uri()}")

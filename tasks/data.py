@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 from prefect import State, Task, task
-from prefect.artifacts import create_table_artifact
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import TaskRun
 
-from deepfake_core import archive, duplicates, index, manifest
+from deepfake_core import archive, duplicates, index, manifest, report
 from deepfake_core.archive import Archive
 from deepfake_core.config import DataParameters, Source
 from deepfake_core.errors import TransientError
@@ -44,24 +44,30 @@ def build_index(archive: Archive, data_dir: Path) -> pd.DataFrame:
         return index.build_index(archive, data_dir, on_progress)
 
 
+@task(name="find near copies", tags=["cpu"], cache_policy=NO_CACHE)
+def find_links(indexes: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Find the pairs of pictures that are copies, edits or neighbours of each other."""
+    return duplicates.find_links(pd.concat(indexes))
+
+
 @task(name="deduplicate", tags=["cpu"], cache_policy=NO_CACHE)
-def deduplicate(indexes: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Keep one copy per picture across all sources."""
-    return duplicates.mark_duplicates(pd.concat(indexes))
+def deduplicate(indexes: Sequence[pd.DataFrame], links: pd.DataFrame) -> pd.DataFrame:
+    """Group near copies, and keep one copy per picture across all sources."""
+    return duplicates.mark_duplicates(pd.concat(indexes), links)
 
 
 @task(name="split", tags=["cpu"], cache_policy=NO_CACHE)
-def split(rows: pd.DataFrame, data: DataParameters) -> pd.DataFrame:
-    """Put each kept image into train, val or test."""
-    return manifest.assign_splits(rows, data.val_fraction, data.test_fraction)
+def split(rows: pd.DataFrame, links: pd.DataFrame, data: DataParameters) -> pd.DataFrame:
+    """Put each kept image into train, val or test, whole groups together and known images where they were."""
+    memory = manifest.read_memory(data.data_dir)
+    return manifest.assign_splits(rows, links, memory, data.val_fraction, data.test_fraction)
 
 
 @task(name="merge", tags=["cpu"], cache_policy=NO_CACHE)
 def merge(rows: pd.DataFrame, archives: Sequence[Archive], data: DataParameters) -> Dataset:
     """Publish the split folders, whole or not at all."""
-    fractions = data.model_dump(include={"val_fraction", "test_fraction"})
     with report_progress("merge") as on_progress:
-        dataset = manifest.publish_dataset(rows, archives, data.data_dir, fractions, on_progress)
+        dataset = manifest.publish_dataset(rows, archives, data, on_progress)
     counts = dataset.description["counts"]["sources"]
     create_table_artifact(
         [{"source": source, **reasons} for source, reasons in counts.items()],
@@ -69,3 +75,12 @@ def merge(rows: pd.DataFrame, archives: Sequence[Archive], data: DataParameters)
         description=f"Files per source and what became of them; data set {dataset.version} at {dataset.path}",
     )
     return dataset
+
+
+@task(name="report", tags=["cpu"], cache_policy=NO_CACHE)
+def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> None:
+    """Write the data set's report beside its images, and link it."""
+    path = report.write_report(dataset, links, archives)
+    create_link_artifact(
+        path.as_uri(), key="data-report", link_text=f"report of data set {dataset.version}", description=str(path)
+    )

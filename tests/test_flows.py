@@ -34,7 +34,7 @@ def parameters(folder: Path, *sources: Source) -> DataParameters:
 
 def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make decoding, copying and downloading fail."""
-    monkeypatch.setattr("deepfake_core.index.decode_image", None)
+    monkeypatch.setattr("deepfake_core.index._decode", None)
     monkeypatch.setattr("deepfake_core.batches.decode_image", None)
     monkeypatch.setattr("deepfake_core.manifest._copy_images", None)
     monkeypatch.setattr("deepfake_core.archive._log_in", None)
@@ -52,9 +52,9 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     with caplog.at_level(logging.INFO, "deepfake_core"):
         dataset, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
     assert version == "1"
-    assert open_dataset(dataset).description["counts"]["reasons"] == {"duplicate": 80, "kept": 80}
+    assert open_dataset(dataset).description["counts"]["reasons"] == {"copy": 80, "kept": 80}
     assert registry.find_production(NAME) == "1"
-    assert "80 kept, 80 duplicates" in caplog.text
+    assert "160 usable images: 80 copy, 80 kept" in caplog.text
 
     forbid_work(monkeypatch)
     again, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
@@ -73,7 +73,9 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     assert {"progress", "markdown", "table"} <= {artifact.type for artifact in artifacts}
     (decision,) = [artifact for artifact in artifacts if artifact.key == "promotion" and "version 2" in artifact.data]
     assert "Version 1 was in production." in decision.data
-    assert {"train-cnn", "index-first-1", "merge"} <= {artifact.key for artifact in artifacts}
+    assert {"train-cnn", "index-first-1", "merge", "data-report"} <= {artifact.key for artifact in artifacts}
+    (report, *_) = [artifact for artifact in artifacts if artifact.key == "data-report"]
+    assert (Path(dataset) / "report.html").as_uri() in report.data
 
     logged = check_run(second.run_id)
     assert logged["params"]["architecture"] == "cnn"
@@ -104,6 +106,7 @@ def check_run(run_id: str) -> dict:
     assert parent_artifacts == {
         "dataset/dataset.json",
         "dataset/manifest.parquet",
+        "dataset/report.html",
         "figures/classes_test.png",
         "figures/classes_train.png",
         "figures/training_batch.png",

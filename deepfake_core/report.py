@@ -1,0 +1,189 @@
+"""A data set's report: one page that says what was found, what was left out, and what a model could cheat by."""
+
+import base64
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from deepfake_core.archive import Archive, ArchiveReader
+from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, SPLITS
+from deepfake_core.detector import decode_image
+from deepfake_core.files import write_beside
+from deepfake_core.manifest import Dataset
+from deepfake_core.shortcuts import find_shortcuts
+
+log = logging.getLogger(__name__)
+
+MOST_GROUPS, MOST_OF_GROUP, MOST_PAIRS, MOST_LISTED = 60, 8, 300, 200
+SHOWN_SIZE = 160
+BARS = 12
+
+
+class Shown(NamedTuple):
+    """A picture in the gallery."""
+
+    source: str
+    label: str
+    title: str
+    text: str
+    data: str
+
+
+def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> Path:
+    """Write `report.html`, self-contained, and `links.parquet` into the split folder; return the report's path.
+
+    A report that is there already, and not older than the manifest, is left as it is.
+
+    Args:
+        links: from `find_links`.
+        archives: the data set's; the gallery also shows copies that were left out, which are only there.
+    """
+    path = dataset.path / "report.html"
+    if path.exists() and path.stat().st_mtime >= (dataset.path / "manifest.parquet").stat().st_mtime:
+        return path
+    with write_beside(dataset.path / "links.parquet") as beside:
+        links.to_parquet(beside, index=False)
+    manifest = dataset.manifest
+    kept = manifest[manifest["kept"]]
+    shortcuts = find_shortcuts(kept)
+    pictures = (
+        manifest.sort_values("kept", ascending=False, kind="stable").drop_duplicates("sha256").set_index("sha256")
+    )
+    ends = links[links["image"].isin(pictures.index) & links["other"].isin(pictures.index)]
+    labels = [pictures["label"].reindex(ends[end]).to_numpy() for end in ("image", "other")]
+    pairs = ends[labels[0] != labels[1]].sort_values(["likeness", "image"], ascending=[False, True])
+    in_groups = pictures[pictures["group"] != ""].groupby("group").size().sort_values(ascending=False, kind="stable")
+    in_groups = in_groups[in_groups > 1]
+
+    groups = [pictures[pictures["group"] == name] for name in in_groups.index[:MOST_GROUPS]]
+    sides = [
+        pictures.loc[[pair.image, pair.other]].sort_values("label", ascending=False)  # the real one to the left
+        for pair in pairs[:MOST_PAIRS].itertuples()
+    ]
+    show = _read_pictures([rows[:MOST_OF_GROUP] for rows in groups] + sides, archives)
+    page = _load_template().render(
+        dataset=dataset,
+        counts=dataset.description["counts"],
+        class_names=CLASS_NAMES,
+        colours=CLASS_COLOURS,
+        splits=SPLITS,
+        reasons=_list_reasons(dataset.description["counts"]["reasons"]),
+        by_source=kept.value_counts(["source", "label"]).to_dict(),
+        shortcuts=shortcuts.to_dict("records"),
+        figure=_encode_figure(plot_file_facts(kept)),
+        group_count=len(in_groups),
+        torn=int((kept.groupby("group")["split"].nunique() > 1).sum()),
+        groups=[([show[sha256] for sha256 in rows.index[:MOST_OF_GROUP]], len(rows)) for rows in groups],
+        pair_count=len(pairs),
+        pairs=[
+            ([show[sha256] for sha256 in rows.index], pair)
+            for rows, pair in zip(sides, pairs[:MOST_PAIRS].itertuples(), strict=True)
+        ],
+        conflicts=manifest[manifest["reason"] == "split_conflict"][:MOST_LISTED].to_dict("records"),
+    )  # fmt: skip
+    with write_beside(path) as beside:
+        beside.write_text(page)
+    log.info(
+        "report of data set %s: %d shortcuts, %d groups, %d pairs across labels",
+        dataset.version,
+        len(shortcuts),
+        len(in_groups),
+        len(pairs),
+    )
+    return path
+
+
+def plot_file_facts(kept: pd.DataFrame) -> Figure:
+    """Draw sizes, bytes per pixel and quantisation tables of the kept images, per label."""
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    sizes, density, tables = figure.subplot_mosaic([["sizes", "density"], ["tables", "tables"]]).values()
+    _plot_bars(sizes, kept["width"].astype(str) + " x " + kept["height"].astype(str), kept["label"], 6)
+    sizes.set(title="Size in pixels", ylabel="images")
+    _plot_bars(tables, kept["jpeg_table"].replace("", "no JPEG"), kept["label"], BARS)
+    tables.set(title="JPEG quantisation tables (libjpeg's quality, digest)", ylabel="images")
+    per_pixel = kept["bytes"] / (kept["width"] * kept["height"])
+    bins = np.linspace(0, per_pixel.quantile(0.999), 40).tolist()
+    for label in CLASS_NAMES:
+        values = per_pixel[kept["label"] == label]
+        density.hist(values, bins=bins, alpha=0.6, color=CLASS_COLOURS[label], label=label)
+    density.set(title="Bytes per pixel", ylabel="images")
+    density.legend()
+    return figure
+
+
+def _plot_bars(axes: Any, values: pd.Series, labels: pd.Series, most: int) -> None:
+    counts = pd.crosstab(values, labels).reindex(columns=CLASS_NAMES, fill_value=0)
+    counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    if len(counts) > most:
+        counts = pd.concat(
+            [counts[: most - 1], counts[most - 1 :].sum().to_frame(f"{len(counts) - most + 1} others").T]
+        )
+    positions = np.arange(len(counts))
+    for offset, label in zip((-0.2, 0.2), CLASS_NAMES, strict=True):
+        bars = axes.bar(positions + offset, counts[label], width=0.4, label=label, color=CLASS_COLOURS[label])
+        axes.bar_label(bars, fontsize=7)
+    axes.set_xticks(positions, counts.index, fontsize=7)
+    axes.margins(y=0.3)
+    axes.legend(loc="upper right")
+
+
+def _list_reasons(reasons: dict[str, int]) -> list[str]:
+    return ["kept", *sorted(set(reasons) - {"kept"})]
+
+
+def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) -> dict[str, Shown]:
+    """Read pictures from the archives, as small JPEGs in data URLs, by SHA-256."""
+    if not rows:
+        return {}
+    wanted = pd.concat(rows)
+    wanted = wanted[~wanted.index.duplicated()]
+    shown = {}
+    for archive in archives:
+        mine = wanted[wanted["source"] == archive.source.short_name]
+        if mine.empty:
+            continue
+        with ArchiveReader(archive.path) as reader:
+            members = {member.name: member for member in reader.members}
+            for row in mine.itertuples():
+                image = decode_image(reader.read(members[str(row.member)]))
+                shown[str(row.Index)] = _show(row, image)
+    return shown
+
+
+def _show(row: Any, image: Image.Image) -> Shown:
+    image.thumbnail((SHOWN_SIZE, SHOWN_SIZE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    place = row.split if row.kept else row.reason.replace("_", " ")
+    text = f"{row.label}, {place}, {row.width} x {row.height}, {row.bytes / 1000:,.0f}\N{NO-BREAK SPACE}kB"
+    return Shown(row.source, row.label, row.member, text, _encode(buffer.getvalue(), "image/jpeg"))
+
+
+def _encode(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _encode_figure(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _encode(buffer.getvalue(), "image/svg+xml")
+
+
+def _load_template() -> jinja2.Template:
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")

@@ -1,0 +1,77 @@
+"""Shortcuts: what a model could learn instead of forgery, such as a quantisation table that only fakes have."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
+
+from deepfake_core.config import CLASS_NAMES
+
+LEAST_AUC = 0.55
+LEAST_STANDARD_ERRORS = 4.0
+"""How far from 0.5 an AUC must lie to be no chance, in its standard errors (Hanley and McNeil 1982, at 0.5)."""
+
+NUMBERS = {
+    "width": ("wider images", "narrower images"),
+    "height": ("taller images", "less tall images"),
+    "bytes": ("larger files", "smaller files"),
+    "bytes_per_pixel": ("more bytes per pixel", "fewer bytes per pixel"),
+}
+KINDS = {"format": "format", "jpeg_table": "JPEG table"}
+COLUMNS = ["scope", "shortcut", "auc", "real", "fake"]
+
+
+def find_shortcuts(kept: pd.DataFrame) -> pd.DataFrame:
+    """Find facts about files that tell the label without a look at the picture.
+
+    Args:
+        kept: manifest rows of kept images.
+
+    Returns:
+        One row per shortcut, the strongest first: `scope` (a source, or all), `shortcut` (what fakes have), `auc` (of
+        calling fake what has it, 0.5 to 1), and what the images of each label have, as text. Facts that tell the label
+        no better than chance are left out.
+    """
+    scopes = {str(source): rows for source, rows in kept.groupby("source")}
+    if len(scopes) > 1:
+        scopes["all"] = kept
+    found = [
+        (scope, *shortcut)
+        for scope, rows in scopes.items()
+        for shortcut in [*_compare_numbers(rows), *_compare_kinds(rows)]
+    ]
+    return pd.DataFrame(found, columns=COLUMNS).sort_values("auc", ascending=False, kind="stable", ignore_index=True)
+
+
+def _compare_numbers(rows: pd.DataFrame) -> Iterator[tuple[str, float, str, str]]:
+    values = rows.assign(bytes_per_pixel=rows["bytes"] / (rows["width"] * rows["height"]))
+    for name, (more, less) in NUMBERS.items():
+        auc = _measure(rows["label"], values[name])
+        if auc is not None:
+            medians = values.groupby("label")[name].median()
+            real, fake = (f"median {medians[label]:,.{0 if medians[label] > 10 else 3}f}" for label in CLASS_NAMES)
+            yield more if auc > 0.5 else less, max(auc, 1 - auc), real, fake
+
+
+def _compare_kinds(rows: pd.DataFrame) -> Iterator[tuple[str, float, str, str]]:
+    for name, title in KINDS.items():
+        for value in sorted(set(rows[name]) - {""}):
+            has = rows[name] == value
+            auc = _measure(rows["label"], has)
+            if auc is not None:
+                shares = has.groupby(rows["label"]).mean()
+                real, fake = (f"{shares[label]:.1%} have {value}" for label in CLASS_NAMES)
+                yield f"{title} {value}" if auc > 0.5 else f"{title} other than {value}", max(auc, 1 - auc), real, fake
+
+
+def _measure(labels: pd.Series, values: pd.Series) -> float | None:
+    """Return the AUC of larger values for fake; None if it may be chance, or a class is missing."""
+    fake = labels == CLASS_NAMES[1]
+    fakes, reals = int(fake.sum()), int((~fake).sum())
+    if not fakes or not reals:
+        return None
+    auc = float(roc_auc_score(fake, values.astype(float)))
+    error = np.sqrt((1 / fakes + 1 / reals) / 12)
+    distance = abs(auc - 0.5)
+    return auc if distance >= max(LEAST_AUC - 0.5, LEAST_STANDARD_ERRORS * error) else None
