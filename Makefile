@@ -4,10 +4,10 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench lock deploy
+.PHONY: help demo test check bench bench-data lock deploy
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no GPU; under 5 minutes
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
@@ -26,6 +26,11 @@ check: .venv/installed  ## check format, lint, types, import rules, and that the
 
 bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder of the three zips
 	$(BIN)/python benchmarks/retrain.py $(ARCHIVES)
+	$(BIN)/python -m tests.test_readme
+
+bench-data: .venv/installed  ## measure near copies and the speed of preparing data: make bench-data ARCHIVES=folder
+	$(BIN)/python benchmarks/near_copies.py $(ARCHIVES)
+	$(BIN)/python benchmarks/data_speed.py $(ARCHIVES)
 	$(BIN)/python -m tests.test_readme
 
 lock: .venv/installed  ## write requirements.lock anew from pyproject.toml

@@ -1,0 +1,300 @@
+"""Speed of index, pair search and merge, each beside what it is held against, in one run.
+
+    python benchmarks/data_speed.py ARCHIVES
+
+ARCHIVES holds real-and-fake-face-detection.zip and 140k-real-and-fake-faces.zip. Measured are, with a thread per core:
+
+- index: from a zip to the finished index, against libjpeg-turbo's scaled grey decoding of the same bytes in memory (the
+  floor), and against `imagehash.phash` with Pillow;
+- growth: the index of an archive that grew by 1 %, against that of the same archive from nothing;
+- merge: publishing split folders from a zip, against copying the same images from folder to folder;
+- pair search: 20,000 to 1,000,000 simulated hashes with neighbours planted at known distances, against faiss's exact
+  search, each in a process of its own; and 140,000 images through all views.
+
+Each round measures all sides in turn; figures are medians of the rounds. The results go into
+benchmarks/results/data_speed.json and pair_search.png, which the README quotes.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import faiss
+import imagehash
+import numpy as np
+import simplejpeg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from deepfake_core import hashes
+from deepfake_core.archive import Archive, fetch_archive
+from deepfake_core.config import KAGGLE_SOURCES, DataParameters, Source
+from deepfake_core.duplicates import RADIUS
+from deepfake_core.files import write_json
+from deepfake_core.index import SMALLEST_SIDE, build_index
+from deepfake_core.manifest import assign_splits, publish_dataset
+
+FOLDER = Path(__file__).parent / "results"
+CORES = os.cpu_count() or 1
+SIZES = (20_000, 50_000, 100_000, 140_000, 200_000, 500_000, 1_000_000)
+LARGEST_FLAT = 200_000
+DISTANCES = (20, 30, 40, 50, 60)
+PLANTED = 1000
+"""Pairs planted at each distance."""
+
+
+def time_rounds(rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
+    """Time each side once a round, in turn; return the medians in seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def each(run: Callable[[bytes], object], images: Sequence[bytes]) -> None:
+    """Run a function on all images, a thread per core."""
+    parts = [images[start : start + 64] for start in range(0, len(images), 64)]
+    with ThreadPoolExecutor(CORES) as pool:
+        for _ in pool.map(lambda part: [run(data) for data in part], parts):
+            pass
+
+
+def read_images(path: Path, part: str) -> list[bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return [archive.read(name) for name in archive.namelist() if name.endswith(".jpg") and name.startswith(part)]
+
+
+def repeat(images: Iterable[bytes], times: int) -> list[bytes]:
+    """Make JPEGs of other bytes with the same pixels, by a comment that numbers them."""
+    return [data[:2] + b"\xff\xfe\x00\x06%04d" % number + data[2:] for number in range(times) for data in images]
+
+
+def write_zip(path: Path, images: Sequence[bytes]) -> Archive:
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, data in enumerate(images):
+            archive.writestr(f"{('real', 'fake')[number % 2]}/{number}.jpg", data)
+    return fetch_archive(Source(name=str(path)), path.parent)
+
+
+def measure_index(images: Sequence[bytes], folder: Path, rounds: int) -> dict[str, float]:
+    archive = write_zip(folder / "images.zip", images)
+
+    def index() -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as data_dir:
+            build_index(archive, Path(data_dir))
+
+    def decode(data: bytes) -> None:
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=SMALLEST_SIDE, min_width=SMALLEST_SIDE)
+
+    seconds = time_rounds(
+        rounds,
+        index=index,
+        decoding=lambda: each(decode, images),
+        phash=lambda: each(lambda data: imagehash.phash(Image.open(io.BytesIO(data))), images),
+    )
+    return {
+        "images": len(images),
+        **{f"{name}_images_per_second": len(images) / value for name, value in seconds.items()},
+        "of_decoding": seconds["decoding"] / seconds["index"],
+        "times_phash": seconds["phash"] / seconds["index"],
+    }
+
+
+def measure_growth(images: Sequence[bytes], folder: Path) -> dict[str, float]:
+    source = folder / "growing.zip"
+    before, after = images[: len(images) * 100 // 101], images
+    seconds: dict[str, list[float]] = {"first": [], "grown": [], "afresh": []}
+    for _ in range(3):
+        with tempfile.TemporaryDirectory(dir=folder) as first, tempfile.TemporaryDirectory(dir=folder) as second:
+            for name, part, data_dir in (("first", before, first), ("grown", after, first), ("afresh", after, second)):
+                archive = write_zip(source, part)
+                start = time.perf_counter()
+                build_index(archive, Path(data_dir))
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"images": len(after), "new_images": len(after) - len(before)} | {
+        f"{name}_seconds": value for name, value in medians.items()
+    }
+
+
+def measure_merge(images: Sequence[bytes], folder: Path) -> dict[str, float]:
+    archive = write_zip(folder / "images.zip", images)
+    index = build_index(archive, folder)
+    rows = index.assign(group=index["sha256"], kept=True, reason="kept", copy_of="")  # all, though they are copies
+    links = index[["sha256"]].iloc[:0].assign(image="", other="")
+    originals, copies, data_dir = folder / "originals", folder / "copies", folder / "data"
+    originals.mkdir()
+    names = [originals / f"{number}.jpg" for number in range(len(images))]
+    for name, data in zip(names, images, strict=True):
+        name.write_bytes(data)
+    rows = assign_splits(rows, links, {}, 0.15, 0.15)
+
+    def copy() -> None:
+        shutil.rmtree(copies, ignore_errors=True)
+        copies.mkdir()
+        with ThreadPoolExecutor(CORES) as pool:
+            list(pool.map(lambda name: shutil.copyfile(name, copies / name.name), names))
+
+    def publish() -> None:
+        shutil.rmtree(data_dir, ignore_errors=True)
+        publish_dataset(rows, [archive], DataParameters(data_dir=data_dir))
+
+    seconds = time_rounds(5, copying=copy, merge=publish)
+    return {
+        "images": len(images),
+        **{f"{name}_images_per_second": len(images) / value for name, value in seconds.items()},
+        "of_copying": seconds["copying"] / seconds["merge"],
+    }
+
+
+def plant_neighbours(count: int) -> tuple[np.ndarray, dict[int, set[tuple[int, int]]]]:
+    """Simulate random hashes, with pairs at each distance."""
+    random = np.random.default_rng(count)
+    simulated = random.integers(0, 256, (count, hashes.HASH_BYTES), dtype=np.uint8)
+    places = random.permutation(count)[: 2 * PLANTED * len(DISTANCES)].reshape(len(DISTANCES), PLANTED, 2)
+    for distance, pairs in zip(DISTANCES, places, strict=True):
+        for one, other in pairs:
+            flipped = np.zeros(8 * hashes.HASH_BYTES, bool)
+            flipped[random.choice(flipped.size, distance, replace=False)] = True
+            simulated[other] = simulated[one] ^ np.packbits(flipped)
+    pairs_at = {
+        distance: {(int(min(pair)), int(max(pair))) for pair in pairs}
+        for distance, pairs in zip(DISTANCES, places, strict=True)
+    }
+    return simulated, pairs_at
+
+
+def read_peak_memory() -> float:
+    """Return this process's largest resident set so far, in GB; `getrusage` would tell the parent's, if larger."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1e6
+
+
+def search(count: int, exact: bool | None) -> dict:
+    """Search `count` simulated hashes; `exact` forces one of the two ways, None leaves the choice to the product."""
+    simulated, pairs_at = plant_neighbours(count)
+    if exact is not None:
+        hashes.EXACT_COMPARISONS = 10**15 if exact else 0
+    start = time.perf_counter()
+    near = hashes.find_neighbours(simulated[None], RADIUS)
+    seconds = time.perf_counter() - start
+    found = set(zip(near.images.tolist(), near.viewed.tolist(), strict=True))
+    return {
+        "seconds": seconds,
+        "recall": {distance: len(pairs & found) / len(pairs) for distance, pairs in pairs_at.items()},
+        "peak_memory_gb": read_peak_memory(),
+    }
+
+
+def search_flat(count: int) -> dict:
+    """Search with nothing but faiss's exact index."""
+    simulated, _ = plant_neighbours(count)
+    start = time.perf_counter()
+    index = faiss.IndexBinaryFlat(8 * hashes.HASH_BYTES)
+    index.add(simulated)
+    index.range_search(simulated, RADIUS + 1)
+    return {"seconds": time.perf_counter() - start}
+
+
+def search_views(count: int) -> dict:
+    """Search as `find_links` does, through all views."""
+    simulated, _ = plant_neighbours(count * len(hashes.VIEWS))
+    start = time.perf_counter()
+    hashes.find_neighbours(simulated.reshape(len(hashes.VIEWS), count, -1), RADIUS)
+    return {"images": count, "seconds": time.perf_counter() - start, "peak_memory_gb": read_peak_memory()}
+
+
+def run_alone(function: Callable[..., dict], *arguments: object) -> dict:
+    """Run in a new process, so that memory is the function's own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        result = pool.submit(function, *arguments).result()
+    print(f"{function.__name__}{arguments}: {result}", flush=True)
+    return result
+
+
+def measure_search() -> dict:
+    curve = {}
+    for count in SIZES:
+        curve[count] = {"ours": run_alone(search, count, None), "tables": run_alone(search, count, False)}
+        if count <= LARGEST_FLAT:
+            curve[count]["flat"] = run_alone(search_flat, count)
+    return {
+        "radius": RADIUS,
+        "curve": curve,
+        "growth_100k_to_1m": curve[1_000_000]["ours"]["seconds"] / curve[100_000]["ours"]["seconds"],
+        "growth_100k_to_1m_tables_alone": curve[1_000_000]["tables"]["seconds"] / curve[100_000]["tables"]["seconds"],
+        "all_views": run_alone(search_views, 140_000),
+    }
+
+
+def plot_search(curve: dict[int, dict]) -> Figure:
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    sizes = np.array(list(curve))
+    flat = {count: sides["flat"]["seconds"] for count, sides in curve.items() if "flat" in sides}
+    largest = max(flat)
+    axes.plot(list(flat), list(flat.values()), "s-", color="#777", label="faiss, exact (flat)")
+    beyond = sizes[sizes >= largest]
+    axes.plot(
+        beyond,
+        flat[largest] * (beyond / largest) ** 2,
+        ":",
+        color="#777",
+        label="the same, if it grows with the square",
+    )
+    axes.plot(
+        sizes,
+        [sides["tables"]["seconds"] for sides in curve.values()],
+        "^--",
+        color="#d95f0e",
+        label="hash tables alone",
+    )
+    axes.plot(
+        sizes, [sides["ours"]["seconds"] for sides in curve.values()], "o-", color="#2c7fb8", label="find_neighbours"
+    )
+    axes.set(
+        xscale="log", yscale="log", xlabel="hashes", ylabel="seconds", title=f"All pairs within {RADIUS} of 256 bits"
+    )
+    axes.grid(which="both", alpha=0.25)
+    axes.legend()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archives", type=Path)
+    archives = parser.parse_args().archives
+    small = read_images(archives / f"{KAGGLE_SOURCES[2].short_name}.zip", "")
+    large = read_images(archives / f"{KAGGLE_SOURCES[0].short_name}.zip", "real_and_fake_face/")
+    results: dict = {"machine": f"{CORES} cores, {platform.machine()}, {platform.system()}"}
+    many = repeat(small, max(1, 16_000 // len(small)))
+    for name, measure in {
+        "index_256": lambda folder: measure_index(many, folder, 5),
+        "index_600_progressive": lambda folder: measure_index(large, folder, 3),
+        "growth": lambda folder: measure_growth(many, folder),
+        "merge": lambda folder: measure_merge(many, folder),
+    }.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = measure(Path(folder))
+        print(f"{name}: {results[name]}", flush=True)
+    results["search"] = measure_search()
+    plot_search(results["search"]["curve"]).savefig(FOLDER / "pair_search.png", dpi=120)
+    write_json(FOLDER / "data_speed.json", results)
+    print(f"written: {FOLDER}/data_speed.json and pair_search.png")
+
+
+if __name__ == "__main__":
+    main()
