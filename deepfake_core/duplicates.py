@@ -21,8 +21,8 @@ LEAST_LIKENESS = 0.5
 MOST_DIFFERENCE = 12.0
 """Grey levels by which a resized or recompressed copy may differ anywhere; see `measure_difference`."""
 
-LEAST_CONTRAST = 2.0
-"""Standard deviation (grey levels) of pictures that are looked at; the hash of an even one is noise."""
+LEAST_CONTRAST = 8
+"""Grey levels between the darkest and the brightest of a thumbnail; the hash of an even picture is noise."""
 
 MOST_IN_GROUP, MOST_SHARE_IN_GROUP = 50, 0.02
 """A group grows to 50 pictures or to this share of all, whichever is more: chains of likenesses must not swallow a
@@ -47,10 +47,10 @@ def find_links(index: pd.DataFrame) -> pd.DataFrame:
     hashes = np.frombuffer(b"".join(distinct["hash"]), np.uint8).reshape(len(distinct), HASH_BYTES)
 
     # Of pictures with equal hashes, the first stands for all.
-    searched = np.flatnonzero(thumbnails.std((1, 2)) >= LEAST_CONTRAST)
+    searched = np.flatnonzero(thumbnails.max((1, 2)) - thumbnails.min((1, 2)) >= LEAST_CONTRAST)
     _, first, inverse = np.unique(hashes[searched], axis=0, return_index=True, return_inverse=True)
     stand_ins, represented = searched[np.sort(first)], searched[first[inverse.ravel()]]
-    near = find_neighbours(np.stack([hash_thumbnails(thumbnails[stand_ins], view) for view in VIEWS]), RADIUS)
+    near = find_neighbours(np.stack([hash_thumbnails(thumbnails, view)[stand_ins] for view in VIEWS]), RADIUS)
     equal = represented != searched
     image = np.concatenate([stand_ins[near.images], represented[equal]])
     other = np.concatenate([stand_ins[near.viewed], searched[equal]])
@@ -88,11 +88,11 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
         links: from `find_links`.
 
     Returns:
-        The same rows with `group` (the smallest SHA-256 in it), `kept` (bool), `copy_of` (SHA-256 of the image kept
-        instead), and `reason` filled in: `kept`, `duplicate` (same bytes), `copy` (same picture), `label_conflict`, or
-        what the index said.
+        The same rows without `hash` and `thumbnail`, with `group` (the smallest SHA-256 in it), `kept` (bool), `copy_of`
+        (SHA-256 of the image kept instead), and `reason` filled in: `kept`, `duplicate` (same bytes), `copy` (same
+        picture), `label_conflict`, or what the index said.
     """
-    rows = index.reset_index(drop=True)
+    rows = index.drop(columns=["hash", "thumbnail"], errors="ignore").reset_index(drop=True)
     usable = rows[rows["reason"] == ""]
     order = {source: position for position, source in enumerate(dict.fromkeys(index["source"]))}
     ranked = usable.assign(rank=usable["source"].map(order), pixels=usable["width"] * usable["height"])

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import simplejpeg
+from PIL import Image
 
 from deepfake_core.archive import Archive, ArchiveReader, Member, Progress
 from deepfake_core.config import CLASS_NAMES, Source
@@ -38,7 +39,7 @@ INDEX_FORMAT = 2
 
 SHARD_SIZE = 2000
 DECODED_AT_ONCE = 128
-"""Images of a shard that are in memory before they are shrunk: at most 100 MB, since JPEGs are decoded small."""
+"""Images of a shard that are in memory before they are shrunk, of 256 x 256 pixels at most."""
 
 SMALLEST_SIDE = 64
 """JPEGs are decoded at the smallest of libjpeg's scales that leaves this many pixels a side."""
@@ -170,16 +171,23 @@ def _decode(data: bytes) -> tuple[Content, np.ndarray]:
     if header and header.is_plain:
         try:
             pixels = simplejpeg.decode_jpeg(data, "GRAY", min_height=SMALLEST_SIDE, min_width=SMALLEST_SIDE)[:, :, 0]
-            return Content(header.width, header.height, len(data), "JPEG", table), pixels
+            return Content(header.width, header.height, len(data), "JPEG", table), _reduce(pixels)
         except ValueError:
             pass  # damaged, or of a rare kind: Pillow says which
     try:
         image = decode_image(data)
     except UnreadableImageError as exc:
         return Content(bytes=len(data), jpeg_table=table, reason=exc.reason), NO_PIXELS
-    factor = max(1, min(image.size) // SMALLEST_SIDE)
-    pixels = np.asarray(image.convert("L").reduce(factor))
+    pixels = _reduce(np.asarray(image.convert("L")))
     return Content(image.width, image.height, len(data), image.format or "", table), pixels
+
+
+def _reduce(pixels: np.ndarray) -> np.ndarray:
+    """Average blocks of a large picture's pixels, so that both sides are 256 pixels at most."""
+    if max(pixels.shape) <= 4 * SMALLEST_SIDE:
+        return pixels
+    height, width = (max(1, side // SMALLEST_SIDE) for side in pixels.shape)
+    return np.asarray(Image.fromarray(pixels).reduce((width, height)))
 
 
 def _shrink_and_hash(decoded: dict[str, tuple[Content, np.ndarray]]) -> Contents:

@@ -22,7 +22,7 @@ from deepfake_core.shortcuts import find_shortcuts
 
 log = logging.getLogger(__name__)
 
-MOST_GROUPS, MOST_OF_GROUP, MOST_PAIRS, MOST_LISTED = 60, 8, 300, 200
+MOST_GROUPS, MOST_OF_GROUP, MOST_PAIRS, MOST_LISTED = 60, 8, 1000, 200
 SHOWN_SIZE = 160
 BARS = 12
 

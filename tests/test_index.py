@@ -14,6 +14,7 @@ from deepfake_core import detector
 from deepfake_core.archive import fetch_archive
 from deepfake_core.config import Source
 from deepfake_core.errors import DatasetError
+from deepfake_core.hashes import shrink_images
 from deepfake_core.index import _decode, build_index
 from tests.conftest import draw_image, encode, faces, jpeg, recode, write_zip
 
@@ -157,6 +158,19 @@ def test_quantisation_tables_are_named_by_quality_and_digest(make_zip):
     assert tables["real/exif.jpg"] == tables["real/75.jpg"]
     assert tables["real/none.png"] == ""
     assert tables.nunique() == 5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (31, 33), (2000, 300), (70, 9000)])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_images_of_any_shape_are_kept_small_until_they_are_shrunk(size, form):
+    wide = draw_image(1, 64).resize(size, Image.Resampling.BILINEAR)
+    data = encode(wide, form)
+    content, pixels = _decode(data)
+    assert (content.width, content.height) == size
+    assert max(pixels.shape) <= 256
+    thumbnail = shrink_images(pixels[None])[0].astype(int)
+    expected = np.asarray(wide.convert("L").resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert np.abs(thumbnail - expected).mean() < 6
 
 
 @settings(max_examples=40, deadline=None)
