@@ -88,7 +88,7 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
         links: from `find_links`.
 
     Returns:
-        The same rows without `hash` and `thumbnail`, with `group` (the smallest SHA-256 in it), `kept` (bool), `copy_of`
+        The same rows without `hash` and `thumbnail`, with `group` (its smallest SHA-256), `kept` (bool), `copy_of`
         (SHA-256 of the image kept instead), and `reason` filled in: `kept`, `duplicate` (same bytes), `copy` (same
         picture), `label_conflict`, or what the index said.
     """
