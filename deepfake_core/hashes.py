@@ -135,8 +135,10 @@ def hash_thumbnails(thumbnails: np.ndarray, view: View = VIEWS[0]) -> np.ndarray
     hashes = np.empty((len(thumbnails), HASH_BYTES), np.uint8)
     for start in range(0, len(thumbnails), 1024):
         part = thumbnails[start : start + 1024].astype(np.float64)
-        frequencies = np.trunc((columns @ part @ rows.T).reshape(len(part), -1) / (NOISE * SCALE**2))
-        hashes[start : start + 1024] = np.packbits(frequencies > np.median(frequencies, axis=1, keepdims=True), axis=1)
+        frequencies = (columns @ part @ rows.T).reshape(len(part), -1) / (NOISE * SCALE**2)
+        frequencies = frequencies.astype(np.int16)  # drops what is below the noise
+        medians = np.partition(frequencies, 127, axis=1)[:, 127:128]  # the lower one of 256 numbers
+        hashes[start : start + 1024] = np.packbits(frequencies > medians, axis=1)
     return hashes
 
 

@@ -144,7 +144,7 @@ def index_members(source: Source, reader: ArchiveReader, members: Sequence[Membe
         known: saves time only: images whose bytes are known are not decoded again. Receives those that were.
     """
     rows: list[tuple] = []
-    labels: dict[str, str] = {}
+    name, labels = source.short_name, dict[str, str]()
     for start in range(0, len(members), DECODED_AT_ONCE):
         part = members[start : start + DECODED_AT_ONCE]
         digests, new = [], {}
@@ -160,7 +160,7 @@ def index_members(source: Source, reader: ArchiveReader, members: Sequence[Membe
             label = labels[folder] if folder in labels else labels.setdefault(folder, _label(source, member.name))
             if not label and not content.reason:
                 content = content._replace(reason="no_label")
-            rows.append((source.short_name, member.name, digest, label, *content))
+            rows.append((name, member.name, digest, label, *content))
     return rows
 
 
