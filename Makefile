@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-data lock deploy
+.PHONY: help demo test check bench bench-data bench-training lock deploy
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -31,6 +31,11 @@ bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder o
 bench-data: .venv/installed  ## measure near copies and the speed of preparing data: make bench-data ARCHIVES=folder
 	$(BIN)/python benchmarks/near_copies.py $(ARCHIVES)
 	$(BIN)/python benchmarks/data_speed.py $(ARCHIVES)
+	$(BIN)/python -m tests.test_readme
+
+bench-training: .venv/installed  ## measure candidates and training speed, hours: make bench-training ARCHIVES=folder
+	$(BIN)/python benchmarks/training_speed.py $(ARCHIVES)
+	$(BIN)/python benchmarks/candidates.py $(ARCHIVES)
 	$(BIN)/python -m tests.test_readme
 
 lock: .venv/installed  ## write requirements.lock anew from pyproject.toml

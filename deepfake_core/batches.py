@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from deepfake_core.archive import Progress
-from deepfake_core.config import CLASS_NAMES
+from deepfake_core.config import CLASS_NAMES, AugmentationParameters
+from deepfake_core.degradation import degrade_image
 from deepfake_core.detector import decode_image, resize_image
-from deepfake_core.files import write_beside
+from deepfake_core.files import hash_file, write_beside
 from deepfake_core.manifest import Dataset
 
 log = logging.getLogger(__name__)
@@ -40,16 +41,24 @@ class Images:
 
 
 def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress | None = None) -> Images:
-    """Return a split's images as a memory map; decode and resize them if no run has done so before."""
+    """Return a split's images as a memory map; decode and resize them if no run has done so before.
+
+    The file's checksum (as `sha256sum` writes it) lies beside it and is compared at each load; a file that differs is
+    written again.
+    """
     rows = dataset.split(split)
     labels = rows["label"].map({name: label for label, name in enumerate(CLASS_NAMES)}).to_numpy(np.int8)
-    folder = dataset.path.parent.parent / "batches" / f"{dataset.version}-{size}px"
-    cached = folder / f"{split}.npy"
-    if not cached.exists():
-        with write_beside(cached) as beside:
+    file = dataset.path.parent.parent / "batches" / f"{dataset.version}-{size}px" / f"{split}.npy"
+    checksum = file.with_suffix(".sha256")
+    if file.exists() and (not checksum.exists() or checksum.read_text().split()[:1] != [hash_file(file)]):
+        log.warning("%s does not have the checksum that lies beside it: it is written again", file)
+        file.unlink()
+    if not file.exists():
+        with write_beside(file) as beside, write_beside(checksum) as line:
             _write_pixels(dataset, rows["path"].tolist(), size, beside, on_progress)
+            line.write_text(f"{hash_file(beside)}  {file.name}\n")
         log.info("%s: %d images decoded at %d x %d", split, len(rows), size, size)
-    return Images(np.load(cached, mmap_mode="r", allow_pickle=False), labels, rows)
+    return Images(np.load(file, mmap_mode="r", allow_pickle=False), labels, rows)
 
 
 def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path, on_progress: Progress | None) -> None:
@@ -71,28 +80,45 @@ def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path,
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of images and labels, in a new order each epoch.
+    """Batches of images and labels: uint8 (n, size, size, 3) and float32 (n,).
 
     Args:
         images: one split.
         batch_size: images per batch; the last one may be smaller.
-        shuffle_seed: seed of the orders; None keeps the images' own.
+        augmentation: says which shares of the images are degraded (`degrade_image`).
+        seed: of the orders and degradations. None keeps the images and their order as they are.
     """
 
-    def __init__(self, images: Images, batch_size: int, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        augmentation: AugmentationParameters = AugmentationParameters(),  # noqa: B008 - frozen
+        seed: int | None = None,
+    ) -> None:
         super().__init__(workers=1, use_multiprocessing=False, max_queue_size=10)
-        self._images, self._batch_size = images, batch_size
-        self._random = None if shuffle_seed is None else np.random.default_rng(shuffle_seed)
-        self._order = np.arange(len(images))
-        self.on_epoch_end()
+        self._images, self._batch_size, self._augmentation, self._seed = images, batch_size, augmentation, seed
+        degrades = augmentation.resize or augmentation.blur or augmentation.recompression
+        self._pool = ThreadPoolExecutor(os.cpu_count()) if degrades and seed is not None else None
+        self.start_epoch(0)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Shuffle all images anew, in an order that follows from the seed and the epoch."""
+        self._epoch = epoch
+        self._order = np.arange(len(self._images))
+        if self._seed is not None:
+            self._order = np.random.default_rng([self._seed, epoch]).permutation(self._order)
 
     def __len__(self) -> int:
         return -(-len(self._images) // self._batch_size)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.sort(self._order[index * self._batch_size : (index + 1) * self._batch_size])
-        return self._images.pixels[chosen], self._images.labels[chosen].astype(np.float32)
+        pixels = self._images.pixels[chosen]
+        if self._pool:
+            pixels = np.stack(list(self._pool.map(self._degrade, chosen, pixels)))
+        return pixels, self._images.labels[chosen].astype(np.float32)
 
-    def on_epoch_end(self) -> None:
-        if self._random is not None:
-            self._order = self._random.permutation(len(self._images))
+    def _degrade(self, position: int, image: np.ndarray) -> np.ndarray:
+        random = np.random.default_rng([self._seed or 0, self._epoch, position])
+        return degrade_image(image, self._augmentation, random)

@@ -6,6 +6,7 @@ command line is built from them and MLflow logs them.
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -19,19 +20,21 @@ CLASS_COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
 
 SPLITS = ("train", "val", "test")
 
-Architecture = Literal["cnn"]
+Architecture = Literal["cnn", "efficientnet_lite0", "efficientnet_v2_b0", "hpf_cnn", "cgface"]
 Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(get_args(Architecture))})]
 """An architecture, which Prefect's form offers as a list to choose from."""
 
-
 Normalisation = Literal["none", "reencode"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Schedule = Literal["constant", "cosine"]
 
 
 def _state_bounds(schema: dict[str, Any]) -> None:
     """Say each number's bounds in its description: Prefect's form enforces bounds, but does not show them."""
+    limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     for field in schema["properties"].values():
-        limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-        bounds = [f"{words} {field[limit]:,}" for limit, words in limits.items() if limit in field]
+        bounded = field.get("anyOf", [field])[0]
+        bounds = [f"{words} {bounded[limit]:,}" for limit, words in limits.items() if limit in bounded]
         if bounds:
             field["description"] = f"{field['description'].rstrip('.')} ({', '.join(bounds)})."
 
@@ -160,23 +163,84 @@ class AugmentationParameters(Parameters):
     )
     zoom: float = Field(default=0.1, ge=0, lt=1, description="Greatest zoom in or out: 0.1 is 0.9 to 1.1.")
     horizontal_flip: bool = Field(default=True, description="Mirror every other image.")
+    recompression: float = Field(
+        default=0.0, ge=0, le=1, description="Share of images that are recompressed as JPEG, at quality 40 to 95."
+    )
+    blur: float = Field(
+        default=0.0, ge=0, le=1, description="Share of images that are blurred, by a Gaussian of up to 1.5 pixels."
+    )
+    resize: float = Field(
+        default=0.0, ge=0, le=1, description="Share of images that are scaled to 0.5 to 1 of their side, and back."
+    )
+
+
+class Recipe(Parameters):
+    """How one candidate is trained. Each has its own, in its file of `deepfake_core/models`."""
+
+    image_size: int = Field(ge=32, le=1024, description="Side of the input images, in pixels.")
+    batch_size: int = Field(default=32, ge=1, le=4096, description="Images per training step, over all devices.")
+    epochs: int = Field(ge=1, le=10_000, description="Most passes over the training images.")
+    patience: int = Field(ge=1, description="Stop after this many epochs without a lower validation loss.")
+    learning_rate: float = Field(gt=0, le=1, description="Adam's learning rate, the highest of its schedule.")
+    schedule: Schedule = Field(
+        default="constant", description="constant, or cosine: the learning rate falls to 0 over the epochs."
+    )
+    warmup_epochs: float = Field(
+        default=0, ge=0, description="Epochs over which the learning rate rises from 0; for the cosine schedule."
+    )
+    weight_decay: float = Field(default=0, ge=0, lt=1, description="AdamW's decay of kernels per step; 0 is Adam.")
+    weights: str = Field(
+        default="none",
+        description="Where a backbone's first weights come from: imagenet, a .weights.h5 file, or none.",
+    )
+    head_epochs: int = Field(
+        default=0, ge=0, description="Epochs, of all, in which only the layers behind a pretrained backbone learn."
+    )
+    precision: Precision = Field(
+        default="auto", description="auto: bfloat16 where the hardware computes this network faster in it."
+    )
+    augmentation: AugmentationParameters = Field(
+        default=AugmentationParameters(), description="Random changes to training images."
+    )
+
+
+def _override(name: str) -> Any:
+    """Make an empty parameter with the description and bounds of the recipe's."""
+    field = Recipe.model_fields[name]
+    bounds = {limit: value for limits in field.metadata for limit, value in asdict(limits).items()}
+    return Field(default=None, description=f"{field.description} Empty: each candidate's own.", **bounds)
 
 
 class TrainingParameters(Parameters):
-    """What is trained, and for how long."""
+    """What is trained, on what, and what differs from the candidates' own recipes."""
 
     candidates: tuple[Choice, ...] = Field(
-        default=("cnn",),
+        default=("cnn", "efficientnet_lite0"),
         min_length=1,
         description="Architectures to train. The best on validation goes on to the test split.",
     )
-    image_size: int = Field(default=150, ge=32, le=1024, description="Side of the input images, in pixels.")
-    batch_size: int = Field(default=32, ge=1, le=4096, description="Images per training step.")
-    epochs: int = Field(default=50, ge=1, le=10_000, description="Most passes over the training images.")
-    patience: int = Field(default=10, ge=1, description="Stop after this many epochs without a lower validation loss.")
-    learning_rate: float = Field(default=0.001, gt=0, le=1, description="Adam's learning rate.")
-    augmentation: AugmentationParameters = Field(default=AugmentationParameters())
+    image_size: int | None = _override("image_size")
+    batch_size: int | None = _override("batch_size")
+    epochs: int | None = _override("epochs")
+    patience: int | None = _override("patience")
+    learning_rate: float | None = _override("learning_rate")
+    schedule: Schedule | None = _override("schedule")
+    warmup_epochs: float | None = _override("warmup_epochs")
+    weight_decay: float | None = _override("weight_decay")
+    weights: str | None = _override("weights")
+    head_epochs: int | None = _override("head_epochs")
+    precision: Precision | None = _override("precision")
+    augmentation: AugmentationParameters | None = _override("augmentation")
+    devices: int = Field(default=1, ge=1, description="GPUs to train on; each takes its share of every batch.")
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of initial weights, shuffling, augmentation.")
+
+    def adjust(self, recipe: Recipe) -> Recipe:
+        """Return a candidate's recipe with what is set here in its place."""
+        given = {name: value for name in Recipe.model_fields if (value := getattr(self, name)) is not None}
+        if self.augmentation:
+            changes = self.augmentation.model_dump(exclude_unset=True)
+            given["augmentation"] = recipe.augmentation.model_copy(update=changes)
+        return Recipe(**{**dict(recipe), **given})
 
 
 class PromotionParameters(Parameters):

@@ -11,9 +11,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn import metrics as sklearn_metrics
 
 from deepfake_core.batches import Batches, Images
-from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, TrainingParameters
+from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, Recipe
 from deepfake_core.metrics import Confusion
-from deepfake_core.models import Augmentation
+from deepfake_core.models.augmentation import Augmentation
 
 
 def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
@@ -49,10 +49,10 @@ def plot_image_grid(pixels: np.ndarray, titles: Sequence[str], heading: str) -> 
     return figure
 
 
-def plot_training_batch(images: Images, parameters: TrainingParameters) -> Figure:
+def plot_training_batch(images: Images, recipe: Recipe, seed: int) -> Figure:
     """Draw 16 training images as the network sees them: augmented, with their labels."""
-    pixels, labels = Batches(images, 16, shuffle_seed=parameters.seed)[0]
-    augmentation = Augmentation(parameters.augmentation, seed=parameters.seed)
+    pixels, labels = Batches(images, 16, recipe.augmentation, seed)[0]
+    augmentation = Augmentation(recipe.augmentation, seed)
     augmented = keras.ops.convert_to_numpy(augmentation(pixels.astype(np.float32), training=True))
     return plot_image_grid(augmented, [CLASS_NAMES[int(label)] for label in labels], "A training batch, augmented")
 

@@ -1,24 +1,46 @@
 """Batches and an architecture become the checkpoint with the lowest validation loss."""
 
+import hashlib
 import json
 import logging
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import filelock
 import keras
+import numpy as np
 import pandas as pd
 
+from deepfake_core.archive import Progress
 from deepfake_core.batches import Batches, Images
-from deepfake_core.config import CLASS_NAMES, Architecture, TrainingParameters
-from deepfake_core.models import BUILDERS, Augmentation
+from deepfake_core.config import CLASS_NAMES, Architecture, Recipe, TrainingParameters
+from deepfake_core.devices import choose_precision, compute_in, spread_over
+from deepfake_core.errors import LockedError, ModelError
+from deepfake_core.files import write_beside, write_json
+from deepfake_core.manifest import Dataset
+from deepfake_core.models import CANDIDATES
+from deepfake_core.models.augmentation import Augmentation
 
 log = logging.getLogger(__name__)
 
 DECISION_THRESHOLD = 0.5
 
+HEAD_LEARNING_RATE = 0.001
+"""While a pretrained backbone is left as it is."""
+
+METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
+
 EpochReport = Callable[[int, dict[str, float]], None]
-"""Called after each epoch with its number (from 1) and loss, accuracy, val_loss and val_accuracy."""
+"""Called after each epoch with its number (from 1), `METRICS` and `seconds`."""
+
+CHECKPOINT, DESCRIPTION, HISTORY = "checkpoint.keras", "detector.json", "history.csv"
 
 
 @dataclass(frozen=True)
@@ -27,100 +49,254 @@ class Candidate:
 
     Attributes:
         folder: holds `checkpoint.keras`, `model.onnx` and `detector.json`.
-        history: one row per epoch: `epoch, loss, accuracy, val_loss, val_accuracy`.
-        summary: Keras' description of the layers.
+        history: one row per epoch: `epoch`, `METRICS`, `seconds`.
     """
 
     architecture: Architecture
     folder: Path
     history: pd.DataFrame
-    summary: str
 
     @property
     def best_epoch(self) -> int:
         return int(self.history["epoch"].iloc[self.history["val_loss"].argmin()])
 
+    def summarise(self) -> str:
+        """Return Keras's table of the layers."""
+        lines: list[str] = []
+        model = keras.saving.load_model(self.folder / CHECKPOINT, compile=False, safe_mode=True)
+        model.summary(print_fn=lambda line, **_: lines.append(line), expand_nested=True)
+        return "\n".join(lines)
 
-class _Checkpoint(keras.callbacks.ModelCheckpoint):
-    """Keep the model with the lowest validation loss, without the augmentation in front of it."""
 
-    def __init__(self, path: Path, model: keras.Model) -> None:
-        super().__init__(str(path), monitor="val_loss", mode="min", save_best_only=True)
-        self._kept = model
-
-    def set_model(self, model: keras.Model) -> None:  # noqa: ARG002 - Keras passes the augmented model
-        super().set_model(self._kept)
+def find_folder(dataset: Dataset, architecture: Architecture, recipe: Recipe, parameters: TrainingParameters) -> Path:
+    """Return where a training keeps its state: a folder that two trainings share only if they would be the same."""
+    network = Path(str(CANDIDATES[architecture].__file__)).read_text()
+    same = [dataset.version, network, recipe.model_dump(mode="json"), parameters.seed, parameters.devices]
+    name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+    return dataset.path.parent.parent / "training" / f"{architecture}-{name}"
 
 
 def train_candidate(
     architecture: Architecture,
     train: Images,
     val: Images,
-    parameters: TrainingParameters,
+    recipe: Recipe,
     folder: Path,
+    seed: int = 0,
+    devices: int = 1,
     on_epoch: EpochReport | None = None,
+    on_progress: Progress | None = None,
 ) -> Candidate:
-    """Train one architecture and keep its best checkpoint.
+    """Train one architecture and keep its best checkpoint, in float32 whatever it was trained in.
 
-    Adam on binary cross-entropy; stops after `patience` epochs without a lower validation loss.
+    Adam on binary cross-entropy; stops after `recipe.patience` epochs without a lower validation loss. A pretrained
+    backbone is left as it is for `recipe.head_epochs`. What is random in an epoch follows from the seed and the
+    epoch's number alone, so a training that was killed goes on from its last finished epoch as if it had not been.
 
     Args:
-        folder: empty folder for the checkpoint and its export.
+        folder: of this training alone. Give it again, with all else equal, to go on or to get what was finished.
+        devices: how many of the backend's devices share each batch.
+        on_progress: called after each batch with the batches done and those of all epochs.
+
+    Raises:
+        LockedError: if another process is at this training.
+        ConfigurationError: if there are fewer devices.
+        ModelError: if pretrained weights can't be had, or the loss is no number.
     """
-    keras.utils.set_random_seed(parameters.seed)
-    model = BUILDERS[architecture](parameters.image_size)
-    augmented = keras.Sequential(
-        [
-            keras.Input(model.input_shape[1:]),
-            Augmentation(parameters.augmentation, seed=parameters.seed),
-            model,
-        ]
-    )
-    augmented.compile(
-        optimizer=keras.optimizers.Adam(parameters.learning_rate),
-        loss="binary_crossentropy",
-        metrics=["accuracy"],
-    )
-    epochs: list[dict[str, float]] = []
-
-    def report(epoch: int, logs: dict[str, float]) -> None:
-        row = {name: float(logs[name]) for name in ("loss", "accuracy", "val_loss", "val_accuracy")}
-        epochs.append({"epoch": epoch + 1, **row})
-        log.info(
-            "%s epoch %d/%d: loss %.4f, accuracy %.3f, val_loss %.4f, val_accuracy %.3f",
-            architecture,
-            epoch + 1,
-            parameters.epochs,
-            *row.values(),
-        )
-        if on_epoch:
-            on_epoch(epoch + 1, row)
-
-    checkpoint = folder / "checkpoint.keras"
-    augmented.fit(
-        Batches(train, parameters.batch_size, shuffle_seed=parameters.seed),
-        validation_data=Batches(val, parameters.batch_size),
-        epochs=parameters.epochs,
-        callbacks=[
-            keras.callbacks.LambdaCallback(on_epoch_end=report),
-            keras.callbacks.EarlyStopping(monitor="val_loss", mode="min", patience=parameters.patience),
-            _Checkpoint(checkpoint, model),
-        ],
-        verbose=0,
-    )
-    lines: list[str] = []
-    model.summary(print_fn=lambda line, **_: lines.append(line))
-    candidate = Candidate(architecture, folder, pd.DataFrame(epochs), "\n".join(lines))
-    export_detector(checkpoint, folder, {"architecture": architecture})
-    log.info("%s: kept the checkpoint of epoch %d of %d", architecture, candidate.best_epoch, len(epochs))
+    folder.mkdir(parents=True, exist_ok=True)
+    with _hold(folder):
+        record = _Record(architecture, recipe, folder, on_epoch, on_progress)
+        if not (folder / DESCRIPTION).exists():
+            record.served = CANDIDATES[architecture].build(recipe)
+            precision = choose_precision(recipe.precision, record.served)
+            with spread_over(devices), compute_in(precision):
+                _fit(architecture, recipe, train, val, seed, record, folder)
+            export_detector(folder / CHECKPOINT, folder, {"architecture": architecture, "trained_in": precision})
+    candidate = Candidate(architecture, folder, pd.read_csv(folder / HISTORY))
+    log.info("%s: kept the checkpoint of epoch %d of %d", architecture, candidate.best_epoch, len(candidate.history))
     return candidate
 
 
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except filelock.Timeout as exc:
+        raise LockedError(
+            f"One run at a time may go on with a training. Another holds {folder}. Wait until it ends, or change a "
+            "parameter of the training, such as its seed."
+        ) from exc
+
+
+def _fit(
+    architecture: Architecture, recipe: Recipe, train: Images, val: Images, seed: int, record: "_Record", folder: Path
+) -> None:
+    keras.utils.set_random_seed(seed)
+    model = CANDIDATES[architecture].build(recipe)
+    augmented = keras.Sequential([keras.Input(model.input_shape[1:]), Augmentation(recipe.augmentation, seed), model])
+    batches = Batches(train, recipe.batch_size, recipe.augmentation, seed)
+    log.info("%s: %s parameters, computed in %s", architecture, f"{model.count_params():,}", model.compute_dtype)
+    backbone = next((layer for layer in model.layers if isinstance(layer, keras.Model)), None)
+    head_epochs = min(recipe.head_epochs, recipe.epochs) if backbone and recipe.weights != "none" else 0
+    for phase, first, end in (("head", 0, head_epochs), ("all", head_epochs, recipe.epochs)):
+        if first == end or record.patience_is_over():
+            continue
+        if backbone:
+            backbone.trainable = phase == "all"
+        augmented.compile(
+            optimizer=_make_optimizer(recipe, phase, steps=len(batches) * (end - first), epoch_steps=len(batches)),
+            loss="binary_crossentropy",
+            metrics=["accuracy"],
+        )
+        augmented.fit(
+            batches,
+            validation_data=Batches(val, recipe.batch_size),
+            epochs=end,
+            shuffle=False,  # `batches` shuffles; Keras would shuffle them again, by a state that a kill loses
+            callbacks=[_Reseed(batches, seed), record, _Backup(folder / phase, first, len(batches))],
+            verbose=0,
+        )
+
+
+def _make_optimizer(recipe: Recipe, phase: str, steps: int, epoch_steps: int) -> keras.optimizers.Optimizer:
+    """Make Adam, or AdamW that spares offsets and normalisation, with the recipe's schedule over one phase."""
+    if phase == "head":
+        return keras.optimizers.Adam(HEAD_LEARNING_RATE)
+    rate: Any = recipe.learning_rate
+    if recipe.schedule == "cosine":
+        warmup = min(round(recipe.warmup_epochs * epoch_steps), steps - 1)
+        target = recipe.learning_rate
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0 if warmup else target, steps - warmup, warmup_target=target if warmup else None, warmup_steps=warmup
+        )
+    if not recipe.weight_decay:
+        return keras.optimizers.Adam(rate)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+    return optimizer
+
+
+class _Reseed(keras.callbacks.Callback):
+    """Make an epoch's order, augmentation and dropout follow from the seed and the epoch's number alone."""
+
+    def __init__(self, batches: Batches, seed: int) -> None:
+        super().__init__()
+        self._batches, self._seed = batches, seed
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        self._batches.start_epoch(epoch)
+        states = [variable for variable in self.model.variables if variable.name == "seed_generator_state"]
+        for position, state in enumerate(states):
+            state.assign(np.random.SeedSequence([self._seed, position, epoch]).generate_state(2))
+
+
+class _Record(keras.callbacks.Callback):
+    """Keep the history and the model with the lowest validation loss; stop when patience is over.
+
+    What a killed run recorded is reported again, so that the curves of the run that goes on are whole.
+
+    Attributes:
+        served: the network in float32, which takes the weights that are kept.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        recipe: Recipe,
+        folder: Path,
+        on_epoch: EpochReport | None,
+        on_progress: Progress | None,
+    ) -> None:
+        super().__init__()
+        self.served: Any = None
+        self._architecture, self._recipe, self._folder = architecture, recipe, folder
+        self._on_epoch, self._on_progress = on_epoch, on_progress
+        file = folder / HISTORY
+        self._rows: list[dict[Any, Any]] = pd.read_csv(file).to_dict("records") if file.exists() else []
+        for row in self._rows:
+            self._report(row)
+
+    def patience_is_over(self) -> bool:
+        losses = [row["val_loss"] for row in self._rows]
+        return bool(losses) and len(losses) - 1 - int(np.argmin(losses)) >= self._recipe.patience
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        del self._rows[epoch:]  # an epoch that was recorded, but not backed up, is trained again
+        self._epoch, self._started = epoch, time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        if self._on_progress:
+            steps = self.params["steps"]
+            self._on_progress(self._epoch * steps + batch + 1, self._recipe.epochs * steps)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        logs = logs or {}
+        row = {"epoch": epoch + 1, **{name: float(logs[name]) for name in METRICS}}
+        if not np.isfinite(row["loss"]):
+            raise ModelError(
+                f"The loss must stay finite. Received: {row['loss']} in epoch {epoch + 1} of {self._architecture}, at a "
+                f"learning rate of {self._recipe.learning_rate}. Lower training.learning_rate, or set "
+                "training.precision to float32."
+            )
+        row["seconds"] = time.perf_counter() - self._started
+        if row["val_loss"] < min((earlier["val_loss"] for earlier in self._rows), default=np.inf):
+            self.served.set_weights(self.model.layers[-1].get_weights())
+            beside = self._folder / "next.keras"  # Keras insists on the suffix
+            self.served.save(beside)
+            beside.replace(self._folder / CHECKPOINT)
+        self._rows.append(row)
+        with write_beside(self._folder / HISTORY) as beside:
+            pd.DataFrame(self._rows).to_csv(beside, index=False)
+        self._report(row)
+        self.model.stop_training = self.patience_is_over()
+
+    def _report(self, row: dict[Any, Any]) -> None:
+        figures = {name: value for name, value in row.items() if name != "epoch"}
+        log.info(
+            "%s epoch %d/%d: loss %.4f, accuracy %.3f, val_loss %.4f, val_accuracy %.3f, %.1f s",
+            self._architecture,
+            row["epoch"],
+            self._recipe.epochs,
+            *figures.values(),
+        )
+        if self._on_epoch:
+            self._on_epoch(row["epoch"], figures)
+
+
+class _Backup(keras.callbacks.BackupAndRestore):
+    """Back up each epoch, and go on after the last one whose weights were written.
+
+    Keras writes the epoch's number to a second file, which a kill leaves behind the weights. The optimizer's count
+    of steps lies with the weights and can't disagree with them.
+    """
+
+    def __init__(self, folder: Path, first_epoch: int, epoch_steps: int) -> None:
+        super().__init__(str(folder), delete_checkpoint=False)
+        self._first_epoch, self._epoch_steps = first_epoch, epoch_steps
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        super().on_train_begin(logs)
+        steps = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        self.model._initial_epoch = self._first_epoch + steps // self._epoch_steps
+
+
 def export_detector(checkpoint: Path, folder: Path, description: dict[str, str]) -> None:
-    """Write `model.onnx` and `detector.json`, which `deepfake_core.detector` reads."""
-    model = keras.saving.load_model(checkpoint, compile=False, safe_mode=True)
-    _, size, _, channels = model.input_shape
-    model(keras.ops.zeros((1, size, size, channels)))  # Keras exports only models that were called once
-    model.export(folder / "model.onnx", format="onnx", verbose=False)
+    """Write `model.onnx`, then `detector.json`, which `deepfake_core.detector` reads."""
+    if keras.backend.backend() == "tensorflow":
+        export_onnx(checkpoint, folder / "model.onnx")
+    else:  # Keras exports from TensorFlow; a checkpoint is the same for every backend
+        command = "import sys; from deepfake_core import training; training.export_onnx(*sys.argv[1:])"
+        arguments = [sys.executable, "-c", command, str(checkpoint), str(folder / "model.onnx")]
+        subprocess.run(arguments, env={**os.environ, "KERAS_BACKEND": "tensorflow"}, check=True)
+    size = int(keras.saving.load_model(checkpoint, compile=False, safe_mode=True).input_shape[1])
     meaning = {"image_size": size, "threshold": DECISION_THRESHOLD, "class_names": CLASS_NAMES}
-    (folder / "detector.json").write_text(json.dumps({**description, **meaning}, indent=2) + "\n")
+    write_json(folder / DESCRIPTION, {**description, **meaning})
+
+
+def export_onnx(checkpoint: str | Path, file: str | Path) -> None:
+    """Write a checkpoint's network as ONNX, in float32."""
+    model = keras.saving.load_model(checkpoint, compile=False, safe_mode=True)
+    model(keras.ops.zeros((1, *model.input_shape[1:])))  # Keras exports only models that were called once
+    model.export(file, format="onnx", verbose=False)

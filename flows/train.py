@@ -1,14 +1,11 @@
 """From split folders to a model version. Runs on the GPU pool where there is one."""
 
-import tempfile
-from pathlib import Path
-
 from prefect import flow, runtime
 
 from deepfake_core import registry
 from deepfake_core.config import PromotionParameters, TrainingParameters
 from deepfake_core.manifest import open_dataset
-from tasks.model import choose_best, evaluate, log_data, promote, register, train_candidate
+from tasks.model import choose_best, discard_trainings, evaluate, log_data, promote, register, train_candidate
 
 
 @flow(name="train")
@@ -29,17 +26,12 @@ def train(
     """
     published = open_dataset(dataset)
     tags = {"prefect.flow_run_id": runtime.flow_run.id, "drawn_images": str(published.is_drawn).lower()}
-    with (
-        registry.open_run(runtime.flow_run.name, tags=tags) as run_id,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    with registry.open_run(runtime.flow_run.name, tags=tags) as run_id:
         log_data(run_id, published, training, promotion)
-        trained = [
-            train_candidate(architecture, published, training, run_id, Path(folder) / architecture)
-            for architecture in training.candidates
-        ]
+        trained = [train_candidate(architecture, published, training, run_id) for architecture in training.candidates]
         best = choose_best(trained)
         evaluation = evaluate(best, published, run_id)
         version = register(best, evaluation, published, promotion.model_name)
         promote(version, evaluation, published, promotion)
+    discard_trainings(trained)
     return version

@@ -1,5 +1,6 @@
 """The stages from split folders to a promoted model version."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from deepfake_core.config import Architecture, PromotionParameters, TrainingPara
 from deepfake_core.detector import Detector
 from deepfake_core.manifest import Dataset
 from deepfake_core.metrics import Evaluation, evaluate_detector
+from deepfake_core.models import CANDIDATES
 from deepfake_core.promotion import Decision, decide_promotion
 from tasks.progress import report_progress
 
@@ -40,42 +42,57 @@ def log_data(run_id: str, dataset: Dataset, parameters: TrainingParameters, prom
     )
     registry.log_dataset(run_id, dataset)
     figures = {f"classes_{name}": plots.plot_class_histogram(dataset.split(name), name) for name in ("train", "test")}
-    train = batches.load_images(dataset, "train", parameters.image_size)
-    figures["training_batch"] = plots.plot_training_batch(train, parameters)
+    recipe = parameters.adjust(CANDIDATES[parameters.candidates[0]].RECIPE)
+    train = batches.load_images(dataset, "train", recipe.image_size)
+    figures["training_batch"] = plots.plot_training_batch(train, recipe, parameters.seed)
     registry.log_figures(run_id, figures)
 
 
 @task(name="train", task_run_name="train {architecture}", tags=["gpu"], cache_policy=NO_CACHE)
 def train_candidate(
-    architecture: Architecture,
-    dataset: Dataset,
-    parameters: TrainingParameters,
-    parent_run: str,
-    folder: Path,
+    architecture: Architecture, dataset: Dataset, parameters: TrainingParameters, parent_run: str
 ) -> TrainedCandidate:
-    """Train one architecture; its curves appear in MLflow as they grow."""
+    """Train one architecture, from where a killed run left it; its curves appear in MLflow as they grow."""
+    recipe = parameters.adjust(CANDIDATES[architecture].RECIPE)
     with report_progress(f"decode for {architecture}") as on_progress:
-        train = batches.load_images(dataset, "train", parameters.image_size, on_progress)
-        val = batches.load_images(dataset, "val", parameters.image_size, on_progress)
-    folder.mkdir()
+        train = batches.load_images(dataset, "train", recipe.image_size, on_progress)
+        val = batches.load_images(dataset, "val", recipe.image_size, on_progress)
     with (
         registry.open_run(architecture, parent_run) as run_id,
         report_progress(f"train {architecture}") as on_progress,
     ):
-        registry.log_parameters(run_id, {"architecture": architecture, "training": parameters.model_dump()})
+        settings = {**recipe.model_dump(), "seed": parameters.seed, "devices": parameters.devices}
+        registry.log_parameters(run_id, {"architecture": architecture, "training": settings})
 
         def on_epoch(epoch: int, figures: dict[str, float]) -> None:
             registry.log_metrics(run_id, figures, step=epoch)
-            on_progress(epoch, parameters.epochs)
 
-        candidate = training.train_candidate(architecture, train, val, parameters, folder, on_epoch)
-        on_progress(parameters.epochs, parameters.epochs)  # it may have stopped early
-        validation, _ = evaluate_detector(Detector(folder), val)
+        candidate = training.train_candidate(
+            architecture,
+            train,
+            val,
+            recipe,
+            training.find_folder(dataset, architecture, recipe, parameters),
+            parameters.seed,
+            parameters.devices,
+            on_epoch,
+            on_progress,
+        )
+        on_progress(1, 1)  # it may have stopped early
+        detector = Detector(candidate.folder)
+        validation, _ = evaluate_detector(detector, val)
         registry.log_metrics(run_id, validation.flatten("val") | {"best_epoch": candidate.best_epoch})
-        registry.log_text(run_id, candidate.summary, "model_summary.txt")
-        registry.log_file(run_id, folder / "checkpoint.keras", "checkpoint")
+        registry.log_parameters(run_id, {"trained_in": detector.description["trained_in"]})
+        registry.log_text(run_id, candidate.summarise(), "model_summary.txt")
+        registry.log_file(run_id, candidate.folder / training.CHECKPOINT, "checkpoint")
         registry.log_figures(run_id, {"history": plots.plot_history(candidate.history, candidate.best_epoch)})
     return TrainedCandidate(candidate, run_id, validation)
+
+
+def discard_trainings(trained: Sequence[TrainedCandidate]) -> None:
+    """Remove the trainings' folders: MLflow has what is worth keeping, and the next retrain shall train anew."""
+    for one in trained:
+        shutil.rmtree(one.candidate.folder)
 
 
 def choose_best(trained: Sequence[TrainedCandidate]) -> TrainedCandidate:

@@ -42,7 +42,7 @@ def run_remotely(name: str, dataset: str, training: TrainingParameters, promotio
             name,
             parameters={
                 "dataset": dataset,
-                "training": training.model_dump(mode="json"),
+                "training": training.model_dump(mode="json", exclude_unset=True),
                 "promotion": promotion.model_dump(mode="json"),
             },
         ),

@@ -3,9 +3,10 @@ from pydantic import ValidationError
 
 from deepfake_core.config import (
     KAGGLE_SOURCES,
-    Architecture,
+    AugmentationParameters,
     DataParameters,
     PromotionParameters,
+    Recipe,
     Source,
     TrainingParameters,
 )
@@ -72,9 +73,26 @@ def test_parameters_do_not_change():
         TrainingParameters().epochs = 3
 
 
-def test_every_architecture_has_a_builder():
-    from typing import get_args
+def test_what_is_set_takes_the_place_of_a_recipe_s_value_and_no_other():
+    recipe = Recipe(
+        image_size=64,
+        epochs=5,
+        patience=3,
+        learning_rate=0.1,
+        augmentation=AugmentationParameters(rotation=3, zoom=0.4),
+    )
+    assert TrainingParameters().adjust(recipe) == recipe
+    changed = TrainingParameters(epochs=9, augmentation=AugmentationParameters(zoom=0)).adjust(recipe)
+    assert changed == recipe.model_copy(
+        update={"epochs": 9, "augmentation": AugmentationParameters(rotation=3, zoom=0)}
+    )
 
-    from deepfake_core.models import BUILDERS
 
-    assert set(BUILDERS) == set(get_args(Architecture))
+def test_an_override_has_the_recipe_s_meaning_and_bounds():
+    properties = TrainingParameters.model_json_schema()["properties"]
+    for name, field in Recipe.model_fields.items():
+        assert properties[name]["default"] is None
+        assert properties[name]["description"].startswith(field.description)
+        assert "Empty: each candidate's own" in properties[name]["description"]
+    with pytest.raises(ValidationError, match="less than or equal to 1024"):
+        TrainingParameters(image_size=2000)

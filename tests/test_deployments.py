@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 from uuid import UUID
 
 import httpx
+import mlflow
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
@@ -18,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled
 
 from deepfake_core import registry
+from deepfake_core.config import Architecture
 from tests.conftest import faces, free_port, wait_until, write_zip
 
 ROOT = Path(__file__).parents[1]
@@ -52,9 +55,9 @@ def test_every_parameter_of_a_deployment_exists(deployment):
 def test_the_form_shows_descriptions_bounds_and_choices():
     schema = load_flow(DEPLOYMENTS[0]).parameters.model_dump()
     training = schema["definitions"]["TrainingParameters"]["properties"]
-    assert training["epochs"]["minimum"] == 1
+    assert training["epochs"]["anyOf"][0]["minimum"] == 1
     assert training["epochs"]["description"].endswith("(at least 1, at most 10,000).")
-    assert training["candidates"]["items"]["enum"] == ["cnn"]
+    assert training["candidates"]["items"]["enum"] == list(get_args(Architecture))
     assert schema["properties"]["train_on"]["description"].startswith("Name of the deployment that trains")
     for model in schema["definitions"].values():
         for name, field in model["properties"].items():
@@ -114,7 +117,7 @@ def test_retrain_runs_on_two_workers_and_fails_with_its_child(server, tmp_path):
     source = {"name": str(write_zip(tmp_path / "faces.zip", faces(40)))}
     parameters = {
         "data": {"sources": [source], "data_dir": str(tmp_path / "data")},
-        "training": {"image_size": 32, "epochs": 1},
+        "training": {"candidates": ["cnn"], "image_size": 32, "epochs": 1, "augmentation": {"zoom": 0.2}},
         "promotion": {"min_precision": 0, "min_recall": 0},
     }
 
@@ -155,7 +158,11 @@ def test_retrain_runs_on_two_workers_and_fails_with_its_child(server, tmp_path):
     assert trained.state.is_completed()
     registry.connect()
     assert registry.find_production("deepfake-detector") == "1"
-    assert registry.read_version("deepfake-detector", "1").tags["flow_run_id"] == str(trained.id)
+    version = registry.read_version("deepfake-detector", "1")
+    assert version.tags["flow_run_id"] == str(trained.id)
+    logged = mlflow.MlflowClient().get_run(version.run_id).data.params
+    assert logged["training.augmentation.zoom"] == "0.2"  # what was set reached the other worker, and nothing else did
+    assert logged["training.augmentation.rotation"] == "20.0"
     with get_client(sync_client=True) as client:
         messages = [log.message for log in client.read_logs()]
     assert any("80 usable images" in message for message in messages), "core logs must reach Prefect's UI"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prefect.client.orchestration import get_client
 
-from deepfake_core import registry
+from deepfake_core import registry, training
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
 from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
 from deepfake_core.manifest import open_dataset
@@ -23,7 +23,7 @@ from tests.kaggle_server import HIDDEN, KaggleServer
 
 NAME = "deepfake-detector"
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
-TINY = TrainingParameters(image_size=32, epochs=1)
+TINY = TrainingParameters(candidates=("cnn",), image_size=32, epochs=1)
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
@@ -128,8 +128,8 @@ def test_retrain_on_real_images_twice(tracking, monkeypatch):
         source.model_copy(update={"name": f"{tracking}/kaggle/{source.short_name}.zip"})
         for source in DataParameters().sources
     ]
-    training = TrainingParameters(epochs=2)
-    dataset, version = retrain(parameters(tracking, *sources), training, NO_FLOORS)
+    short = TrainingParameters(epochs=2, image_size=64)
+    dataset, version = retrain(parameters(tracking, *sources), short, NO_FLOORS)
     counts = open_dataset(dataset).description["counts"]
     assert counts["reasons"] == {"duplicate": 240, "kept": 240, "not_an_image": 3}
     assert counts["sources"]["real-vs-fake-faces"] == {"files": 120, "duplicate": 120}
@@ -139,7 +139,23 @@ def test_retrain_on_real_images_twice(tracking, monkeypatch):
     assert "test/real-and-fake-face-detection/auc" in metrics
 
     forbid_work(monkeypatch)
-    assert retrain(parameters(tracking, *sources), training, NO_FLOORS) == (dataset, "2")
+    assert retrain(parameters(tracking, *sources), short, NO_FLOORS) == (dataset, "2")
+
+
+def test_a_retrain_that_failed_late_goes_on_with_what_was_trained(tracking, two_zips, monkeypatch):
+    data = parameters(tracking, two_zips[0])
+    with monkeypatch.context() as broken:
+        broken.setattr(registry, "register_detector", None)
+        with pytest.raises(TypeError):
+            retrain(data, TINY, NO_FLOORS)
+    (folder,) = (data.data_dir / "training").iterdir()
+    assert folder.name.startswith("cnn-")
+    with monkeypatch.context() as untrained:
+        untrained.setattr(training, "_fit", None)
+        _, version = retrain(data, TINY, NO_FLOORS)
+    run = check_run(registry.read_version(NAME, version).run_id)
+    assert {"val/auc", "val_loss", "seconds"} <= set(run["metrics"])
+    assert not folder.exists()
 
 
 def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):

@@ -1,6 +1,11 @@
 """Batches, the reference network, augmentation, training and what comes out of it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -9,15 +14,20 @@ import pytest
 
 from deepfake_core import batches, plots, training
 from deepfake_core.batches import Batches, Images, load_images
-from deepfake_core.config import AugmentationParameters, TrainingParameters
+from deepfake_core.config import AugmentationParameters
 from deepfake_core.detector import Detector, decode_image, resize_image
+from deepfake_core.errors import LockedError, ModelError
 from deepfake_core.metrics import Confusion
-from deepfake_core.models import Augmentation, build_cnn
+from deepfake_core.models import CANDIDATES
+from deepfake_core.models.augmentation import Augmentation
 from tests.conftest import draw_image, encode, faces, write_zip
 from tests.test_manifest import prepare
 
 SIZE = 32
 STILL = AugmentationParameters(rotation=0, width_shift=0, height_shift=0, zoom=0, horizontal_flip=False)
+RECIPE = CANDIDATES["cnn"].RECIPE.model_copy(
+    update={"image_size": SIZE, "epochs": 4, "batch_size": 16, "augmentation": STILL, "precision": "float32"}
+)
 
 
 def stripes(count: int, seed: int) -> Images:
@@ -37,9 +47,8 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def candidate(tmp_path_factory):
-    parameters = TrainingParameters(image_size=SIZE, epochs=4, batch_size=16, augmentation=STILL, seed=1)
     folder = tmp_path_factory.mktemp("candidate")
-    return training.train_candidate("cnn", stripes(96, 0), stripes(32, 1), parameters, folder)
+    return training.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, folder, seed=1)
 
 
 def test_cached_images_are_what_serving_would_see(dataset):
@@ -60,38 +69,49 @@ def test_images_are_decoded_once_per_size(dataset, monkeypatch):
     assert not list((dataset.path.parent.parent / "batches").rglob(".*"))
 
 
+def test_a_damaged_cache_is_written_again(dataset, caplog):
+    images = load_images(dataset, "val", SIZE)
+    expected = np.array(images.pixels)
+    file = Path(images.pixels.filename)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 0xFF
+    file.write_bytes(content)
+    assert np.array_equal(load_images(dataset, "val", SIZE).pixels, expected)
+    assert "does not have the checksum" in caplog.text
+
+
 def test_an_epoch_shows_each_image_once_and_the_next_in_another_order():
     images = stripes(50, 0)
-    shuffled = Batches(images, 16, shuffle_seed=3)
+    shuffled = Batches(images, 16, seed=3)
 
-    def epoch() -> list[bytes]:
+    def epoch(number: int) -> list[bytes]:
+        shuffled.start_epoch(number)
         return [image.tobytes() for i in range(len(shuffled)) for image in shuffled[i][0]]
 
-    first = epoch()
-    shuffled.on_epoch_end()
-    second = epoch()
+    first, second = epoch(0), epoch(1)
     assert len(shuffled) == 4
     assert sorted(first) == sorted(second) == sorted(image.tobytes() for image in images.pixels)
     assert first != second
+    assert epoch(0) == first
 
 
 def test_pixels_and_labels_stay_together():
-    pixels, labels = Batches(stripes(40, 0), 40, shuffle_seed=0)[0]
+    pixels, labels = Batches(stripes(40, 0), 40, seed=0)[0]
     bright = pixels[:, :, : SIZE // 2].mean(axis=(1, 2, 3)) > 100
     assert np.array_equal(bright, labels == 1)
 
 
-def test_reference_cnn_is_the_published_one():
-    model = build_cnn(150)
-    assert model.input_shape == (None, 150, 150, 3)
-    assert [(layer.filters, layer.kernel_size) for layer in model.layers if isinstance(layer, keras.layers.Conv2D)] == [
-        (32, (3, 3)),
-        (64, (3, 3)),
-        (128, (3, 3)),
-    ]
-    convolutions = (27 + 1) * 32 + (9 * 32 + 1) * 64 + (9 * 64 + 1) * 128
-    dense = (17 * 17 * 128 + 1) * 256 + 257
-    assert model.count_params() == convolutions + dense
+@pytest.mark.parametrize("kind", ["recompression", "blur", "resize"])
+def test_each_degradation_changes_its_share_of_the_images_and_removes_detail(kind):
+    images = stripes(200, 0)
+    batches = Batches(images, 200, STILL.model_copy(update={kind: 0.5}), seed=0)
+    degraded = batches[0][0]
+    changed = (degraded != images.pixels).any(axis=(1, 2, 3))
+    assert 70 < changed.sum() < 130
+    assert np.array_equal(degraded, batches[0][0])
+    detail = [np.abs(np.diff(pixels[changed].astype(float), axis=2)).mean() for pixels in (images.pixels, degraded)]
+    assert detail[1] < detail[0]
+    assert Batches(images, 200, STILL.model_copy(update={kind: 1.0}))[0][0].tolist() == images.pixels.tolist()
 
 
 def test_augmentation_without_change_is_the_identity():
@@ -163,6 +183,7 @@ def test_detector_json_gives_the_scores_their_meaning(candidate):
     description = json.loads((candidate.folder / "detector.json").read_text())
     assert description == {
         "architecture": "cnn",
+        "trained_in": "float32",
         "image_size": SIZE,
         "threshold": 0.5,
         "class_names": ["real", "fake"],
@@ -179,20 +200,116 @@ def test_one_unreadable_image_harms_no_other(candidate):
 
 
 def test_training_stops_early_and_repeats_with_its_seed(tmp_path):
-    parameters = TrainingParameters(image_size=SIZE, epochs=30, patience=1, learning_rate=0.03, batch_size=8)
+    recipe = RECIPE.model_copy(update={"epochs": 30, "patience": 1, "learning_rate": 0.03, "batch_size": 8})
     noise = stripes(32, 0)
     noise = Images(noise.pixels, np.random.default_rng(0).integers(0, 2, 32).astype(np.int8), noise.rows)
     histories = []
     for name in ("first", "second"):
-        (tmp_path / name).mkdir()
         reported = []
         candidate = training.train_candidate(
-            "cnn", noise, noise, parameters, tmp_path / name, lambda epoch, _, seen=reported: seen.append(epoch)
+            "cnn",
+            noise,
+            noise,
+            recipe,
+            tmp_path / name,
+            on_epoch=lambda epoch, _, seen=reported: seen.append(epoch),
         )
         assert reported == candidate.history["epoch"].tolist()
-        histories.append(candidate.history)
+        histories.append(candidate.history.drop(columns="seconds"))
     assert len(histories[0]) < 30
     assert np.allclose(histories[0], histories[1], rtol=1e-4)
+
+
+class Killed(BaseException):
+    """Ends a training as a kill would, but for this process."""
+
+
+def train_transfer(folder, die_in_epoch=None):
+    """Train with all that is random (order, augmentation, degradation, dropout), a frozen phase and a schedule."""
+    recipe = CANDIDATES["efficientnet_lite0"].RECIPE
+    augmentation = recipe.augmentation.model_copy(update={"recompression": 0.5})
+    recipe = recipe.model_copy(
+        update={"image_size": SIZE, "epochs": 4, "batch_size": 16, "head_epochs": 1, "augmentation": augmentation}
+    )
+    reported = []
+
+    def on_epoch(epoch, _):
+        reported.append(epoch)
+        if epoch == die_in_epoch:  # recorded, but not backed up
+            raise Killed
+
+    training.train_candidate("efficientnet_lite0", stripes(48, 0), stripes(16, 1), recipe, folder, 1, 1, on_epoch)
+    return reported
+
+
+def die_between_weights_and_epoch(epoch):
+    """Make Keras die after it wrote an epoch's weights, before it writes that epoch's number."""
+    write = keras.callbacks.BackupAndRestore._save_model
+
+    def save(self):
+        number = Path(self.backup_dir) / "training_metadata.json"
+        before = number.read_text() if number.exists() else None
+        write(self)
+        if self._current_epoch == epoch:
+            number.write_text(before) if before else number.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    keras.callbacks.BackupAndRestore._save_model = save
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train_transfer(whole) == [1, 2, 3, 4]
+    code = "import sys; from pathlib import Path; from tests.test_training import *; "
+    code += "die_between_weights_and_epoch(2); train_transfer(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(killed)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[1], timeout=300).returncode == -signal.SIGKILL
+
+    with pytest.raises(Killed):
+        train_transfer(killed, die_in_epoch=3)
+    assert train_transfer(killed) == [1, 2, 3, 4]
+    uninterrupted, resumed = (pd.read_csv(folder / "history.csv")[list(training.METRICS)] for folder in (whole, killed))
+    assert np.allclose(uninterrupted, resumed, rtol=1e-3, atol=1e-5)
+    images = stripes(32, 5).pixels
+    assert np.allclose(Detector(whole).score(images), Detector(killed).score(images), rtol=1e-3, atol=1e-4)
+
+
+def test_a_finished_training_is_not_repeated(candidate):
+    before = (candidate.folder / "checkpoint.keras").stat().st_mtime_ns
+    again = training.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, candidate.folder, seed=1)
+    assert again.history.equals(candidate.history)
+    assert (candidate.folder / "checkpoint.keras").stat().st_mtime_ns == before
+
+
+def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
+    recipe = RECIPE.model_copy(update={"learning_rate": 1.0, "epochs": 50})
+    broken = stripes(64, 0)
+    broken = Images(np.full(broken.pixels.shape, np.nan, np.float32), broken.labels, broken.rows)
+    with pytest.raises(ModelError, match=r"must stay finite. Received: nan in epoch 1 of cnn.*Lower training"):
+        training.train_candidate("cnn", broken, stripes(32, 1), recipe, tmp_path)
+
+
+def test_two_runs_never_train_in_one_folder(tmp_path):
+    with training._hold(tmp_path), pytest.raises(LockedError, match="One run at a time"):
+        training.train_candidate("cnn", stripes(8, 0), stripes(8, 1), RECIPE, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+def test_memory_stays_flat_from_epoch_to_epoch(tmp_path):
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    memory = []
+    training.train_candidate(
+        "cnn",
+        stripes(512, 0),
+        stripes(32, 1),
+        RECIPE.model_copy(update={"epochs": 12, "patience": 12}),
+        tmp_path,
+        on_epoch=lambda *_: memory.append(resident_bytes()),
+    )
+    assert max(memory[4:]) - memory[3] < 8_000_000  # keeping each epoch's pixels would take 12.6 MB in these 8
 
 
 def test_figures_show_what_was_measured(candidate, dataset):
@@ -217,6 +334,6 @@ def test_figures_show_what_was_measured(candidate, dataset):
     curves = plots.plot_curves(images.labels, scores, 0.5)
     assert [axes.get_title() for axes in curves.axes] == ["ROC", "Precision and recall"]
 
-    batch = plots.plot_training_batch(images, TrainingParameters())
+    batch = plots.plot_training_batch(images, RECIPE, seed=0)
     assert len(batch.axes) == 16
     assert {axes.get_title() for axes in batch.axes} == {"real", "fake"}

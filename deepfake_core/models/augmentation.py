@@ -1,47 +1,12 @@
-"""The candidates: each a function from an input size to an untrained Keras model.
-
-A model takes pixels from 0 to 255 and returns P(fake); rescaling lives inside. To add a candidate,
-write its function, name it in `BUILDERS` and in `config.Architecture`.
-"""
+"""Random changes to training images, on the device that trains."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import layers
 
-from deepfake_core.config import Architecture, AugmentationParameters
-
-
-def build_cnn(image_size: int) -> keras.Model:
-    """Build the reference CNN: three convolutions, one dense layer, one sigmoid.
-
-    Args:
-        image_size: side of the input in pixels; the reference's is 150.
-
-    Returns:
-        Model from float32 (n, image_size, image_size, 3), 0 to 255, to float32 (n, 1), P(fake).
-    """
-    return keras.Sequential(
-        [
-            keras.Input((image_size, image_size, 3), name="image"),
-            layers.Rescaling(1 / 255),
-            layers.Conv2D(32, 3, activation="relu"),
-            layers.MaxPooling2D(2),
-            layers.Conv2D(64, 3, activation="relu"),
-            layers.MaxPooling2D(2),
-            layers.Conv2D(128, 3, activation="relu"),
-            layers.MaxPooling2D(2),
-            layers.Flatten(),
-            layers.Dense(256, activation="relu"),
-            layers.Dense(1, activation="sigmoid", dtype="float32", name="fake_probability"),
-        ],
-        name="cnn",
-    )
-
-
-BUILDERS: dict[Architecture, Callable[[int], keras.Model]] = {"cnn": build_cnn}
+from deepfake_core.config import AugmentationParameters
 
 
 class Augmentation(layers.Layer):
@@ -56,7 +21,8 @@ class Augmentation(layers.Layer):
     """
 
     def __init__(self, parameters: AugmentationParameters, seed: int, name: str | None = None) -> None:
-        super().__init__(name=name)
+        super().__init__(name=name, dtype="float32")
+        self.supports_jit = keras.backend.backend() != "tensorflow"  # XLA has no projective transform
         self._parameters = parameters
         self._generator = keras.random.SeedGenerator(seed)
 

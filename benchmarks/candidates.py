@@ -1,0 +1,139 @@
+"""What each candidate reaches on real images, over several seeds: AUC, accuracy, precision, recall per source.
+
+    python benchmarks/candidates.py ARCHIVES [--seeds 3] [--only cnn efficientnet_lite0 ...]
+
+ARCHIVES holds the three zips. Every candidate trains on the same split by its own recipe; the checkpoint is chosen on
+val, and the figures are the test split's, at threshold 0.5. `cnn` is trained in float32 and in bfloat16, to show that
+precision costs no AUC. Results go into benchmarks/results/candidates.json after each training; what is there already
+for the same data set and recipe is not trained again, so a run that was stopped goes on.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+from matplotlib.figure import Figure
+
+from deepfake_core.batches import load_images
+from deepfake_core.config import Architecture, DataParameters, Recipe
+from deepfake_core.detector import Detector
+from deepfake_core.files import write_json
+from deepfake_core.manifest import Dataset, open_dataset
+from deepfake_core.metrics import Evaluation, evaluate_detector
+from deepfake_core.models import CANDIDATES
+from deepfake_core.training import train_candidate
+from flows.prepare import prepare
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def list_variants() -> dict[str, tuple[Architecture, Recipe]]:
+    """Name what is trained: each candidate by its recipe, `cnn` in both precisions, transfer without weights."""
+    variants = {}
+    for architecture in get_args(Architecture):
+        recipe = CANDIDATES[architecture].RECIPE
+        if architecture == "efficientnet_v2_b0":
+            continue  # its ImageNet weights have to be downloaded
+        precisions = ("float32", "bfloat16") if architecture == "cnn" else ("auto",)
+        for precision in precisions:
+            name = architecture if precision == "auto" else f"{architecture}, {precision}"
+            variants[name] = architecture, recipe.model_copy(update={"precision": precision})
+    return variants
+
+
+def measure(dataset: Dataset, architecture: Architecture, recipe: Recipe, seed: int) -> dict[str, Any]:
+    train, val, test = (load_images(dataset, split, recipe.image_size) for split in ("train", "val", "test"))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        candidate = train_candidate(architecture, train, val, recipe, Path(folder), seed)
+        seconds = time.perf_counter() - start
+        detector = Detector(candidate.folder)
+        results = {split: evaluate_detector(detector, images)[0] for split, images in (("val", val), ("test", test))}
+    epochs = candidate.history["seconds"].iloc[1:] if len(candidate.history) > 1 else candidate.history["seconds"]
+    return {
+        "trained_in": detector.description["trained_in"],
+        "minutes": seconds / 60,
+        "epochs": len(candidate.history),
+        "best_epoch": candidate.best_epoch,
+        "images_per_second": len(train) / float(epochs.median()),
+        **{split: describe(evaluation) for split, evaluation in results.items()},
+    }
+
+
+def describe(evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
+    return {
+        source: {
+            "images": one.confusion.total,
+            "auc": one.auc,
+            **{name: getattr(one.confusion, name) for name in ("accuracy", "precision", "recall")},
+        }
+        for source, one in {**evaluation.sources, "all": evaluation}.items()
+    }
+
+
+def plot_aucs(variants: dict[str, Any]) -> Figure:
+    """Draw each seed's AUC per candidate and source, with their mean."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    sources = sorted({source for one in variants.values() for seed in one["seeds"].values() for source in seed["test"]})
+    for position, source in enumerate(sorted(set(sources) - {"all"})):
+        colour = ("#2c7fb8", "#d95f0e", "#636363")[position]
+        for row, one in enumerate(variants.values()):
+            values = [seed["test"][source]["auc"] for seed in one["seeds"].values()]
+            height = row + 0.24 * (position - 0.5)
+            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, label=None if row else source)
+            axes.plot(sum(values) / len(values), height, "|", color=colour, markersize=16, markeredgewidth=2)
+    axes.axvline(0.5, color="grey", linestyle=":")
+    axes.set_yticks(range(len(variants)), list(variants))
+    axes.invert_yaxis()
+    axes.set(xlabel="AUC on the test split: each seed, and the mean (bar)", xlim=(0.4, 1.0))
+    axes.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archives", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="candidates to train, by name")
+    options = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("deepfake_core").setLevel(logging.INFO)
+    file = RESULTS / "candidates.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        sources = tuple(
+            source.model_copy(update={"name": f"{options.archives.absolute()}/{source.short_name}.zip"})
+            for source in DataParameters().sources
+        )
+        dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=Path(folder))))
+        variants: dict[str, Any] = known.get("variants", {}) if known.get("dataset") == dataset.version else {}
+        for seed in map(str, range(options.seeds)):
+            for name, (architecture, recipe) in list_variants().items():
+                if options.only and architecture not in options.only:
+                    continue
+                description = recipe.model_dump(mode="json")
+                if variants.get(name, {}).get("recipe") != description:
+                    parameters = CANDIDATES[architecture].build(recipe).count_params()
+                    variants[name] = {"parameters": parameters, "recipe": description, "seeds": {}}
+                if seed not in variants[name]["seeds"]:
+                    variants[name]["seeds"][seed] = measure(dataset, architecture, recipe, int(seed))
+                    print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)
+                    ordered = {variant: variants[variant] for variant in list_variants() if variant in variants}
+                    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+                    splits = dataset.description["counts"]["splits"]
+                    write_json(
+                        file, {"machine": machine, "dataset": dataset.version, "splits": splits, "variants": ordered}
+                    )
+                    plot_aucs(ordered).savefig(RESULTS / "candidates.png", dpi=110)
+    print(f"written: {file} and candidates.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""On what, and in which precision, a network is computed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import keras
+
+from deepfake_core.config import Precision
+from deepfake_core.errors import ConfigurationError
+
+CPU_FLAGS = Path("/proc/cpuinfo")
+
+
+def choose_precision(precision: Precision, model: keras.Model) -> Precision:
+    """Return float32 or bfloat16; `auto` is bfloat16 where the hardware computes the network faster in it.
+
+    That is on GPUs, and on CPUs with AMX or AVX512-BF16 unless the network trains depthwise convolutions, for which
+    TensorFlow's CPU kernels are slower in bfloat16 (benchmarks/training_speed.py measures both).
+    """
+    if precision != "auto":
+        return precision
+    if not _sees_only_cpus():
+        return "bfloat16"
+    return "bfloat16" if _cpu_computes_bfloat16() and not _trains_depthwise(model) else "float32"
+
+
+def _sees_only_cpus() -> bool:
+    return all(name.startswith("cpu") for name in keras.distribution.list_devices())
+
+
+def _cpu_computes_bfloat16() -> bool:
+    if not CPU_FLAGS.exists():  # not Linux
+        return False
+    return not {"amx_bf16", "avx512_bf16"}.isdisjoint(CPU_FLAGS.read_text().split())
+
+
+def _trains_depthwise(model: keras.Model) -> bool:
+    return any(
+        _trains_depthwise(layer) if isinstance(layer, keras.Model) else isinstance(layer, keras.layers.DepthwiseConv2D)
+        for layer in model.layers
+        if layer.trainable
+    )
+
+
+@contextmanager
+def compute_in(precision: Precision) -> Iterator[None]:
+    """Give layers that are made inside this precision; weights stay float32 (mixed precision)."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+@contextmanager
+def spread_over(count: int) -> Iterator[None]:
+    """Have models that are made inside train on `count` devices, each on its share of every batch.
+
+    Accelerators, or logical CPU devices where there are none. One device is left as it is.
+
+    Raises:
+        ConfigurationError: if there are fewer.
+    """
+    if count == 1:
+        yield
+        return
+    names = keras.distribution.list_devices()
+    if count > len(names):
+        raise ConfigurationError(
+            f"`training.devices` must be no more than the devices that {keras.backend.backend()} sees. "
+            f"Received: {count}; it sees {', '.join(names)}. CUDA_VISIBLE_DEVICES says which GPUs it may see."
+        )
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.distribute.MirroredStrategy([f"/{name}" for name in names[:count]]).scope():
+            yield
+        return
+    before = keras.distribution.distribution()
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=names[:count]))
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(before)

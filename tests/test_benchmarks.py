@@ -1,0 +1,50 @@
+"""Benchmarks that need an accelerator run tiny on the CPU, and count what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu_training import count_work
+from deepfake_core.models import CANDIDATES
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_floors_count_what_the_network_computes():
+    operations, elements = count_work(CANDIDATES["cnn"].build(CANDIDATES["cnn"].RECIPE))
+    convolutions = 148**2 * 32 * 27 + 72**2 * 64 * 9 * 32 + 34**2 * 128 * 9 * 64
+    dense = 17**2 * 128 * 256 + 256
+    assert operations == 2 * (convolutions + dense)
+    pooled = 74**2 * 32 + 36**2 * 64 + 17**2 * 128
+    outputs = 150**2 * 3 + 148**2 * 32 + 72**2 * 64 + 34**2 * 128 + pooled + 17**2 * 128 + 256 + 1
+    assert elements == outputs
+
+
+def test_a_backbone_is_counted_with_its_model():
+    recipe = CANDIDATES["efficientnet_lite0"].RECIPE.model_copy(update={"weights": "none", "image_size": 224})
+    operations, _ = count_work(CANDIDATES["efficientnet_lite0"].build(recipe))
+    assert operations / 2 == pytest.approx(407e6, rel=0.06)  # multiply-adds that the authors give, less the classifier
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
+    if find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    file = tmp_path / "gpu.json"
+    sizes = ["--images", "24", "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--candidates", "cnn"]
+    subprocess.run(
+        [sys.executable, "benchmarks/gpu_training.py", *sizes, "--output", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=300,
+    )
+    result = json.loads(file.read_text())
+    assert result["backend"] == backend
+    assert result["candidates"]["cnn"]["images_per_second"] > 0

@@ -1,0 +1,104 @@
+"""Precision by hardware, several devices, and the other backend; each in a process of its own, since all are global."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import keras
+import pytest
+
+from deepfake_core import devices
+from deepfake_core.detector import Detector
+from deepfake_core.devices import choose_precision
+from deepfake_core.models import CANDIDATES
+from tests.test_training import stripes
+
+HERE = Path(__file__).parents[1]
+
+
+def build(architecture):
+    recipe = CANDIDATES[architecture].RECIPE.model_copy(update={"image_size": 32, "weights": "none"})
+    return CANDIDATES[architecture].build(recipe)
+
+
+@pytest.mark.parametrize(
+    ("flags", "architecture", "chosen"),
+    [
+        ("fpu avx512f avx512_bf16", "cnn", "bfloat16"),
+        ("fpu amx_bf16 amx_tile", "cgface", "bfloat16"),
+        ("fpu avx2 avx512f", "cnn", "float32"),
+        ("fpu avx512_bf16", "efficientnet_lite0", "float32"),
+        ("fpu avx512_bf16", "efficientnet_v2_b0", "float32"),
+        ("fpu avx512_bf16", "hpf_cnn", "bfloat16"),  # its one depthwise convolution is fixed, and in float32
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_gains_by_it(flags, architecture, chosen, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: {flags}\nbugs\t\t: spectre_v1\n")
+    monkeypatch.setattr(devices, "CPU_FLAGS", tmp_path / "cpuinfo")
+    model = build(architecture)
+    assert choose_precision("auto", model) == chosen
+    assert choose_precision("float32", model) == "float32"
+    assert choose_precision("bfloat16", model) == "bfloat16"
+
+
+def test_a_machine_that_lists_no_flags_computes_in_float32(tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "CPU_FLAGS", tmp_path / "none")
+    assert choose_precision("auto", build("cnn")) == "float32"
+
+
+def test_precision_is_of_the_computation_and_ends_with_its_block():
+    with devices.compute_in("bfloat16"):
+        model = build("cnn")
+    assert {str(weight.dtype) for weight in model.weights} == {"float32"}
+    assert model.layers[1].compute_dtype == "bfloat16"
+    assert model.layers[-1].compute_dtype == "float32"
+    assert keras.config.dtype_policy().name == "float32"
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from deepfake_core.training import train_candidate
+from tests.test_training import RECIPE, stripes
+from deepfake_core.models import CANDIDATES
+architecture, count = sys.argv[2], int(sys.argv[3])
+recipe = CANDIDATES[architecture].RECIPE.model_copy(update=RECIPE.model_dump(exclude={"augmentation"}) | {
+    "augmentation": RECIPE.augmentation, "epochs": 2, "weights": "none"})
+candidate = train_candidate(architecture, stripes(60, 0), stripes(16, 1), recipe, Path(sys.argv[1]), 1, count)
+print("losses", *candidate.history["loss"], *candidate.history["val_loss"])
+"""
+TWO_CPUS = """
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+"""
+
+
+def train(folder, architecture="cnn", count=1, before="", **environment):
+    command = [sys.executable, "-c", before + TRAIN, str(folder), architecture, str(count)]
+    done = subprocess.run(
+        command, cwd=HERE, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    losses = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("losses")]
+    return [float(loss) for loss in losses[0]] if losses else done.stderr
+
+
+@pytest.mark.slow
+def test_two_devices_learn_as_one_does_from_the_same_batches(tmp_path):
+    one = train(tmp_path / "one", before=TWO_CPUS)
+    two = train(tmp_path / "two", count=2, before=TWO_CPUS)
+    assert two == pytest.approx(one, rel=1e-4)
+    assert "must be no more than the devices" in train(tmp_path / "three", count=3, before=TWO_CPUS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")
+def test_jax_trains_too_and_on_two_devices_as_on_one(tmp_path):
+    one = train(tmp_path / "one", KERAS_BACKEND="jax")
+    assert one[1] < one[0]  # the training loss of the second epoch, of the first
+    two = train(tmp_path / "two", count=2, KERAS_BACKEND="jax", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert two == pytest.approx(one, rel=1e-4)
+    scores = Detector(tmp_path / "one").score(stripes(40, 2).pixels)  # exported by way of TensorFlow
+    assert ((scores >= 0.5) == stripes(40, 2).labels).mean() > 0.9
