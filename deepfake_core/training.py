@@ -236,8 +236,8 @@ class _Record(keras.callbacks.Callback):
         row = {"epoch": epoch + 1, **{name: float(logs[name]) for name in METRICS}}
         if not np.isfinite(row["loss"]):
             raise ModelError(
-                f"The loss must stay finite. Received: {row['loss']} in epoch {epoch + 1} of {self._architecture}, at a "
-                f"learning rate of {self._recipe.learning_rate}. Lower training.learning_rate, or set "
+                f"The loss must stay finite. Received: {row['loss']} in epoch {epoch + 1} of {self._architecture}, "
+                f"at a learning rate of {self._recipe.learning_rate}. Lower training.learning_rate, or set "
                 "training.precision to float32."
             )
         row["seconds"] = time.perf_counter() - self._started

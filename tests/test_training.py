@@ -283,11 +283,11 @@ def test_a_finished_training_is_not_repeated(candidate):
 
 
 def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
-    recipe = RECIPE.model_copy(update={"learning_rate": 1.0, "epochs": 50})
-    broken = stripes(64, 0)
-    broken = Images(np.full(broken.pixels.shape, np.nan, np.float32), broken.labels, broken.rows)
+    record = training._Record("cnn", RECIPE, tmp_path, None, None)
+    record.on_epoch_begin(0)
     with pytest.raises(ModelError, match=r"must stay finite. Received: nan in epoch 1 of cnn.*Lower training"):
-        training.train_candidate("cnn", broken, stripes(32, 1), recipe, tmp_path)
+        record.on_epoch_end(0, dict.fromkeys(training.METRICS, float("nan")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_never_train_in_one_folder(tmp_path):
