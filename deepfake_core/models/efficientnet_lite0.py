@@ -14,17 +14,17 @@ from deepfake_core.models.backbone import attach_head, load_backbone
 from deepfake_core.models.torch_checkpoint import read_checkpoint
 
 RECIPE = Recipe(
-    image_size=192,
-    batch_size=32,
-    epochs=8,
-    patience=8,
+    image_size=256,
+    batch_size=16,
+    epochs=10,
+    patience=10,
     weights="imagenet",
     head_epochs=1,
-    learning_rate=0.0003,
+    learning_rate=0.0002,
     schedule="cosine",
     warmup_epochs=1,
     weight_decay=0.0001,
-    augmentation=AugmentationParameters(rotation=10),
+    augmentation=AugmentationParameters(rotation=20, width_shift=0.2, height_shift=0.2, zoom=0.2),
 )
 
 BLOCKS = (  # kernel, stride of the first, expansion, filters, repeats: Tan and Le 2019, table 1
