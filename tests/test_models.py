@@ -99,15 +99,42 @@ def test_the_ported_backbone_names_what_imagenet_would(picture, classes):
 
 def test_folded_normalisation_is_the_normalisation():
     tensors = efficientnet_lite0.read_imagenet()
-    block = efficientnet_lite0.build_backbone(32)
-    efficientnet_lite0.load_imagenet(block)
-    folded = block.get_layer("blocks.0.project_conv")
+    kernel, bias = efficientnet_lite0.fold_normalisation("blocks.0.project_conv", tensors)
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 32)).astype(np.float32)
     convolved = x @ tensors["_blocks.0._project_conv.weight"][:, :, 0, 0].T
     gamma, beta, mean, variance = (
         tensors[f"_blocks.0._bn2.{name}"] for name in ("weight", "bias", "running_mean", "running_var")
     )
-    assert np.allclose(folded(x), (convolved - mean) / np.sqrt(variance + 1e-3) * gamma + beta, atol=1e-3)
+    expected = (convolved - mean) / np.sqrt(variance + 1e-3) * gamma + beta
+    assert np.allclose(x @ kernel[0, 0] + bias, expected, atol=1e-3)
+
+
+def test_equalised_blocks_compute_the_same_with_kernels_of_like_size():
+    tensors = efficientnet_lite0.read_imagenet()
+    backbone = efficientnet_lite0.build_backbone(64)
+    x = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
+    weights = {
+        layer.name: efficientnet_lite0.fold_normalisation(layer.name, tensors)
+        for layer in backbone.layers[1:]
+        if layer.weights
+    }
+
+    def spread() -> float:
+        """Return how many times the largest of the kernels between blocks is the smallest."""
+        between = [kernel for name, (kernel, _) in weights.items() if "expand" in name or "project" in name]
+        sizes = [np.sqrt(np.square(kernel).mean()) for kernel in between]
+        return max(sizes) / min(sizes)
+
+    def compute() -> np.ndarray:
+        for name, pair in weights.items():
+            backbone.get_layer(name).set_weights(pair)
+        return keras.ops.convert_to_numpy(backbone(x))
+
+    features, before = compute(), spread()
+    efficientnet_lite0.equalise_blocks(weights)
+    assert np.allclose(compute(), features, atol=1e-3)
+    assert before > 70
+    assert spread() < 10
 
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container")

@@ -14,10 +14,10 @@ def build(recipe: Recipe) -> keras.Model:
     """Build the network of Dang, Hassan, Im, Lee, Lee and Moon, "Deep Learning Based Computer Generated Face
     Identification Using Convolutional Neural Network", Applied Sciences 8(12), 2610, 2018, section 4.1.
 
-    Published: five convolutional layers chosen by their number, batch normalisation, dropout, Adam, faces of
-    64 x 64. Chosen here, since we could not read it in the paper: 3 x 3 kernels, 32 to 256 of them, a pooling
-    after each of the first four convolutions, one dense layer of 256, dropout of 0.5, and one sigmoid in place of
-    two softmax outputs. The paper's second stage (boosted trees on these features, for unequal classes) is left out.
+    Known to us, from its abstract and headings: five convolutional layers, batch normalisation, dropout, Adam. We
+    could not read the rest, and chose: inputs of 64 x 64, 3 x 3 kernels, 32 to 256 of them, a pooling after each of
+    the first four convolutions, one dense layer of 256, dropout of 0.5, one sigmoid. The paper's second stage
+    (boosted trees on these features, for unequal classes) is left out.
     """
     network = [keras.Input((recipe.image_size, recipe.image_size, 3), name="image"), layers.Rescaling(1 / 255)]
     for filters in (32, 64, 128, 256):

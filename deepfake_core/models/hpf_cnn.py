@@ -17,10 +17,10 @@ def build(recipe: Recipe) -> keras.Model:
     """Build the network of Mo, Chen and Luo, "Fake Faces Identification via Convolutional Neural Network",
     IH&MMSec 2018, pages 43 to 47, section 3.
 
-    Published: 256 x 256 RGB, a fixed high-pass filter per channel, three groups of a 3 x 3 convolution, leaky ReLU and
-    2 x 2 max pooling, two dense layers with leaky ReLU. Chosen here, since we could not read it in the paper: the
-    Laplacian as filter, 32, 64 and 128 kernels, dense layers of 256 and 64, dropout of 0.5 between them, and one
-    sigmoid in place of two softmax outputs.
+    Known to us, from its abstract and what others say of it: a high-pass filter in front, three groups of convolution,
+    leaky ReLU and max pooling, dense layers behind. We could not read the rest, and chose: inputs of 256 x 256, the
+    Laplacian per channel as filter, 3 x 3 kernels, 32, 64 and 128 of them, dense layers of 256 and 64, dropout of 0.5
+    between them, one sigmoid.
     """
     high_pass = layers.DepthwiseConv2D(3, padding="valid", use_bias=False, dtype="float32", name="high_pass")
     high_pass.trainable = False
