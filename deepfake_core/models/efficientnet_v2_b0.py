@@ -14,11 +14,11 @@ RECIPE = Recipe(
     patience=10,
     weights="imagenet",
     head_epochs=1,
-    learning_rate=0.0002,
+    learning_rate=0.0001,
     schedule="cosine",
     warmup_epochs=1,
     weight_decay=0.0001,
-    augmentation=AugmentationParameters(rotation=20, width_shift=0.2, height_shift=0.2, zoom=0.2),
+    augmentation=AugmentationParameters(rotation=10),
 )
 
 
