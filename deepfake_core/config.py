@@ -208,7 +208,7 @@ def _override(name: str) -> Any:
     """Make an empty parameter with the description and bounds of the recipe's."""
     field = Recipe.model_fields[name]
     bounds = {limit: value for limits in field.metadata for limit, value in asdict(limits).items()}
-    return Field(default=None, description=f"{field.description} Empty: each candidate's own.", **bounds)
+    return Field(default=None, description=f"{field.description} None: each candidate's own.", **bounds)
 
 
 class TrainingParameters(Parameters):
