@@ -19,7 +19,7 @@ from deepfake_core.errors import ConfigurationError, ServiceError
 from deepfake_core.manifest import Dataset
 from deepfake_core.sample import draw_archives
 
-SAMPLE_DEFAULTS: dict[str, Any] = {"training": {"epochs": 12}}
+SAMPLE_DEFAULTS: dict[str, Any] = {"training": {"candidates": ["cnn"], "epochs": 12}}
 
 
 class RetrainSettings(BaseSettings):

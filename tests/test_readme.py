@@ -126,7 +126,7 @@ def render_training_results() -> str:
     seeds = {len(one["seeds"]) for one in CANDIDATES["variants"].values()}
     splits = ", ".join(f"{split} {sum(CANDIDATES['splits'][split].values()):,}" for split in SPLITS)
     lines = [
-        f"Test split at threshold 0.5, mean of {' or '.join(map(str, sorted(seeds)))} seeds, for AUC with the lowest "
+        f"Test split at threshold 0.5, mean over seeds ({' or '.join(map(str, sorted(seeds)))}), for AUC with the lowest "
         f"and the highest; {splits}. Minutes of training and",
         f"images per second (validation included) on {CANDIDATES['machine']}.",
         "",
