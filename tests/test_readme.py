@@ -126,8 +126,8 @@ def render_training_results() -> str:
     seeds = {len(one["seeds"]) for one in CANDIDATES["variants"].values()}
     splits = ", ".join(f"{split} {sum(CANDIDATES['splits'][split].values()):,}" for split in SPLITS)
     lines = [
-        f"Test split at threshold 0.5, mean over seeds ({' or '.join(map(str, sorted(seeds)))}), for AUC with the lowest "
-        f"and the highest; {splits}. Minutes of training and",
+        f"Test split at threshold 0.5, mean over {' or '.join(map(str, sorted(seeds)))} seed(s), for AUC with the "
+        f"lowest and the highest; {splits}. Minutes of training and",
         f"images per second (validation included) on {CANDIDATES['machine']}.",
         "",
         "| candidate | parameters | source | AUC | accuracy | precision | recall | minutes | images/s |",
@@ -153,7 +153,7 @@ def render_training_results() -> str:
         f"The reference pipeline (`ImageDataGenerator`, float32) trains `cnn` at {rates['reference']:.0f} images/s; "
         f"ours at {rates['ours_float32']:.0f} in float32, {times['float32']:.1f} times, and at",
         f"{rates['ours_bfloat16']:.0f} in bfloat16, {times['bfloat16']:.1f} times. That is {floors['float32']:.2f} and "
-        f"{floors['bfloat16']:.2f} of bare steps on a resident batch.",
+        f"{floors['bfloat16']:.2f} of bare steps on a resident batch (medians of {TRAINING_SPEED['rounds']} rounds).",
     ]
     return "\n".join(lines)
 
