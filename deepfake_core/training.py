@@ -103,16 +103,18 @@ def train_candidate(
         ConfigurationError: if there are fewer devices.
         ModelError: if pretrained weights can't be had, or the loss is no number.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    detector = folder / "detector"
+    detector.mkdir(parents=True, exist_ok=True)
     with _hold(folder):
-        record = _Record(architecture, recipe, folder, on_epoch, on_progress)
-        if not (folder / DESCRIPTION).exists():
+        record = _Record(architecture, recipe, folder, detector, on_epoch, on_progress)
+        if not (detector / DESCRIPTION).exists():
             record.served = CANDIDATES[architecture].build(recipe)
             precision = choose_precision(recipe.precision, record.served)
             with spread_over(devices), compute_in(precision):
                 _fit(architecture, recipe, train, val, seed, record, folder)
-            export_detector(folder / CHECKPOINT, folder, {"architecture": architecture, "trained_in": precision})
-    candidate = Candidate(architecture, folder, pd.read_csv(folder / HISTORY))
+            export_detector(detector / CHECKPOINT, detector, {"architecture": architecture, "trained_in": precision})
+        record.report_new()
+    candidate = Candidate(architecture, detector, pd.read_csv(folder / HISTORY))
     log.info("%s: kept the checkpoint of epoch %d of %d", architecture, candidate.best_epoch, len(candidate.history))
     return candidate
 
@@ -206,17 +208,16 @@ class _Record(keras.callbacks.Callback):
         architecture: Architecture,
         recipe: Recipe,
         folder: Path,
+        detector: Path,
         on_epoch: EpochReport | None,
         on_progress: Progress | None,
     ) -> None:
         super().__init__()
         self.served: Any = None
-        self._architecture, self._recipe, self._folder = architecture, recipe, folder
+        self._architecture, self._recipe, self._detector = architecture, recipe, detector
         self._on_epoch, self._on_progress = on_epoch, on_progress
-        file = folder / HISTORY
-        self._rows: list[dict[Any, Any]] = pd.read_csv(file).to_dict("records") if file.exists() else []
-        for row in self._rows:
-            self._report(row)
+        self._file, self._reported = folder / HISTORY, 0
+        self._rows: list[dict[Any, Any]] = pd.read_csv(self._file).to_dict("records") if self._file.exists() else []
 
     def patience_is_over(self) -> bool:
         losses = [row["val_loss"] for row in self._rows]
@@ -224,6 +225,7 @@ class _Record(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
         del self._rows[epoch:]  # an epoch that was recorded, but not backed up, is trained again
+        self.report_new()
         self._epoch, self._started = epoch, time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
@@ -243,14 +245,20 @@ class _Record(keras.callbacks.Callback):
         row["seconds"] = time.perf_counter() - self._started
         if row["val_loss"] < min((earlier["val_loss"] for earlier in self._rows), default=np.inf):
             self.served.set_weights(self.model.layers[-1].get_weights())
-            beside = self._folder / "next.keras"  # Keras insists on the suffix
+            beside = self._file.with_name("next.keras")  # Keras insists on the suffix
             self.served.save(beside)
-            beside.replace(self._folder / CHECKPOINT)
+            beside.replace(self._detector / CHECKPOINT)
         self._rows.append(row)
-        with write_beside(self._folder / HISTORY) as beside:
+        with write_beside(self._file) as beside:
             pd.DataFrame(self._rows).to_csv(beside, index=False)
-        self._report(row)
+        self.report_new()
         self.model.stop_training = self.patience_is_over()
+
+    def report_new(self) -> None:
+        """Report each epoch once, those of a killed run too."""
+        for row in self._rows[self._reported :]:
+            self._report(row)
+        self._reported = len(self._rows)
 
     def _report(self, row: dict[Any, Any]) -> None:
         figures = {name: value for name, value in row.items() if name != "epoch"}

@@ -92,7 +92,7 @@ def train_candidate(
 def discard_trainings(trained: Sequence[TrainedCandidate]) -> None:
     """Remove the trainings' folders: MLflow has what is worth keeping, and the next retrain shall train anew."""
     for one in trained:
-        shutil.rmtree(one.candidate.folder)
+        shutil.rmtree(one.candidate.folder.parent)
 
 
 def choose_best(trained: Sequence[TrainedCandidate]) -> TrainedCandidate:

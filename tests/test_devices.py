@@ -100,5 +100,5 @@ def test_jax_trains_too_and_on_two_devices_as_on_one(tmp_path):
     assert one[1] < one[0]  # the training loss of the second epoch, of the first
     two = train(tmp_path / "two", count=2, KERAS_BACKEND="jax", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert two == pytest.approx(one, rel=1e-4)
-    scores = Detector(tmp_path / "one").score(stripes(40, 2).pixels)  # exported by way of TensorFlow
+    scores = Detector(tmp_path / "one" / "detector").score(stripes(40, 2).pixels)  # exported by way of TensorFlow
     assert ((scores >= 0.5) == stripes(40, 2).labels).mean() > 0.9

@@ -1,11 +1,27 @@
-"""What the candidates that transfer learning share: weights into a pretrained part, and a head behind it."""
+"""What the candidates that transfer learning share: a recipe, weights into a pretrained part, a head behind it."""
 
 from pathlib import Path
 
 import keras
 from keras import layers
 
+from deepfake_core.config import AugmentationParameters, Recipe
 from deepfake_core.errors import ModelError
+
+FINE_TUNING = Recipe(
+    image_size=256,
+    batch_size=16,
+    epochs=10,
+    patience=10,
+    weights="imagenet",
+    head_epochs=1,
+    learning_rate=0.0001,
+    schedule="cosine",
+    warmup_epochs=1,
+    weight_decay=0.0001,
+    augmentation=AugmentationParameters(rotation=10),
+)
+"""At native size, since a generator's traces are fine; slowly, since the pretrained kernels are small."""
 
 
 def attach_head(name: str, backbone: keras.Model, preprocessing: layers.Layer) -> keras.Model:

@@ -8,24 +8,12 @@ import keras
 import numpy as np
 from keras import layers
 
-from deepfake_core.config import AugmentationParameters, Recipe
+from deepfake_core.config import Recipe
 from deepfake_core.errors import ModelError
-from deepfake_core.models.backbone import attach_head, load_backbone
+from deepfake_core.models.backbone import FINE_TUNING, attach_head, load_backbone
 from deepfake_core.models.torch_checkpoint import read_checkpoint
 
-RECIPE = Recipe(
-    image_size=256,
-    batch_size=16,
-    epochs=10,
-    patience=10,
-    weights="imagenet",
-    head_epochs=1,
-    learning_rate=0.0001,
-    schedule="cosine",
-    warmup_epochs=1,
-    weight_decay=0.0001,
-    augmentation=AugmentationParameters(rotation=10),
-)
+RECIPE = FINE_TUNING
 
 BLOCKS = (  # kernel, stride of the first, expansion, filters, repeats: Tan and Le 2019, table 1
     (3, 1, 1, 16, 1),

@@ -3,23 +3,11 @@
 import keras
 from keras import layers
 
-from deepfake_core.config import AugmentationParameters, Recipe
+from deepfake_core.config import Recipe
 from deepfake_core.errors import ModelError
-from deepfake_core.models.backbone import attach_head, load_backbone
+from deepfake_core.models.backbone import FINE_TUNING, attach_head, load_backbone
 
-RECIPE = Recipe(
-    image_size=256,
-    batch_size=16,
-    epochs=10,
-    patience=10,
-    weights="imagenet",
-    head_epochs=1,
-    learning_rate=0.0001,
-    schedule="cosine",
-    warmup_epochs=1,
-    weight_decay=0.0001,
-    augmentation=AugmentationParameters(rotation=10),
-)
+RECIPE = FINE_TUNING
 
 
 def build(recipe: Recipe) -> keras.Model:
