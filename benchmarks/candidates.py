@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def list_variants() -> dict[str, tuple[Architecture, Recipe]]:
-    """Name what is trained: each candidate by its recipe, `cnn` in both precisions, transfer without weights."""
+    """Name what is trained: each candidate by its recipe, `cnn` in both precisions."""
     variants = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE

@@ -112,7 +112,8 @@ def train_candidate(
             precision = choose_precision(recipe.precision, record.served)
             with spread_over(devices), compute_in(precision):
                 _fit(architecture, recipe, train, val, seed, record, folder)
-            export_detector(detector / CHECKPOINT, detector, {"architecture": architecture, "trained_in": precision})
+            description = {"architecture": architecture, "trained_in": precision, "image_size": recipe.image_size}
+            export_detector(detector / CHECKPOINT, detector, description)
         record.report_new()
     candidate = Candidate(architecture, detector, pd.read_csv(folder / HISTORY))
     log.info("%s: kept the checkpoint of epoch %d of %d", architecture, candidate.best_epoch, len(candidate.history))
@@ -290,7 +291,7 @@ class _Backup(keras.callbacks.BackupAndRestore):
         self.model._initial_epoch = self._first_epoch + steps // self._epoch_steps
 
 
-def export_detector(checkpoint: Path, folder: Path, description: dict[str, str]) -> None:
+def export_detector(checkpoint: Path, folder: Path, description: dict[str, Any]) -> None:
     """Write `model.onnx`, then `detector.json`, which `deepfake_core.detector` reads."""
     if keras.backend.backend() == "tensorflow":
         export_onnx(checkpoint, folder / "model.onnx")
@@ -298,9 +299,7 @@ def export_detector(checkpoint: Path, folder: Path, description: dict[str, str])
         command = "import sys; from deepfake_core import training; training.export_onnx(*sys.argv[1:])"
         arguments = [sys.executable, "-c", command, str(checkpoint), str(folder / "model.onnx")]
         subprocess.run(arguments, env={**os.environ, "KERAS_BACKEND": "tensorflow"}, check=True)
-    size = int(keras.saving.load_model(checkpoint, compile=False, safe_mode=True).input_shape[1])
-    meaning = {"image_size": size, "threshold": DECISION_THRESHOLD, "class_names": CLASS_NAMES}
-    write_json(folder / DESCRIPTION, {**description, **meaning})
+    write_json(folder / DESCRIPTION, {**description, "threshold": DECISION_THRESHOLD, "class_names": CLASS_NAMES})
 
 
 def export_onnx(checkpoint: str | Path, file: str | Path) -> None:
