@@ -30,8 +30,8 @@ if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
 import keras
 import numpy as np
 
+from deepfake_core.augmentation import Augmentation
 from deepfake_core.models import CANDIDATES
-from deepfake_core.models.augmentation import Augmentation
 
 
 class ResidentImages(keras.layers.Layer):
@@ -57,7 +57,7 @@ def count_work(model: keras.Model) -> tuple[float, float]:
             inner = count_work(layer)
             operations, elements = operations + inner[0], elements + inner[1]
             continue
-        if isinstance(layer, keras.layers.InputLayer):
+        if isinstance(layer, (keras.layers.InputLayer, keras.layers.ReLU)):  # a ReLU is fused with what is before it
             continue
         outputs = float(np.prod(layer.output.shape[1:]))
         elements += outputs

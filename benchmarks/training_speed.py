@@ -4,9 +4,9 @@
 
 ARCHIVES holds the three zips, of which the 256 x 256 images of 140k-real-and-fake-faces.zip are used. The reference
 pipeline decodes, resizes and augments each image in each epoch (ImageDataGenerator, flow_from_directory) and computes
-in float32. All train the reference CNN at 150 x 150 in batches of 32 with the same kinds of augmentation. A bare step
-trains on one resident batch, augmentation included: the floor that no input pipeline gets below. The sides take turns,
-an epoch each, after one epoch that is not counted; the results are medians. They go into
+in float32. Both train the reference CNN at 150 x 150 in batches of 32 with the same kinds of augmentation. A bare step
+trains on one resident batch, without input or augmentation: the floor that no pipeline gets below. The sides take
+turns, an epoch each, after one epoch that is not counted; the results are medians. They go into
 benchmarks/results/training_speed.json and training_speed.png.
 """
 
@@ -30,7 +30,6 @@ from deepfake_core.devices import choose_precision, compute_in
 from deepfake_core.files import write_json
 from deepfake_core.manifest import open_dataset
 from deepfake_core.models import CANDIDATES
-from deepfake_core.models.augmentation import Augmentation
 from flows.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,12 +48,9 @@ def compile_model(model: keras.Model) -> keras.Model:
     return model
 
 
-def build_augmented(precision: Precision) -> keras.Model:
+def build_model(precision: Precision) -> keras.Model:
     with compute_in(precision):
-        model = CANDIDATES["cnn"].build(RECIPE)
-        return compile_model(
-            keras.Sequential([keras.Input(model.input_shape[1:]), Augmentation(RECIPE.augmentation, 0), model])
-        )
+        return compile_model(CANDIDATES["cnn"].build(RECIPE))
 
 
 def make_reference(folder: Path) -> Callable[[], int]:
@@ -82,7 +78,7 @@ def make_reference(folder: Path) -> Callable[[], int]:
 
 
 def make_ours(images: Images, precision: Precision) -> Callable[[], int]:
-    batches, model = Batches(images, RECIPE.batch_size, RECIPE.augmentation, seed=0), build_augmented(precision)
+    batches, model = Batches(images, RECIPE.batch_size, RECIPE.augmentation, seed=0), build_model(precision)
 
     def train_epoch() -> int:
         model.fit(batches, epochs=1, shuffle=False, verbose=0)
@@ -95,7 +91,7 @@ def make_bare(images: Images, precision: Precision) -> Callable[[], int]:
     pixels, labels = Batches(images, RECIPE.batch_size, seed=0)[0]
     steps = len(images) // RECIPE.batch_size
     resident = tf.data.Dataset.from_tensors((tf.constant(pixels), tf.constant(labels))).cache().repeat(steps)
-    model = build_augmented(precision)
+    model = build_model(precision)
 
     def train_epoch() -> int:
         model.fit(resident, epochs=1, verbose=0)

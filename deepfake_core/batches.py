@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from deepfake_core.archive import Progress
+from deepfake_core.augmentation import augment_image
 from deepfake_core.config import CLASS_NAMES, AugmentationParameters
-from deepfake_core.degradation import degrade_image
 from deepfake_core.detector import decode_image, resize_image
 from deepfake_core.files import hash_file, write_beside
 from deepfake_core.manifest import Dataset
@@ -85,8 +85,9 @@ class Batches(keras.utils.PyDataset):
     Args:
         images: one split.
         batch_size: images per batch; the last one may be smaller.
-        augmentation: says which shares of the images are degraded (`degrade_image`).
-        seed: of the orders and degradations. None keeps the images and their order as they are.
+        augmentation: how images are changed, where `seed` is given.
+        seed: of the orders and changes. None keeps the images and their order as they are.
+        warp: False where an accelerator will warp the batch.
     """
 
     def __init__(
@@ -95,11 +96,12 @@ class Batches(keras.utils.PyDataset):
         batch_size: int,
         augmentation: AugmentationParameters = AugmentationParameters(),  # noqa: B008 - frozen
         seed: int | None = None,
+        warp: bool = True,
     ) -> None:
         super().__init__(workers=1, use_multiprocessing=False, max_queue_size=10)
-        self._images, self._batch_size, self._augmentation, self._seed = images, batch_size, augmentation, seed
-        degrades = augmentation.resize or augmentation.blur or augmentation.recompression
-        self._pool = ThreadPoolExecutor(os.cpu_count()) if degrades and seed is not None else None
+        self._images, self._batch_size, self._seed = images, batch_size, seed
+        self._augmentation, self._warp = augmentation, warp
+        self._pool = ThreadPoolExecutor(os.cpu_count()) if seed is not None else None
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -116,9 +118,9 @@ class Batches(keras.utils.PyDataset):
         chosen = np.sort(self._order[index * self._batch_size : (index + 1) * self._batch_size])
         pixels = self._images.pixels[chosen]
         if self._pool:
-            pixels = np.stack(list(self._pool.map(self._degrade, chosen, pixels)))
+            pixels = np.stack(list(self._pool.map(self._augment, chosen, pixels)))
         return pixels, self._images.labels[chosen].astype(np.float32)
 
-    def _degrade(self, position: int, image: np.ndarray) -> np.ndarray:
+    def _augment(self, position: int, image: np.ndarray) -> np.ndarray:
         random = np.random.default_rng([self._seed or 0, self._epoch, position])
-        return degrade_image(image, self._augmentation, random)
+        return augment_image(image, self._augmentation, random, self._warp)

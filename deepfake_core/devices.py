@@ -20,12 +20,12 @@ def choose_precision(precision: Precision, model: keras.Model) -> Precision:
     """
     if precision != "auto":
         return precision
-    if not _sees_only_cpus():
+    if not sees_only_cpus():
         return "bfloat16"
     return "bfloat16" if _cpu_computes_bfloat16() and not _trains_depthwise(model) else "float32"
 
 
-def _sees_only_cpus() -> bool:
+def sees_only_cpus() -> bool:
     return all(name.startswith("cpu") for name in keras.distribution.list_devices())
 
 

@@ -3,7 +3,6 @@
 import textwrap
 from collections.abc import Sequence
 
-import keras
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,7 +12,6 @@ from sklearn import metrics as sklearn_metrics
 from deepfake_core.batches import Batches, Images
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, Recipe
 from deepfake_core.metrics import Confusion
-from deepfake_core.models.augmentation import Augmentation
 
 
 def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
@@ -52,9 +50,7 @@ def plot_image_grid(pixels: np.ndarray, titles: Sequence[str], heading: str) -> 
 def plot_training_batch(images: Images, recipe: Recipe, seed: int) -> Figure:
     """Draw 16 training images as the network sees them: augmented, with their labels."""
     pixels, labels = Batches(images, 16, recipe.augmentation, seed)[0]
-    augmentation = Augmentation(recipe.augmentation, seed)
-    augmented = keras.ops.convert_to_numpy(augmentation(pixels.astype(np.float32), training=True))
-    return plot_image_grid(augmented, [CLASS_NAMES[int(label)] for label in labels], "A training batch, augmented")
+    return plot_image_grid(pixels, [CLASS_NAMES[int(label)] for label in labels], "A training batch, augmented")
 
 
 def plot_worst_mistakes(images: Images, scores: np.ndarray, threshold: float) -> Figure:

@@ -19,14 +19,14 @@ import numpy as np
 import pandas as pd
 
 from deepfake_core.archive import Progress
+from deepfake_core.augmentation import Augmentation
 from deepfake_core.batches import Batches, Images
 from deepfake_core.config import CLASS_NAMES, Architecture, Recipe, TrainingParameters
-from deepfake_core.devices import choose_precision, compute_in, spread_over
+from deepfake_core.devices import choose_precision, compute_in, sees_only_cpus, spread_over
 from deepfake_core.errors import LockedError, ModelError
 from deepfake_core.files import write_beside, write_json
 from deepfake_core.manifest import Dataset
 from deepfake_core.models import CANDIDATES
-from deepfake_core.models.augmentation import Augmentation
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +138,9 @@ def _fit(
 ) -> None:
     keras.utils.set_random_seed(seed)
     model = CANDIDATES[architecture].build(recipe)
-    augmented = keras.Sequential([keras.Input(model.input_shape[1:]), Augmentation(recipe.augmentation, seed), model])
-    batches = Batches(train, recipe.batch_size, recipe.augmentation, seed)
+    warp = [] if sees_only_cpus() else [Augmentation(recipe.augmentation, seed)]
+    augmented = keras.Sequential([keras.Input(model.input_shape[1:]), *warp, model])
+    batches = Batches(train, recipe.batch_size, recipe.augmentation, seed, warp=not warp)
     log.info("%s: %s parameters, computed in %s", architecture, f"{model.count_params():,}", model.compute_dtype)
     backbone = next((layer for layer in model.layers if isinstance(layer, keras.Model)), None)
     head_epochs = min(recipe.head_epochs, recipe.epochs) if backbone and recipe.weights != "none" else 0

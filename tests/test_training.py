@@ -13,13 +13,13 @@ import pandas as pd
 import pytest
 
 from deepfake_core import batches, plots, training
+from deepfake_core.augmentation import Augmentation
 from deepfake_core.batches import Batches, Images, load_images
 from deepfake_core.config import AugmentationParameters
 from deepfake_core.detector import Detector, decode_image, resize_image
 from deepfake_core.errors import LockedError, ModelError
 from deepfake_core.metrics import Confusion
 from deepfake_core.models import CANDIDATES
-from deepfake_core.models.augmentation import Augmentation
 from tests.conftest import draw_image, encode, faces, write_zip
 from tests.test_manifest import prepare
 
@@ -82,7 +82,7 @@ def test_a_damaged_cache_is_written_again(dataset, caplog):
 
 def test_an_epoch_shows_each_image_once_and_the_next_in_another_order():
     images = stripes(50, 0)
-    shuffled = Batches(images, 16, seed=3)
+    shuffled = Batches(images, 16, STILL, seed=3)
 
     def epoch(number: int) -> list[bytes]:
         shuffled.start_epoch(number)
@@ -96,7 +96,7 @@ def test_an_epoch_shows_each_image_once_and_the_next_in_another_order():
 
 
 def test_pixels_and_labels_stay_together():
-    pixels, labels = Batches(stripes(40, 0), 40, seed=0)[0]
+    pixels, labels = Batches(stripes(40, 0), 40, STILL, seed=0)[0]
     bright = pixels[:, :, : SIZE // 2].mean(axis=(1, 2, 3)) > 100
     assert np.array_equal(bright, labels == 1)
 
@@ -114,10 +114,40 @@ def test_each_degradation_changes_its_share_of_the_images_and_removes_detail(kin
     assert Batches(images, 200, STILL.model_copy(update={kind: 1.0}))[0][0].tolist() == images.pixels.tolist()
 
 
-def test_augmentation_without_change_is_the_identity():
-    images = stripes(4, 0).pixels.astype(np.float32)
-    out = keras.ops.convert_to_numpy(Augmentation(STILL, seed=0)(images, training=True))
-    assert np.allclose(out, images, atol=1e-3)
+def warp_on_accelerator(pixels, parameters):
+    layer = Augmentation(parameters, seed=0)
+    return keras.ops.convert_to_numpy(layer(pixels.astype(np.float32), training=True))
+
+
+def warp_on_cpu(pixels, parameters):
+    images = Images(pixels, np.zeros(len(pixels), np.int8), pd.DataFrame())
+    return Batches(images, len(pixels), parameters, seed=0)[0][0].astype(np.float32)
+
+
+both_warps = pytest.mark.parametrize("warp", [warp_on_accelerator, warp_on_cpu])
+
+
+@both_warps
+def test_augmentation_without_change_is_the_identity(warp):
+    images = stripes(4, 0).pixels
+    assert np.allclose(warp(images, STILL), images, atol=1e-3)
+
+
+@both_warps
+def test_pixels_beyond_the_edge_repeat_it(warp):
+    images = np.zeros((40, 32, 32, 3), np.uint8)
+    images[:] = np.linspace(50, 200, 32).astype(np.uint8)[:, None]
+    moved = warp(images, STILL.model_copy(update={"width_shift": 0.5}))
+    assert moved.min() >= 50
+    assert moved.max() <= 200
+    assert (moved[:, 0, 0, 0] == 50).any()
+    assert (moved[:, 0, -1, 0] == 200).any()
+
+
+def test_an_accelerator_warps_what_the_batches_leave_as_it_is():
+    images = stripes(8, 0)
+    pixels, _ = Batches(images, 8, AugmentationParameters(), seed=0, warp=False)[0]
+    assert sorted(image.tobytes() for image in pixels) == sorted(image.tobytes() for image in images.pixels)
 
 
 def test_augmentation_is_for_training_only():
@@ -127,10 +157,10 @@ def test_augmentation_is_for_training_only():
     assert not np.allclose(keras.ops.convert_to_numpy(layer(images, training=True)), images)
 
 
-def test_flip_mirrors_about_half_of_the_images():
-    images = stripes(200, 0).pixels.astype(np.float32)
-    layer = Augmentation(STILL.model_copy(update={"horizontal_flip": True}), seed=0)
-    out = keras.ops.convert_to_numpy(layer(images, training=True))
+@both_warps
+def test_flip_mirrors_about_half_of_the_images(warp):
+    images = stripes(200, 0).pixels
+    out = warp(images, STILL.model_copy(update={"horizontal_flip": True}))
     flipped = [np.allclose(after, before[:, ::-1], atol=1e-2) for before, after in zip(images, out, strict=True)]
     kept = [np.allclose(after, before, atol=1e-2) for before, after in zip(images, out, strict=True)]
     assert sum(flipped) + sum(kept) == 200
@@ -141,12 +171,12 @@ def test_flip_mirrors_about_half_of_the_images():
     ("parameters", "axis", "reach"),
     [({"width_shift": 0.25}, 1, 8), ({"height_shift": 0.25}, 0, 8), ({"zoom": 0.5}, 1, 8), ({"rotation": 90.0}, 1, 16)],
 )
-def test_each_kind_of_augmentation_moves_a_dot_as_far_as_it_may(parameters, axis, reach):
-    images = np.zeros((300, 33, 33, 3), np.float32)
-    images[:, 16, 16] = 255.0  # the centre, which only shifts move
-    images[:, 16, 32 if axis else 16] = 255.0
-    layer = Augmentation(STILL.model_copy(update=parameters), seed=0)
-    out = keras.ops.convert_to_numpy(layer(images, training=True))
+@both_warps
+def test_each_kind_of_augmentation_moves_a_dot_as_far_as_it_may(warp, parameters, axis, reach):
+    images = np.zeros((300, 33, 33, 3), np.uint8)
+    images[:, 16, 16] = 255  # the centre, which only shifts move
+    images[:, 16, 32 if axis else 16] = 255
+    out = warp(images, STILL.model_copy(update=parameters))
     moved = np.abs(out - images).max(axis=(1, 2, 3)) > 50
     assert moved.mean() > 0.8
     if "shift" in next(iter(parameters)):
