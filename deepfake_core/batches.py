@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,7 +28,7 @@ class Images:
     """One split at one input size.
 
     Attributes:
-        pixels: uint8 memory map of shape (n, size, size, 3).
+        pixels: uint8 memory map of shape (n, size, size, 3), or a selection that reads from one.
         labels: int8 array of shape (n,): 0 real, 1 fake.
         rows: the split's manifest rows, in the same order.
     """
@@ -38,6 +39,27 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def select(self, mask: np.ndarray) -> "Images":
+        """Return the images where a mask of shape (n,) is true; their pixels stay on disk until they are asked for."""
+        if mask.all():
+            return self
+        rows = self.rows[mask].reset_index(drop=True)
+        return Images(_Selection(self.pixels, np.flatnonzero(mask)), self.labels[mask], rows)  # type: ignore[arg-type]
+
+
+class _Selection:
+    """Some images of an array, by an index of their own."""
+
+    def __init__(self, pixels: np.ndarray, positions: np.ndarray) -> None:
+        self._pixels, self._positions = pixels, positions
+        self.shape = (len(positions), *pixels.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._pixels[self._positions[index]]
 
 
 def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress | None = None) -> Images:

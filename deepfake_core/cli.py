@@ -1,20 +1,28 @@
-"""The command line of whoever uses the production model: `deepfake predict`, `versions`, `pull`."""
+"""The command line of whoever uses or answers for the production model.
+
+`deepfake predict`, `pull`, `versions`, `compare`, `promote`, `rollback`.
+"""
 
 import argparse
+import csv
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from deepfake_core.config import CLASS_NAMES
 from deepfake_core.detector import MAX_BYTES, Detector, Prediction
 from deepfake_core.errors import DeepfakeError, ModelError
 
-PRODUCTION_URI = "models:/deepfake-detector@production"
+DEFAULT_MODEL = "deepfake-detector"
+PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
 MODEL_HELP = (
     f"folder of a pulled model, or a registry URI such as models:/deepfake-detector/3 (default: {PRODUCTION_URI})"
 )
@@ -41,8 +49,29 @@ def _build_parser() -> argparse.ArgumentParser:
     predict.set_defaults(run=_predict)
 
     versions = commands.add_parser("versions", help="list the registered versions and why each was promoted")
-    versions.add_argument("--model-name", default="deepfake-detector", help="name in the registry")
+    versions.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
     versions.set_defaults(run=_list_versions)
+
+    compare = commands.add_parser("compare", help="compare two versions on the same images")
+    compare.add_argument("versions", nargs=2, metavar=("A", "B"), help="numbers of versions")
+    compare.add_argument(
+        "--split",
+        type=Path,
+        metavar="DIR",
+        help="folder with real/ and fake/ images; default: the test images that both versions' runs hold scores of",
+    )
+    compare.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
+    compare.set_defaults(run=_compare)
+
+    promote = commands.add_parser("promote", help="put a version into production")
+    promote.add_argument("version", metavar="N", help="number of the version")
+    promote.add_argument("--force", action="store_true", help="even if it failed the promotion rule")
+    rollback = commands.add_parser("rollback", help="put the version back that production replaced")
+    for command, run in ((promote, _promote), (rollback, _roll_back)):
+        command.add_argument("--reason", required=True, help="why, for whoever asks later")
+        command.add_argument("--yes", action="store_true", help="don't ask for confirmation")
+        command.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
+        command.set_defaults(run=run)
 
     pull = commands.add_parser("pull", help="copy a model out of the registry")
     pull.add_argument("folder", type=Path, metavar="DIR", help="folder to write, empty or new")
@@ -94,21 +123,151 @@ def _list_versions(options: argparse.Namespace) -> int:
     from deepfake_core import registry
 
     versions = registry.list_versions(options.model_name)
-    table = Table("version", "created", "on its test split", "decision")
+    table = Table("version", "created, data set", "on its test split", Column("decision", overflow="fold"))
     table.show_lines = True
     for version in versions:
         figures = {name: version.metrics.get(f"test/{name}") for name in ("precision", "recall", "auc")}
         table.add_row(
             "\n".join((version.version, *version.aliases)),
-            version.created,
+            f"{version.created}\n{version.tags.get('dataset_version', '')}",
             "\n".join(f"{name} {figure:.4f}" for name, figure in figures.items() if figure is not None),
-            "\n".join((version.tags.get("decision", ""), *version.tags.get("reasons", "").split("; "))),
+            "\n".join(_tell_history(version.tags)),
         )
     if versions:
         Console().print(table)
     else:
         print(f"No version of {options.model_name} yet: `make demo` or `python -m flows.retrain` makes one.")
     return 0
+
+
+def _tell_history(tags: Mapping[str, str]) -> list[str]:
+    lines = [tags.get("decision", ""), *tags.get("reasons", "").split("; ")]
+    if "production_since" in tags:
+        lines.append(f"in production {tags['production_since']}, by {tags['production_by']}")
+        if tags["production_because"] != tags.get("reasons"):
+            lines.append(tags["production_because"])
+    if "replaced_by" in tags:
+        lines.append(f"replaced {tags['production_until']} by version {tags['replaced_by']}")
+    return lines
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from deepfake_core import registry
+    from deepfake_core.metrics import FIGURES
+    from deepfake_core.promotion import Scored, compare_scores
+
+    registry.connect()
+    versions = [registry.read_version(options.model_name, number) for number in options.versions]
+    if options.split:
+        labels, rows, scored = _score_folder(versions, options.split)
+    else:
+        tables = [_read_scores(version) for version in versions]
+        common = sorted(set(tables[0][0]) & set(tables[1][0]))
+        if not common:
+            raise ModelError(
+                f"Two versions must share test images. Received: {options.versions[0]} and {options.versions[1]}, "
+                "which have none in common. Name a folder of labelled images with --split."
+            )
+        images = [tables[0][0][sha256] for sha256 in common]
+        labels = np.array([int(image["label"] == "fake") for image in images])
+        rows = {name: [image[name] for image in images] for name in ("source", "member", "group")}
+        scored = [
+            Scored(np.array([float(table[sha256]["score"]) for sha256 in common]), threshold)
+            for table, threshold in tables
+        ]
+    comparison = compare_scores(labels, rows, *scored)
+    table = Table(Column("95 % intervals", overflow="fold"), *(f"version {number}" for number in options.versions))
+    for name, title in FIGURES.items():
+        sides = (comparison.challenger.figures.get(name), comparison.production.figures.get(name))
+        table.add_row(title, *(str(side) if side else "-" for side in sides))
+    for source, ours in comparison.challenger.sources.items():
+        for name in ("auc", "recall"):
+            sides = (ours.figures.get(name), comparison.production.sources[source].figures.get(name))
+            table.add_row(f"{FIGURES[name]} on {source}", *(str(side) if side else "-" for side in sides))
+    Console().print(table)
+    if comparison.difference:
+        print(
+            f"On {len(labels)} images, version {options.versions[0]}'s AUC is {comparison.difference} above version "
+            f"{options.versions[1]}'s; it is better with probability {comparison.probability:.3f}."
+        )
+    if not options.split:
+        print("Where one version was trained on another data set, it may have seen some of these images.")
+    return 0
+
+
+def _read_scores(version: Any) -> tuple[dict[str, dict[str, str]], float]:
+    """Return the rows of a version's logged test scores by SHA-256, and its threshold."""
+    from deepfake_core import registry
+
+    text = registry.read_text(version.run_id, registry.SCORES)
+    if text is None:
+        raise ModelError(
+            f"A version's run must hold its test scores. Received: version {version.version}, run {version.run_id}, "
+            "which does not. Name a folder of labelled images with --split."
+        )
+    threshold = float(registry.read_parameters(version.run_id)["threshold"])
+    return {row["sha256"]: row for row in csv.DictReader(text.splitlines())}, threshold
+
+
+def _score_folder(versions: Sequence[Any], folder: Path) -> tuple[np.ndarray, dict[str, list[str]], list[Any]]:
+    from deepfake_core.promotion import Scored
+
+    files = [(file, label) for label, name in enumerate(CLASS_NAMES) for file in sorted((folder / name).rglob("*"))]
+    images = [(file, label) for file, label in files if file.is_file()]
+    if {label for _, label in images} != {0, 1}:
+        raise ModelError(f"--split must be a folder with images in real/ and in fake/. Received: {folder}")
+    detectors = [_load_detector(f"models:/{version.name}/{version.version}") for version in versions]
+    scores: list[list[float | None]] = [
+        [_judge_file(detector, file).fake_probability for file, _ in images] for detector in detectors
+    ]
+    usable = [position for position, score in enumerate(scores[0]) if score is not None]
+    if len(usable) < len(images):
+        print(f"{len(images) - len(usable)} files could not be read and are left out.", file=sys.stderr)
+    kept = [images[position] for position in usable]
+    rows = {
+        "source": [folder.name] * len(kept),
+        "member": [str(file) for file, _ in kept],
+        "group": [str(file) for file, _ in kept],
+    }
+    scored = [
+        Scored(np.array([one[position] for position in usable], np.float64), detector.threshold)
+        for one, detector in zip(scores, detectors, strict=True)
+    ]
+    return np.array([label for _, label in kept]), rows, scored
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from deepfake_core import registry
+
+    registry.connect()
+    current = registry.find_production(options.model_name)
+    if not _confirm(options, f"Put version {options.version} into production instead of {current or 'none'}?"):
+        return 1
+    former = registry.promote_by_hand(options.model_name, options.version, options.reason, options.force)
+    print(f"Version {options.version} is in production instead of {former or 'none'}. `deepfake rollback` undoes it.")
+    return 0
+
+
+def _roll_back(options: argparse.Namespace) -> int:
+    from deepfake_core import registry
+
+    registry.connect()
+    current, previous = registry.find_production(options.model_name), registry.find_previous(options.model_name)
+    if previous and not _confirm(options, f"Put version {previous} back into production instead of {current}?"):
+        return 1
+    restored, former = registry.roll_back(options.model_name, options.reason)
+    print(f"Version {restored} is back in production instead of {former}. `deepfake promote {former}` undoes it.")
+    return 0
+
+
+def _confirm(options: argparse.Namespace, question: str) -> bool:
+    if options.yes:
+        return True
+    try:
+        answer = input(f"{question} [y/N] ")
+    except EOFError as exc:
+        raise ModelError("A person must confirm. Received: no answer. Where nobody can, pass --yes.") from exc
+    return answer.strip().lower() in ("y", "yes")
 
 
 def _pull(options: argparse.Namespace) -> int:

@@ -27,6 +27,10 @@ Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(
 Normalisation = Literal["none", "reencode"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
+ThresholdRule = Literal["best_f1", "false_alarm_rate"]
+PrimaryMetric = Literal[
+    "auc", "average_precision", "accuracy", "f1", "recall_at_1_percent_fpr", "recall_at_5_percent_fpr"
+]
 
 
 def _state_bounds(schema: dict[str, Any]) -> None:
@@ -243,6 +247,32 @@ class TrainingParameters(Parameters):
         return Recipe(**{**dict(recipe), **given})
 
 
+class EvaluationParameters(Parameters):
+    """How scores are made comparable, and on what they are tested."""
+
+    threshold: Annotated[ThresholdRule, WithJsonSchema({"type": "string", "enum": list(get_args(ThresholdRule))})] = (
+        Field(
+            default="best_f1",
+            description="How the threshold is chosen on validation. best_f1; or false_alarm_rate: as many fakes as can "
+            "be found without calling more reals fake than the rate below.",
+        )
+    )
+    false_alarm_rate: float = Field(
+        default=0.05, ge=0, le=1, description="Share of real images that may be called fake, for that rule."
+    )
+    holdout_sources: tuple[str, ...] = Field(
+        default=(),
+        description="Last parts of the names of sources that are never trained on, only tested: how well the model "
+        "does on images of another kind than it has seen.",
+    )
+    robustness_images: int = Field(
+        default=400,
+        ge=0,
+        description="Test images, at most, that are recompressed, scaled, blurred and so on to see what that costs. "
+        "0: none.",
+    )
+
+
 class PromotionParameters(Parameters):
     """What a model must reach before it goes into production."""
 
@@ -256,3 +286,22 @@ class PromotionParameters(Parameters):
         default=0.6, ge=0, le=1, description="Lowest precision on the test split, at the threshold."
     )
     min_recall: float = Field(default=0.6, ge=0, le=1, description="Lowest recall on the test split, at the threshold.")
+    metric: Annotated[PrimaryMetric, WithJsonSchema({"type": "string", "enum": list(get_args(PrimaryMetric))})] = Field(
+        default="auc", description="Figure on the test split in which a challenger must beat production."
+    )
+    min_probability: float = Field(
+        default=0.95,
+        gt=0.5,
+        le=1,
+        description="Lowest probability that the challenger is better, by the paired bootstrap.",
+    )
+    max_recall_drop: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="How far a source's recall may lie below the lower end of production's 95 % interval.",
+    )
+    max_latency: float | None = Field(
+        default=None, gt=0, description="Most milliseconds for one image, on the CPU of the machine that evaluates."
+    )
+    max_size: float | None = Field(default=None, gt=0, description="Largest model.onnx, in megabytes (10^6 bytes).")

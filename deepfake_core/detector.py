@@ -22,6 +22,7 @@ MAX_PIXELS = 50_000_000
 """Larger images are refused from their header alone, before memory is spent on them (150 MB as RGB)."""
 
 BATCH_SIZE = 64
+DESCRIPTION = "detector.json"
 
 
 class UnreadableImageError(ValueError):
@@ -69,6 +70,22 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8)
 
 
+def apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Divide the scores' logits by a temperature, which keeps their order.
+
+    Args:
+        scores: float array of shape (n,), 0 to 1.
+
+    Returns:
+        float32 array of shape (n,), 0 to 1.
+    """
+    if temperature == 1:
+        return np.asarray(scores, np.float32)
+    probability = np.clip(np.asarray(scores, np.float64), 1e-9, 1 - 1e-9)
+    logits = np.log(probability) - np.log1p(-probability)
+    return (1 / (1 + np.exp(-logits / temperature))).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the detector says of one image; the first two are None where `error` says why."""
@@ -90,10 +107,12 @@ class Detector:
         import onnxruntime
 
         folder = Path(folder)
-        self.description: dict[str, Any] = json.loads((folder / "detector.json").read_text())
+        self.description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
         self.image_size = int(self.description["image_size"])
         self.threshold = float(self.description["threshold"])
+        self.temperature = float(self.description.get("temperature", 1.0))
         self.class_names: tuple[str, str] = tuple(self.description["class_names"])
+        self.size = (folder / "model.onnx").stat().st_size
         self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
 
@@ -110,7 +129,7 @@ class Detector:
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE].astype(np.float32)
             scores[start : start + BATCH_SIZE] = self._session.run(None, {self._input: batch})[0][:, 0]
-        return scores
+        return apply_temperature(scores, self.temperature)
 
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
         """Judge encoded images; one that can't be read gets an `error` and harms no other."""

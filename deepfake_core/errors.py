@@ -2,7 +2,8 @@
 
 DeepfakeError
 ├── TransientError          trying again may help; tasks retry these and nothing else
-│   └── DownloadError       the network or Kaggle's servers failed
+│   ├── DownloadError       the network or Kaggle's servers failed
+│   └── ProductionMovedError  another version went into production while two were compared
 └── PermanentError          trying again won't help; a person has to act
     ├── ConfigurationError  a parameter, a flag or a file of parameters
     ├── CredentialsError    Kaggle's credentials are missing or refused
@@ -28,6 +29,10 @@ class TransientError(DeepfakeError):
 
 class DownloadError(TransientError):
     """The network or Kaggle's servers failed."""
+
+
+class ProductionMovedError(TransientError):
+    """Another version went into production while two were compared."""
 
 
 class PermanentError(DeepfakeError):

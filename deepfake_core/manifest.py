@@ -90,6 +90,23 @@ def open_dataset(path: str | Path) -> Dataset:
     return Dataset(path)
 
 
+def find_trained_on(rows: pd.DataFrame, manifest: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
+    """Find images that a model which was trained on another data set has seen, or seen near copies of.
+
+    Args:
+        rows: the images in question, of `manifest`.
+        manifest: of the data set that holds them.
+        other: of the data set that the model was trained on; its validation images chose its checkpoint.
+
+    Returns:
+        Mask of shape (len(rows),).
+    """
+    learned = set(other.loc[other["split"].isin(("train", "val")), "group"]) - {""}
+    seen = set(other.loc[other["group"].isin(learned), "sha256"])
+    groups = set(manifest.loc[manifest["sha256"].isin(seen), "group"]) - {""}
+    return (rows["group"].isin(groups) | rows["sha256"].isin(seen)).to_numpy()
+
+
 def assign_splits(
     rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str], val_fraction: float, test_fraction: float
 ) -> pd.DataFrame:

@@ -53,15 +53,105 @@ def plot_training_batch(images: Images, recipe: Recipe, seed: int) -> Figure:
     return plot_image_grid(pixels, [CLASS_NAMES[int(label)] for label in labels], "A training batch, augmented")
 
 
-def plot_worst_mistakes(images: Images, scores: np.ndarray, threshold: float) -> Figure:
-    """Draw the 16 images whose scores are furthest on the wrong side of the threshold."""
-    error = np.where(images.labels == 1, threshold - scores, scores - threshold)
-    wrong = (scores >= threshold) != (images.labels == 1)
-    worst = [int(i) for i in np.argsort(-error) if wrong[i]][:16]
-    titles = [f"{CLASS_NAMES[images.labels[i]]}, P(fake) = {scores[i]:.2f}" for i in worst]
-    which = "All" if len(worst) == wrong.sum() else f"The {len(worst)} worst of"
-    heading = f"{which} {int(wrong.sum())} mistakes on {len(images)} test images, the worst first"
-    return plot_image_grid(images.pixels[worst], titles, heading)
+def choose_worst_mistakes(labels: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Return the positions of the 16 images whose scores are furthest on the wrong side of the threshold."""
+    error = np.where(labels == 1, threshold - scores, scores - threshold)
+    wrong = np.flatnonzero((scores >= threshold) != (labels == 1))
+    return wrong[np.argsort(-error[wrong], kind="stable")][:16]
+
+
+def choose_typical(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the positions of 16 images in the middle of their class's scores, half of them fake."""
+    chosen = []
+    for label in (1, 0):
+        mine = np.flatnonzero(labels == label)
+        mine = mine[np.argsort(scores[mine], kind="stable")]
+        chosen.append(mine[np.linspace(0, len(mine) - 1, 10).astype(int)[1:-1]] if len(mine) else mine)
+    return np.concatenate(chosen)
+
+
+def plot_explained(pixels: np.ndarray, heat: np.ndarray, titles: list[str], heading: str) -> Figure:
+    """Draw up to 16 images, each beside itself under the heat map of what spoke for the verdict (Grad-CAM).
+
+    Args:
+        pixels: uint8 array of shape (n, size, size, 3).
+        heat: float array of shape (n, height, width), 0 to 1, from `explain_scores`.
+        titles: one line per image.
+    """
+    lines = max(1, -(-len(pixels) // 4))
+    figure = Figure(figsize=(12, 1.75 * lines + 0.5), layout="constrained")
+    figure.suptitle(heading)
+    cells = figure.subplots(lines, 8, squeeze=False)
+    for axes in cells.flat:
+        axes.axis("off")
+    for position, title in enumerate(titles):
+        plain, explained = cells[position // 4, 2 * (position % 4) : 2 * (position % 4) + 2]
+        side = pixels.shape[1]
+        plain.imshow(pixels[position])
+        plain.set_title(title, fontsize=8, loc="left")
+        explained.imshow(pixels[position])
+        explained.imshow(
+            heat[position], cmap="inferno", vmin=0, vmax=1, alpha=0.5, interpolation="bilinear",
+            extent=(-0.5, side - 0.5, side - 0.5, -0.5),
+        )  # fmt: skip
+    return figure
+
+
+def plot_reliability(labels: np.ndarray, scores: np.ndarray) -> Figure:
+    """Draw how often images of a score are fake, and how many there are of it, in ten bins of equal width."""
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    bins = np.minimum((np.asarray(scores) * 10).astype(int), 9)
+    present = [one for one in range(10) if (bins == one).any()]
+    mean_score = [float(scores[bins == one].mean()) for one in present]
+    share = [float((labels[bins == one] == 1).mean()) for one in present]
+    counts = np.array([int((bins == one).sum()) for one in range(10)])
+    axes.bar(np.arange(10) / 10 + 0.05, counts / counts.max() * 0.25, width=0.09, color="#dddddd", label="images")
+    axes.plot((0, 1), (0, 1), color="grey", linestyle=":", label="a score means its share")
+    axes.plot(mean_score, share, marker="o", color=CLASS_COLOURS["fake"], label="test images")
+    axes.set(title="What a score means", xlabel="P(fake)", ylabel="share that is fake", ylim=(-0.02, 1.02))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def plot_scores(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray, threshold: float) -> Figure:
+    """Draw the scores of each source's real and fake images."""
+    names = sorted(set(sources))
+    figure = Figure(figsize=(8, 1.3 + 1.7 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0], names, strict=True):
+        for label, class_name in enumerate(CLASS_NAMES):
+            axes.hist(
+                scores[(sources == name) & (labels == label)], bins=np.linspace(0, 1, 41).tolist(), alpha=0.6,
+                color=CLASS_COLOURS[class_name], label=class_name,
+            )  # fmt: skip
+        axes.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:.2f}")
+        axes.set(title=name, ylabel="images")
+    axes.set(xlabel="P(fake)")
+    axes.legend()
+    return figure
+
+
+def plot_robustness(table: pd.DataFrame, clean_auc: float) -> Figure:
+    """Draw the AUC after each change of the images, by strength.
+
+    Args:
+        table: columns `change`, `strength`, `auc`.
+    """
+    changes = list(dict.fromkeys(table["change"]))
+    figure = Figure(figsize=(11, 2.9 * -(-len(changes) // 4)), layout="constrained")
+    cells = figure.subplots(-(-len(changes) // 4), min(4, len(changes)), squeeze=False, sharey=True)
+    for axes in cells.flat[len(changes) :]:
+        axes.axis("off")
+    for axes, change in zip(cells.flat, changes, strict=False):
+        rows = table[table["change"] == change]
+        axes.axhline(clean_auc, color="grey", linestyle=":", label="unchanged")
+        axes.plot([f"{strength:g}" for strength in rows["strength"]], rows["auc"], marker="o", color="#d95f0e")
+        axes.set(title=change)
+        axes.grid(alpha=0.3)
+    for axes in cells[:, 0]:
+        axes.set(ylabel="AUC")
+    cells[0, 0].legend()
+    return figure
 
 
 def plot_history(history: pd.DataFrame, best_epoch: int) -> Figure:
@@ -97,7 +187,7 @@ def plot_confusion(confusion: Confusion, threshold: float) -> Figure:
         )  # fmt: skip
     axes.set_xticks((0, 1), [f"said {name}" for name in CLASS_NAMES])
     axes.set_yticks((0, 1), [f"is {name}" for name in CLASS_NAMES])
-    axes.set_title(f"Test images, threshold {threshold:g}")
+    axes.set_title(f"Test images, threshold {threshold:.3f}")
     return figure
 
 
@@ -112,7 +202,7 @@ def plot_curves(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Fig
     roc.plot((0, 1), (0, 1), color="grey", linestyle=":", label="chance")
     roc.scatter(
         at.false_positives / (at.false_positives + at.true_negatives), at.recall, color="black", zorder=3,
-        label=f"threshold {threshold:g}",
+        label=f"threshold {threshold:.3f}",
     )  # fmt: skip
     roc.set(title="ROC", xlabel="false alarms (real called fake)", ylabel="recall (fake called fake)")
 
@@ -120,7 +210,7 @@ def plot_curves(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Fig
     average = sklearn_metrics.average_precision_score(labels, scores)
     pr.plot(recall, precision, label=f"average precision {average:.3f}")
     pr.axhline(float(np.mean(labels)), color="grey", linestyle=":", label="chance")
-    pr.scatter(at.recall, at.precision, color="black", zorder=3, label=f"threshold {threshold:g}")
+    pr.scatter(at.recall, at.precision, color="black", zorder=3, label=f"threshold {threshold:.3f}")
     pr.set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(-0.03, 1.03))
     for axes in (roc, pr):
         axes.legend(loc="lower right" if axes is roc else "lower left")

@@ -1,10 +1,59 @@
-"""Whether a challenger goes into production: a pure function of two evaluations."""
+"""Whether a challenger goes into production: a pure function of figures that neither model could have learned."""
 
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from deepfake_core.config import PromotionParameters
-from deepfake_core.metrics import Evaluation
+import numpy as np
+
+from deepfake_core.config import PrimaryMetric, PromotionParameters
+from deepfake_core.detector import Detector
+from deepfake_core.metrics import (
+    FIGURES,
+    Estimate,
+    Evaluation,
+    compute_figures,
+    draw_resamples,
+    evaluate_scores,
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's scores, P(fake) per image, and its own threshold."""
+
+    scores: np.ndarray
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same images.
+
+    Attributes:
+        metric: name of the figure that decides.
+        difference: the challenger's minus production's; None if a class is missing.
+        probability: that the challenger is better, by the paired bootstrap: the share of resamples in which it is,
+            ties counted half, less what a limited number of resamples may err by (one-sided, 95 %).
+        left_out: images left out for both, since production was trained on them or on near copies.
+    """
+
+    challenger: Evaluation
+    production: Evaluation
+    metric: PrimaryMetric
+    difference: Estimate | None
+    probability: float
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs to serve: milliseconds for one image on this CPU, and megabytes of `model.onnx`."""
+
+    latency: float
+    size: float
 
 
 @dataclass(frozen=True)
@@ -26,17 +75,71 @@ class Decision:
         return f"## {model_name} version {version} {verdict}\n\n{before}\n\n{reasons}\n"
 
 
+def measure_cost(detector: Detector) -> Cost:
+    """Measure a detector: the median time of one image among 10, after one that is not counted."""
+    image = np.zeros((1, detector.image_size, detector.image_size, 3), np.uint8)
+    seconds = []
+    for _ in range(11):
+        start = time.perf_counter()
+        detector.score(image)
+        seconds.append(time.perf_counter() - start)
+    return Cost(latency=1000 * statistics.median(seconds[1:]), size=detector.size / 1e6)
+
+
+def compare_scores(
+    labels: np.ndarray,
+    rows: Any,
+    challenger: Scored,
+    production: Scored,
+    metric: PrimaryMetric = "auc",
+    left_out: Sequence[bool] | np.ndarray = (),
+) -> Comparison:
+    """Compare two models on the same images and the same resamples of them.
+
+    The paired bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 16.4; near copies are
+    resampled together.
+
+    Args:
+        labels: int array of shape (n,): 0 real, 1 fake.
+        rows: columns `source`, `member` and `group` of the manifest, as a table or a mapping, n long.
+        left_out: mask of shape (n,) of images to leave out for both.
+    """
+    keep = ~np.asarray(left_out, bool) if len(left_out) else np.ones(len(labels), bool)
+    labels = np.asarray(labels)[keep]
+    columns = {name: np.asarray(rows[name])[keep] for name in ("source", "member", "group")}
+    weights = draw_resamples(columns["group"])
+    sides = [np.asarray(one.scores, np.float64)[keep] for one in (challenger, production)]
+    thresholds = [challenger.threshold, production.threshold]
+    evaluations = [
+        evaluate_scores(labels, scores, threshold, columns, weights)
+        for scores, threshold in zip(sides, thresholds, strict=True)
+    ]
+    difference, probability = None, 0.0
+    if all(metric in evaluation.figures for evaluation in evaluations):
+        ours, theirs = (
+            compute_figures(labels, scores, threshold, weights)[metric]
+            for scores, threshold in zip(sides, thresholds, strict=True)
+        )
+        gain = (ours - theirs)[~np.isnan(ours - theirs)]
+        values = [evaluation.figures[metric].value for evaluation in evaluations]
+        difference = Estimate.summarise(values[0] - values[1], gain)
+        share = float(np.mean(gain > 0) + np.mean(gain == 0) / 2)
+        probability = max(0.0, share - 1.645 * (share * (1 - share) / len(gain)) ** 0.5)
+    return Comparison(evaluations[0], evaluations[1], metric, difference, probability, left_out=int((~keep).sum()))
+
+
 def decide_promotion(
     challenger: Evaluation,
-    production: Evaluation | None,
+    comparison: Comparison | None,
+    cost: Cost,
     parameters: PromotionParameters,
     blockers: Sequence[str] = (),
 ) -> Decision:
-    """Promote a challenger that meets the floors and has a higher AUC than production.
+    """Promote a challenger that meets the floors and is better than production by more than luck, at no source's cost.
 
     Args:
-        challenger: the new model on the test split.
-        production: the production model on the same images; None if there is none yet.
+        challenger: the new model on the whole test split.
+        comparison: it and production on the same images; None if there is no production yet.
         blockers: reasons that forbid promotion, whatever the figures.
     """
     reached = challenger.confusion
@@ -51,18 +154,34 @@ def decide_promotion(
             f"recall {reached.recall:.4f}, floor {parameters.min_recall:.4f}",
         ),
     ]
-    if production is None:
-        checks.append((True, "no production model yet"))
-    else:
-        assert challenger.auc is not None and production.auc is not None  # every split holds both classes
-        checks.append(
-            (
-                challenger.auc > production.auc,
-                f"AUC {challenger.auc:.4f}, production's {production.auc:.4f} on the same images "
-                "(a tie keeps production)",
-            )
-        )
+    if parameters.max_latency is not None:
+        text = f"{cost.latency:.1f} ms an image, ceiling {parameters.max_latency:g} ms"
+        checks.append((cost.latency <= parameters.max_latency, text))
+    if parameters.max_size is not None:
+        text = f"{cost.size:.1f} MB, ceiling {parameters.max_size:g} MB"
+        checks.append((cost.size <= parameters.max_size, text))
+    checks += [(True, "no production model yet")] if comparison is None else _check_comparison(comparison, parameters)
     return Decision(
         promoted=all(passed for passed, _ in checks),
         reasons=tuple(f"{'met' if passed else 'NOT met'}: {text}" for passed, text in checks),
     )
+
+
+def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -> list[tuple[bool, str]]:
+    images = comparison.challenger.confusion.total
+    if comparison.difference is None:
+        return [(False, f"{FIGURES[comparison.metric]} needs both classes among the {images} images new to production")]
+    ours, theirs = (one.figures[comparison.metric].value for one in (comparison.challenger, comparison.production))
+    checks = [
+        (
+            comparison.probability >= parameters.min_probability,
+            f"{FIGURES[comparison.metric]} {ours:.4f}, production's {theirs:.4f} on the same {images} images, "
+            f"better with probability {comparison.probability:.3f}, at least {parameters.min_probability:g} is needed",
+        )
+    ]
+    for source, part in comparison.challenger.sources.items():
+        if "recall" in part.figures:
+            lowest = comparison.production.sources[source].figures["recall"].low - parameters.max_recall_drop
+            recall = part.figures["recall"].value
+            checks.append((recall >= lowest, f"recall on {source} {recall:.4f}, at least {lowest:.4f} is needed"))
+    return checks

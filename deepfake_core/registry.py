@@ -3,6 +3,8 @@
 MLflow is where `MLFLOW_TRACKING_URI` says, else `sqlite:///mlflow.db` in the current folder.
 """
 
+import getpass
+import json
 import logging
 import os
 import shutil
@@ -10,8 +12,8 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -22,9 +24,10 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
-from deepfake_core.errors import ModelError, ServiceError
+from deepfake_core.errors import ModelError, ProductionMovedError, ServiceError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from deepfake_core.manifest import Dataset
@@ -34,7 +37,16 @@ log = logging.getLogger(__name__)
 EXPERIMENT = "deepfake-detection"
 DEFAULT_MODEL = "deepfake-detector"
 PRODUCTION = "production"
+PREVIOUS = "previous"
 DETECTOR = "detector"
+NO_VERSION = "none"
+SCORES = "evaluation/scores.csv"
+MOST_METRICS = 1000
+"""What MLflow takes in one request."""
+
+LOCK_SECONDS = 60
+"""After which a lock on the aliases was left by a process that died; moving them takes a second."""
+
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
 
@@ -99,7 +111,7 @@ def open_run(name: str, parent: str = "", tags: Mapping[str, str] | None = None)
     experiment_id = found.experiment_id if found else client.create_experiment(EXPERIMENT)
     all_tags = {
         "mlflow.runName": name,
-        "mlflow.user": os.environ.get("USER", "unknown"),
+        "mlflow.user": getpass.getuser(),
         "mlflow.source.name": "deepfake-retraining",
         "mlflow.source.git.commit": read_git_commit(),
         **(tags or {}),
@@ -165,11 +177,17 @@ def log_dataset(run_id: str, dataset: "Dataset") -> None:
     client.set_tag(run_id, "dataset_version", dataset.version)
 
 
+def read_parameters(run_id: str) -> dict[str, str]:
+    """Return a run's parameters, by dotted name."""
+    return dict(sorted(mlflow.MlflowClient().get_run(run_id).data.params.items()))
+
+
 def log_metrics(run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-    """Log figures, as one request."""
+    """Log figures, as few requests."""
     now = int(time.time() * 1000)
     batch = [Metric(name, value, now, step) for name, value in metrics.items()]
-    mlflow.MlflowClient().log_batch(run_id, metrics=batch)
+    for start in range(0, len(batch), MOST_METRICS):
+        mlflow.MlflowClient().log_batch(run_id, metrics=batch[start : start + MOST_METRICS])
 
 
 def log_tags(run_id: str, tags: Mapping[str, str]) -> None:
@@ -243,9 +261,187 @@ def find_production(model_name: str) -> str | None:
         raise
 
 
-def set_production(model_name: str, version: str) -> None:
-    """Move the alias `production` to a version."""
-    mlflow.MlflowClient().set_registered_model_alias(model_name, PRODUCTION, version)
+def find_previous(model_name: str) -> str | None:
+    """Return the version that a rollback leads to: the one that production replaced."""
+    current = find_production(model_name)
+    replaced = mlflow.MlflowClient().get_model_version(model_name, current).tags.get("replaced") if current else None
+    return replaced if replaced not in (None, NO_VERSION) else None
+
+
+def move_production(model_name: str, version: str, expected: str | None, reason: str, back: bool = False) -> None:
+    """Move the alias `production` to a version, unless it has moved since the caller looked.
+
+    Both versions' tags say who replaced whom, when, by whom and why. The alias `previous` is where a rollback leads:
+    the version that the new production replaced.
+
+    Args:
+        expected: what the caller found in production, and compared with; None for nothing.
+        back: True for a rollback, after which `version` has still replaced what it had replaced before.
+
+    Raises:
+        ProductionMovedError: if something else is in production by now.
+    """
+    client = mlflow.MlflowClient()
+    with _hold_aliases(client, model_name):
+        current = find_production(model_name)
+        if current != expected:
+            raise ProductionMovedError(
+                f"The alias {PRODUCTION} of {model_name} must still be where it was when the models were compared. "
+                f"Received: version {current}, no longer {expected}. Compare again."
+            )
+        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        tags = {"production_since": now, "production_by": getpass.getuser(), "production_because": reason}
+        if not back:
+            tags["replaced"] = current or NO_VERSION
+        tag_version(model_name, version, tags)
+        if current:
+            left = {"production_until": now, "replaced_by": version, "replaced_because": reason}
+            tag_version(model_name, current, left)
+        client.set_registered_model_alias(model_name, PRODUCTION, version)
+        previous = find_previous(model_name)
+        if previous:
+            client.set_registered_model_alias(model_name, PREVIOUS, previous)
+        else:
+            client.delete_registered_model_alias(model_name, PREVIOUS)
+    log.info("%s: version %s is in production instead of %s: %s", model_name, version, current, reason)
+
+
+def promote_by_hand(model_name: str, version: str, reason: str, force: bool = False) -> str | None:
+    """Put a version into production that a person has chosen; return the version that was there.
+
+    Raises:
+        ModelError: if it is there already, or if something speaks against it and `force` is not set.
+        ProductionMovedError: if another process moves production meanwhile.
+    """
+    chosen, current = read_version(model_name, version), find_production(model_name)
+    objections = find_objections(chosen, read_version(model_name, current) if current else None)
+    if version == current:
+        raise ModelError(f"A version must not be in production yet. Received: {version}, which is.")
+    if objections and not force:
+        raise ModelError(
+            f"A version must be suitable, unless it is forced. Received: version {version} of {model_name}: "
+            f"{'; '.join(objections)}. Choose another, or force it (--force)."
+        )
+    forced = f" (forced, though {'; '.join(objections)})" if objections else ""
+    move_production(model_name, version, current, f"by hand: {reason}{forced}")
+    return current
+
+
+def roll_back(model_name: str, reason: str) -> tuple[str, str]:
+    """Put the version back into production that production replaced; return it and the one it replaces.
+
+    Raises:
+        ModelError: if there is none to go back to.
+        ProductionMovedError: if another process moves production meanwhile.
+    """
+    current, previous = find_production(model_name), find_previous(model_name)
+    if current is None or previous is None:
+        raise ModelError(
+            f"A rollback needs a version that production replaced. Received: version {current} of {model_name} in "
+            "production, which replaced none. `deepfake promote N` puts any version there."
+        )
+    read_version(model_name, previous)
+    move_production(model_name, previous, current, f"rolled back from version {current}: {reason}", back=True)
+    return previous, current
+
+
+def find_objections(version: ModelVersion, production: ModelVersion | None) -> list[str]:
+    """Return what speaks against putting a version into production."""
+    objections = []
+    if version.tags.get("decision") != "promoted":
+        failed = [reason for reason in version.tags.get("reasons", "").split("; ") if reason.startswith("NOT met")]
+        objections.append(", ".join(failed) or "it was never compared with production")
+    drawn, other = (one.tags.get("drawn_images") == "true" if one else True for one in (version, production))
+    if drawn and not other:
+        objections.append("it was trained on drawn images, production on photographs")
+    return objections
+
+
+@contextmanager
+def _hold_aliases(client: mlflow.MlflowClient, model_name: str) -> Iterator[None]:
+    """Let one process at a time move aliases.
+
+    MLflow's registry can't compare and set, but its models' names are unique, whatever stores them: who creates the
+    model that serves as lock, has it.
+    """
+    lock = f"{model_name}-alias-lock"
+    while True:
+        try:
+            client.create_registered_model(lock, description="An alias is being moved. It takes a second.")
+            break
+        except MlflowException as exc:
+            if exc.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        with suppress(MlflowException):  # it may be gone by now
+            age = time.time() - client.get_registered_model(lock).creation_timestamp / 1000
+            if age > LOCK_SECONDS:
+                log.warning("%s was left behind %d s ago by a process that died: it is removed", lock, age)
+                client.delete_registered_model(lock)
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        client.delete_registered_model(lock)
+
+
+def read_manifest(version: ModelVersion) -> "pd.DataFrame | None":
+    """Return the manifest of the data set that a version was trained on; None if its run holds none."""
+    import pandas as pd
+
+    client = mlflow.MlflowClient()
+    parent = client.get_run(version.run_id).data.tags.get("mlflow.parentRunId", version.run_id)
+    with tempfile.TemporaryDirectory() as folder, _environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
+        try:
+            file = client.download_artifacts(parent, "dataset/manifest.parquet", folder)
+        except (MlflowException, OSError):
+            return None
+        return pd.read_parquet(file)
+
+
+def read_text(run_id: str, artifact: str) -> str | None:
+    """Return a text artifact of a run; None if there is none."""
+    with tempfile.TemporaryDirectory() as folder, _environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
+        try:
+            return Path(mlflow.MlflowClient().download_artifacts(run_id, artifact, folder)).read_text()
+        except (MlflowException, OSError):
+            return None
+
+
+def describe_version(model_name: str, version: str, card: str) -> None:
+    """Set a version's description: its model card, as Markdown."""
+    mlflow.MlflowClient().update_model_version(model_name, version, card)
+
+
+def log_probe(run_id: str, images: Sequence[bytes], scores: Sequence[float]) -> None:
+    """Log encoded images and their scores, which the served model must give again (`check_probe`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        for position, data in enumerate(images):
+            (Path(folder) / f"{position:02}.image").write_bytes(data)
+        (Path(folder) / "scores.json").write_text(json.dumps([float(score) for score in scores]))
+        mlflow.MlflowClient().log_artifacts(run_id, folder, "probe")
+
+
+def check_probe(version: ModelVersion) -> list[float]:
+    """Load a version as its users do, score its probe images, and return the differences from the recorded scores.
+
+    Raises:
+        ModelError: if it has no probe images.
+    """
+    import pandas as pd
+
+    with tempfile.TemporaryDirectory() as folder, _environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
+        try:
+            probe = Path(mlflow.MlflowClient().download_artifacts(version.run_id, "probe", folder))
+        except (MlflowException, OSError) as exc:
+            raise ModelError(
+                f"A version needs probe images in its run to be checked. Received: version {version.version} of "
+                f"{version.name}, run {version.run_id}, which has none. Retrain, or promote a newer version."
+            ) from exc
+        recorded = json.loads((probe / "scores.json").read_text())
+        images = [file.read_bytes() for file in sorted(probe.glob("*.image"))]
+        model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
+    scores = model.predict(pd.DataFrame({"image": images}))["fake_probability"]
+    return [abs(float(score) - before) for score, before in zip(scores, recorded, strict=True)]
 
 
 def tag_version(model_name: str, version: str, tags: Mapping[str, str]) -> None:
@@ -289,9 +485,19 @@ def list_versions(model_name: str) -> list[ModelVersion]:
 
 
 def read_version(model_name: str, version: str) -> ModelVersion:
-    """Return one version with its run's figures."""
+    """Return one version with its run's figures.
+
+    Raises:
+        ModelError: if there is none of this number.
+    """
     client = mlflow.MlflowClient()
-    found = client.get_model_version(model_name, version)
+    try:
+        found = client.get_model_version(model_name, version)
+    except MlflowException as exc:
+        raise ModelError(
+            f"A version must be a number that the registry knows. Received: {version!r} of {model_name}, at "
+            f"{mlflow.get_tracking_uri()}. `deepfake versions` lists them."
+        ) from exc
     run_id = str(found.run_id)
     return ModelVersion(
         name=model_name,
@@ -317,8 +523,3 @@ def find_version(model_name: str, flow_run_id: str) -> str:
             f"flow run {flow_run_id} at {mlflow.get_tracking_uri()}. Set the same MLFLOW_TRACKING_URI on all workers."
         )
     return found[0].version
-
-
-def is_drawn(model_name: str, version: str) -> bool:
-    """Whether a version was trained on drawn images."""
-    return mlflow.MlflowClient().get_model_version(model_name, version).tags.get("drawn_images") == "true"

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from deepfake_core.archive import Progress
 from deepfake_core.augmentation import Augmentation
 from deepfake_core.batches import Batches, Images
 from deepfake_core.config import CLASS_NAMES, Architecture, Recipe, TrainingParameters
+from deepfake_core.detector import DESCRIPTION
 from deepfake_core.devices import choose_precision, compute_in, sees_only_cpus, spread_over
 from deepfake_core.errors import LockedError, ModelError
 from deepfake_core.files import write_beside, write_json
@@ -40,7 +41,7 @@ METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 EpochReport = Callable[[int, dict[str, float]], None]
 """Called after each epoch with its number (from 1), `METRICS` and `seconds`."""
 
-CHECKPOINT, DESCRIPTION, HISTORY = "checkpoint.keras", "detector.json", "history.csv"
+CHECKPOINT, HISTORY = "checkpoint.keras", "history.csv"
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,26 @@ class Candidate:
     def summarise(self) -> str:
         """Return Keras's table of the layers."""
         lines: list[str] = []
-        model = keras.saving.load_model(self.folder / CHECKPOINT, compile=False, safe_mode=True)
-        model.summary(print_fn=lambda line, **_: lines.append(line), expand_nested=True)
+        load_network(self.folder).summary(print_fn=lambda line, **_: lines.append(line), expand_nested=True)
         return "\n".join(lines)
 
 
-def find_folder(dataset: Dataset, architecture: Architecture, recipe: Recipe, parameters: TrainingParameters) -> Path:
+def load_network(folder: Path) -> keras.Model:
+    """Load a detector's network, which runs no code of its file."""
+    return keras.saving.load_model(folder / CHECKPOINT, compile=False, safe_mode=True)
+
+
+def find_folder(
+    dataset: Dataset,
+    architecture: Architecture,
+    recipe: Recipe,
+    parameters: TrainingParameters,
+    holdout_sources: Sequence[str] = (),
+) -> Path:
     """Return where a training keeps its state: a folder that two trainings share only if they would be the same."""
     network = Path(str(CANDIDATES[architecture].__file__)).read_text()
     same = [dataset.version, network, recipe.model_dump(mode="json"), parameters.seed, parameters.devices]
+    same += sorted(holdout_sources)
     name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
     return dataset.path.parent.parent / "training" / f"{architecture}-{name}"
 

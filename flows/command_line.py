@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from deepfake_core import registry
-from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, PromotionParameters, TrainingParameters
+from deepfake_core.config import (
+    CLASS_NAMES,
+    SPLITS,
+    DataParameters,
+    EvaluationParameters,
+    PromotionParameters,
+    TrainingParameters,
+)
 from deepfake_core.errors import ConfigurationError, ServiceError
 from deepfake_core.manifest import Dataset
 from deepfake_core.sample import draw_archives
@@ -41,6 +48,7 @@ class RetrainSettings(BaseSettings):
     )
     data: DataParameters = DataParameters()
     training: TrainingParameters = TrainingParameters()
+    evaluation: EvaluationParameters = EvaluationParameters()
     promotion: PromotionParameters = PromotionParameters()
     train_on: str = Field(
         default="", description="Name of the deployment that trains, such as train/gpu. Empty: train here."

@@ -6,7 +6,7 @@ import sys
 from prefect import flow, runtime
 
 from deepfake_core import registry
-from deepfake_core.config import DataParameters, PromotionParameters, TrainingParameters
+from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.manifest import lock_data, open_dataset
 from flows.command_line import check_prefect, print_next_steps, print_outcome, read_settings
@@ -19,6 +19,7 @@ from tasks.remote import check_deployment, run_remotely
 def retrain(
     data: DataParameters = DataParameters(),
     training: TrainingParameters = TrainingParameters(),
+    evaluation: EvaluationParameters = EvaluationParameters(),
     promotion: PromotionParameters = PromotionParameters(),
     train_on: str = "",
 ) -> tuple[str, str]:
@@ -27,6 +28,7 @@ def retrain(
     Args:
         data: Where images come from, where they go, and how they are split.
         training: What is trained, and for how long.
+        evaluation: How scores are made comparable, and on what they are tested.
         promotion: What a model must reach before it goes into production.
         train_on: Name of the deployment that trains, such as train/gpu. Empty: train here.
 
@@ -38,10 +40,10 @@ def retrain(
     with lock_data(data.data_dir, holder=f"flow run {runtime.flow_run.name}"):
         dataset = prepare(data)
         if train_on:
-            run = run_remotely(train_on, dataset, training, promotion)
+            run = run_remotely(train_on, dataset, training, evaluation, promotion)
             version = registry.find_version(promotion.model_name, run)
         else:
-            version = train(dataset, training, promotion)
+            version = train(dataset, training, evaluation, promotion)
     return dataset, version
 
 
@@ -51,7 +53,9 @@ def main() -> int:
     try:
         settings = read_settings(sys.argv[1:])
         check_prefect()
-        dataset, version = retrain(settings.data, settings.training, settings.promotion, settings.train_on)
+        dataset, version = retrain(
+            settings.data, settings.training, settings.evaluation, settings.promotion, settings.train_on
+        )
         print_outcome(open_dataset(dataset), registry.read_version(settings.promotion.model_name, version))
         print_next_steps(open_dataset(dataset))
     except DeepfakeError as exc:

@@ -3,15 +3,26 @@
 from prefect import flow, runtime
 
 from deepfake_core import registry
-from deepfake_core.config import PromotionParameters, TrainingParameters
+from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.manifest import open_dataset
-from tasks.model import choose_best, discard_trainings, evaluate, log_data, promote, register, train_candidate
+from tasks.model import (
+    choose_best,
+    discard_trainings,
+    evaluate,
+    log_data,
+    promote,
+    register,
+    test_robustness,
+    train_candidate,
+    write_report,
+)
 
 
 @flow(name="train")
 def train(
     dataset: str,
     training: TrainingParameters = TrainingParameters(),
+    evaluation: EvaluationParameters = EvaluationParameters(),
     promotion: PromotionParameters = PromotionParameters(),
 ) -> str:
     """Train the candidates, evaluate the best on the test split, register it, promote it if it is better.
@@ -19,19 +30,26 @@ def train(
     Args:
         dataset: Folder of a data set that the prepare flow published.
         training: What is trained, and for how long.
+        evaluation: How scores are made comparable, and on what they are tested.
         promotion: What a model must reach before it goes into production.
 
     Returns:
         The number of the registered version.
     """
     published = open_dataset(dataset)
+    name = promotion.model_name
     tags = {"prefect.flow_run_id": runtime.flow_run.id, "drawn_images": str(published.is_drawn).lower()}
     with registry.open_run(runtime.flow_run.name, tags=tags) as run_id:
-        log_data(run_id, published, training, promotion)
-        trained = [train_candidate(architecture, published, training, run_id) for architecture in training.candidates]
+        log_data(run_id, published, training, evaluation, promotion)
+        trained = [
+            train_candidate(architecture, published, training, evaluation, run_id)
+            for architecture in training.candidates
+        ]
         best = choose_best(trained)
-        evaluation = evaluate(best, published, run_id)
-        version = register(best, evaluation, published, promotion.model_name)
-        promote(version, evaluation, published, promotion)
+        result = evaluate(best, published, evaluation, run_id)
+        robustness = test_robustness(best, published, result, evaluation)
+        version = register(best, result, published, name)
+        verdict = promote(version, best, result, published, promotion)
+        write_report(version, trained, best, published, result, robustness, verdict, name)
     discard_trainings(trained)
     return version

@@ -9,7 +9,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import TaskRun
 
-from deepfake_core import archive, duplicates, index, manifest, report
+from deepfake_core import archive, data_report, duplicates, index, manifest
 from deepfake_core.archive import Archive
 from deepfake_core.config import DataParameters, Source
 from deepfake_core.errors import TransientError
@@ -80,7 +80,7 @@ def merge(rows: pd.DataFrame, archives: Sequence[Archive], data: DataParameters)
 @task(name="report", tags=["cpu"], cache_policy=NO_CACHE)
 def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> None:
     """Write the data set's report beside its images, and link it."""
-    path = report.write_report(dataset, links, archives)
+    path = data_report.write_report(dataset, links, archives)
     create_link_artifact(
         path.as_uri(), key="data-report", link_text=f"report of data set {dataset.version}", description=str(path)
     )

@@ -6,18 +6,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from deepfake_core import batches, plots, registry, training
-from deepfake_core.config import Architecture, PromotionParameters, TrainingParameters
+from deepfake_core import batches, calibration, evaluation, explanation, model_report, plots, registry, training
+from deepfake_core.config import Architecture, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.detector import Detector
-from deepfake_core.manifest import Dataset
+from deepfake_core.errors import ProductionMovedError
+from deepfake_core.evaluation import TestResult
+from deepfake_core.manifest import Dataset, find_trained_on
 from deepfake_core.metrics import Evaluation, evaluate_detector
+from deepfake_core.model_report import ModelFacts
 from deepfake_core.models import CANDIDATES
-from deepfake_core.promotion import Decision, decide_promotion
+from deepfake_core.promotion import (
+    Comparison,
+    Cost,
+    Decision,
+    Scored,
+    compare_scores,
+    decide_promotion,
+    measure_cost,
+)
 from tasks.progress import report_progress
+
+PROBE_IMAGES = 16
+MOST_COMPARISONS = 5
+"""How often production may move while a challenger is compared with it, before the task fails and is tried again."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +46,30 @@ class TrainedCandidate:
     validation: Evaluation
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A decision, what it was compared with, and what the model costs to serve."""
+
+    decision: Decision
+    comparison: Comparison | None
+    production: str | None
+    cost: Cost
+
+
 @task(name="log data", cache_policy=NO_CACHE)
-def log_data(run_id: str, dataset: Dataset, parameters: TrainingParameters, promotion: PromotionParameters) -> None:
+def log_data(
+    run_id: str,
+    dataset: Dataset,
+    parameters: TrainingParameters,
+    testing: EvaluationParameters,
+    promotion: PromotionParameters,
+) -> None:
     """Log what a retrain is about to learn from, and with which parameters."""
     registry.log_parameters(
         run_id,
         {
             "training": parameters.model_dump(),
+            "evaluation": testing.model_dump(),
             "promotion": promotion.model_dump(),
             "data": {**dataset.description["parameters"], "version": dataset.version, "sources": dataset.source_names},
         },
@@ -50,13 +84,19 @@ def log_data(run_id: str, dataset: Dataset, parameters: TrainingParameters, prom
 
 @task(name="train", task_run_name="train {architecture}", tags=["gpu"], cache_policy=NO_CACHE)
 def train_candidate(
-    architecture: Architecture, dataset: Dataset, parameters: TrainingParameters, parent_run: str
+    architecture: Architecture,
+    dataset: Dataset,
+    parameters: TrainingParameters,
+    testing: EvaluationParameters,
+    parent_run: str,
 ) -> TrainedCandidate:
-    """Train one architecture, from where a killed run left it; its curves appear in MLflow as they grow."""
+    """Train one architecture, from where a killed run left it, and calibrate it; its curves grow in MLflow."""
     recipe = parameters.adjust(CANDIDATES[architecture].RECIPE)
+    holdout = testing.holdout_sources
     with report_progress(f"decode for {architecture}") as on_progress:
-        train = batches.load_images(dataset, "train", recipe.image_size, on_progress)
-        val = batches.load_images(dataset, "val", recipe.image_size, on_progress)
+        train, val = (
+            evaluation.load_seen(dataset, split, recipe.image_size, holdout, on_progress) for split in ("train", "val")
+        )
     with (
         registry.open_run(architecture, parent_run) as run_id,
         report_progress(f"train {architecture}") as on_progress,
@@ -72,20 +112,27 @@ def train_candidate(
             train,
             val,
             recipe,
-            training.find_folder(dataset, architecture, recipe, parameters),
+            training.find_folder(dataset, architecture, recipe, parameters, holdout),
             parameters.seed,
             parameters.devices,
             on_epoch,
             on_progress,
         )
         on_progress(1, 1)  # it may have stopped early
+        calibration.calibrate_detector(candidate.folder, val, testing)
         detector = Detector(candidate.folder)
-        validation, _ = evaluate_detector(detector, val)
+        validation, scores = evaluate_detector(detector, val)
         registry.log_metrics(run_id, validation.flatten("val") | {"best_epoch": candidate.best_epoch})
-        registry.log_parameters(run_id, {"trained_in": detector.description["trained_in"]})
+        registry.log_parameters(
+            run_id,
+            {name: detector.description[name] for name in ("trained_in", "temperature", "threshold")},
+        )
         registry.log_text(run_id, candidate.summarise(), "model_summary.txt")
         registry.log_file(run_id, candidate.folder / training.CHECKPOINT, "checkpoint")
         registry.log_figures(run_id, {"history": plots.plot_history(candidate.history, candidate.best_epoch)})
+        chosen = np.linspace(0, len(val) - 1, min(PROBE_IMAGES, len(val))).astype(int)
+        probe = [(dataset.path / val.rows["path"].iloc[position]).read_bytes() for position in chosen]
+        registry.log_probe(run_id, probe, scores[chosen].tolist())
     return TrainedCandidate(candidate, run_id, validation)
 
 
@@ -101,26 +148,41 @@ def choose_best(trained: Sequence[TrainedCandidate]) -> TrainedCandidate:
 
 
 @task(name="evaluate", tags=["gpu"], cache_policy=NO_CACHE)
-def evaluate(best: TrainedCandidate, dataset: Dataset, parent_run: str) -> Evaluation:
+def evaluate(best: TrainedCandidate, dataset: Dataset, testing: EvaluationParameters, parent_run: str) -> TestResult:
     """Score the test split with the best candidate: the only time that any candidate sees it."""
-    detector = Detector(best.candidate.folder)
-    test = batches.load_images(dataset, "test", detector.image_size)
-    evaluation, scores = evaluate_detector(detector, test)
+    result = evaluation.evaluate_on_test(best.candidate.folder, dataset, testing.holdout_sources)
+    figures = result.evaluation.flatten("test") | {"file_facts/auc": result.file_facts.auc or 0.5}
+    for source, unseen in result.unseen.items():
+        figures |= unseen.flatten(f"unseen/{source}")
     for run_id in (best.run_id, parent_run):
-        registry.log_metrics(run_id, evaluation.flatten("test"))
-    registry.log_figures(
-        best.run_id,
-        {
-            "confusion_matrix": plots.plot_confusion(evaluation.confusion, detector.threshold),
-            "roc_and_precision_recall": plots.plot_curves(test.labels, scores, detector.threshold),
-            "worst_mistakes": plots.plot_worst_mistakes(test, scores, detector.threshold),
-        },
-    )
-    return evaluation
+        registry.log_metrics(run_id, figures)
+    table = pd.DataFrame(list(result.evaluation.list_rows()))
+    registry.log_text(best.run_id, table.to_csv(index=False), "evaluation/figures.csv")
+    crossed = pd.DataFrame(result.cross_sources).T
+    registry.log_text(best.run_id, crossed.to_csv(index_label="fakes_of"), "evaluation/cross_sources.csv")
+    scores = result.images.rows[["sha256", "group", "source", "member", "label"]].assign(score=result.scores)
+    registry.log_text(best.run_id, scores.to_csv(index=False), registry.SCORES)
+    return result
+
+
+@task(name="test robustness", tags=["gpu"], cache_policy=NO_CACHE)
+def test_robustness(
+    best: TrainedCandidate, dataset: Dataset, result: TestResult, testing: EvaluationParameters
+) -> pd.DataFrame:
+    """Measure what recompression, scaling, blur and other changes of the test images cost."""
+    with report_progress("test robustness") as on_progress:
+        table = evaluation.measure_robustness(
+            best.candidate.folder, dataset, result, testing.robustness_images, on_progress
+        )
+    registry.log_text(best.run_id, table.to_csv(index=False), "evaluation/robustness.csv")
+    for change, rows in table.groupby("change", sort=False):
+        name = str(change).split(",")[0].replace(" ", "_")
+        registry.log_metrics(best.run_id, {f"robustness/{name}_auc_lost": float(rows["auc_lost"].max())})
+    return table
 
 
 @task(name="register", tags=["mlflow"], cache_policy=NO_CACHE)
-def register(best: TrainedCandidate, evaluation: Evaluation, dataset: Dataset, model_name: str) -> str:
+def register(best: TrainedCandidate, result: TestResult, dataset: Dataset, model_name: str) -> str:
     """Register the best candidate as a new version; return its number."""
     example = dataset.path / dataset.split("val")["path"].iloc[0]
     return registry.register_detector(
@@ -133,30 +195,168 @@ def register(best: TrainedCandidate, evaluation: Evaluation, dataset: Dataset, m
             "dataset_version": dataset.version,
             "drawn_images": str(dataset.is_drawn).lower(),
             "flow_run_id": runtime.flow_run.id or "",
-            "test_auc": f"{evaluation.auc:.4f}",
+            "test_auc": f"{result.evaluation.auc:.4f}",
         },
     )
 
 
-@task(name="promote", tags=["mlflow"], cache_policy=NO_CACHE)
-def promote(version: str, evaluation: Evaluation, dataset: Dataset, parameters: PromotionParameters) -> Decision:
+@task(name="promote", tags=["mlflow"], cache_policy=NO_CACHE, retries=1)
+def promote(
+    version: str, best: TrainedCandidate, result: TestResult, dataset: Dataset, parameters: PromotionParameters
+) -> Verdict:
     """Score production again on the same test split, decide, and say why on the version and in Prefect."""
     name = parameters.model_name
-    current = registry.find_production(name)
-    production, blockers = None, []
-    if current:
-        with tempfile.TemporaryDirectory() as folder:
-            detector = Detector(registry.pull_detector(f"models:/{name}/{current}", Path(folder)))
-        test = batches.load_images(dataset, "test", detector.image_size)
-        production, _ = evaluate_detector(detector, test)
-        if dataset.is_drawn and not registry.is_drawn(name, current):
-            blockers.append("drawn images never replace a model trained on photographs")
-    decision = decide_promotion(evaluation, production, parameters, blockers)
+    cost = measure_cost(Detector(best.candidate.folder))
+    for _ in range(MOST_COMPARISONS):
+        current = registry.find_production(name)
+        comparison, blockers = _compare_with(current, result, dataset, parameters) if current else (None, [])
+        decision = decide_promotion(result.evaluation, comparison, cost, parameters, blockers)
+        try:
+            if decision.promoted:
+                registry.move_production(name, version, expected=current, reason=decision.text)
+            break
+        except ProductionMovedError:
+            continue
+    else:
+        raise ProductionMovedError(
+            f"Production of {name} must stay long enough to be compared with. Received: {MOST_COMPARISONS} moves "
+            "during one comparison. Wait until other retrains end."
+        )
     tags = {"decision": "promoted" if decision.promoted else "not promoted", "reasons": decision.text}
-    registry.tag_version(name, version, tags | {"compared_with": current or "none"})
-    if decision.promoted:
-        registry.set_production(name, version)
+    registry.tag_version(name, version, tags | {"compared_with": current or registry.NO_VERSION})
+    figures = {"latency_ms": cost.latency, "size_mb": cost.size}
+    if comparison:
+        figures["probability_better"] = comparison.probability
+    registry.log_metrics(best.run_id, figures)
+    headline = "\n".join(f"- {title}: {result.evaluation.figures[key]}" for key, title in model_report.HEADLINE.items())
     create_markdown_artifact(
-        decision.describe(name, version, current), key="promotion", description=f"{name} version {version}"
+        f"{decision.describe(name, version, current)}\nOn {len(result.images)} test images:\n\n{headline}\n",
+        key="promotion",
+        description=f"{name} version {version}",
     )
-    return decision
+    return Verdict(decision, comparison, current, cost)
+
+
+def _compare_with(
+    current: str, result: TestResult, dataset: Dataset, parameters: PromotionParameters
+) -> tuple[Comparison, list[str]]:
+    name, blockers = parameters.model_name, []
+    with tempfile.TemporaryDirectory() as folder:
+        detector = Detector(registry.pull_detector(f"models:/{name}/{current}", Path(folder)))
+    images = evaluation.load_same(dataset, result.images, detector.image_size)
+    production = Scored(detector.score(images.pixels), detector.threshold)
+    version = registry.read_version(name, current)
+    left_out: np.ndarray | None = np.zeros(len(images), bool)
+    if version.tags.get("dataset_version") != dataset.version:
+        manifest = registry.read_manifest(version)
+        left_out = None if manifest is None else find_trained_on(images.rows, dataset.manifest, manifest)
+    if left_out is None:
+        left_out = np.zeros(len(images), bool)
+        blockers.append("which images production was trained on can't be told, as its run holds no manifest")
+    if dataset.is_drawn and version.tags.get("drawn_images") != "true":
+        blockers.append("drawn images never replace a model trained on photographs")
+    challenger = Scored(result.scores, result.threshold)
+    comparison = compare_scores(
+        result.images.labels, result.images.rows, challenger, production, parameters.metric, left_out
+    )
+    return comparison, blockers
+
+
+@task(name="report", tags=["mlflow"], cache_policy=NO_CACHE)
+def write_report(
+    version: str,
+    trained: Sequence[TrainedCandidate],
+    best: TrainedCandidate,
+    dataset: Dataset,
+    result: TestResult,
+    robustness: pd.DataFrame,
+    verdict: Verdict,
+    model_name: str,
+) -> None:
+    """Log figures and `report.html` to the candidate's run, and describe the version by its model card."""
+    folder = best.candidate.folder
+    detector = Detector(folder)
+    labels, scores, threshold = result.images.labels, result.scores, result.threshold
+    figures = {
+        "confusion_matrix": plots.plot_confusion(result.evaluation.confusion, threshold),
+        "roc_and_precision_recall": plots.plot_curves(labels, scores, threshold),
+        "scores": plots.plot_scores(labels, scores, result.images.rows["source"].to_numpy(), threshold),
+        "reliability": plots.plot_reliability(labels, scores),
+    }
+    if len(robustness):
+        clean = float(robustness["auc"].iloc[0] + robustness["auc_lost"].iloc[0])
+        figures["robustness"] = plots.plot_robustness(robustness, clean)
+    photographs = _explain(folder, result)
+    registry.log_figures(best.run_id, figures | photographs)
+    settings = registry.read_parameters(best.run_id)
+    facts = ModelFacts(
+        name=model_name,
+        version=version,
+        architecture=best.candidate.architecture,
+        run=best.run_id,
+        commit=registry.read_git_commit(),
+        seed=int(settings["training.seed"]),
+        temperature=detector.temperature,
+        cost=verdict.cost,
+        candidates=_tabulate(trained),
+        settings=settings,
+    )
+    page = model_report.render_report(
+        facts,
+        dataset,
+        result,
+        robustness,
+        verdict.decision,
+        verdict.comparison,
+        verdict.production,
+        {model_report.TITLES[name]: figure for name, figure in figures.items()}
+        | {
+            f"Training of {one.candidate.architecture}": plots.plot_history(
+                one.candidate.history, one.candidate.best_epoch
+            )
+            for one in trained
+        },
+        {model_report.TITLES[name]: figure for name, figure in photographs.items()},
+    )
+    registry.log_text(best.run_id, page, "report.html")
+    card = model_report.write_model_card(facts, dataset, result, verdict.decision, robustness)
+    registry.describe_version(model_name, version, card)
+
+
+def _explain(folder: Path, result: TestResult) -> dict[str, plots.Figure]:
+    model = training.load_network(folder)
+    labels, scores, threshold = result.images.labels, result.scores, result.threshold
+    wrong = int(((scores >= threshold) != (labels == 1)).sum())
+    figures = {}
+    for name, chosen, heading in (
+        (
+            "worst_mistakes",
+            plots.choose_worst_mistakes(labels, scores, threshold),
+            f"The worst of {wrong} mistakes on {len(labels)} test images, and what spoke for the verdict",
+        ),
+        ("typical_images", plots.choose_typical(labels, scores), "Typical test images, and what spoke for the verdict"),
+    ):
+        if len(chosen):
+            pixels = np.stack([result.images.pixels[position] for position in chosen])
+            heat = explanation.explain_scores(model, pixels, scores[chosen] >= threshold)
+            titles = [
+                f"{batches.CLASS_NAMES[labels[position]]}, P(fake) = {scores[position]:.2f}" for position in chosen
+            ]
+            figures[name] = plots.plot_explained(pixels, heat, titles, heading)
+    return figures
+
+
+def _tabulate(trained: Sequence[TrainedCandidate]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "candidate": one.candidate.architecture,
+                "AUC": str(one.validation.figures.get("auc", "-")),
+                "precision": str(one.validation.figures["precision"]),
+                "recall": str(one.validation.figures["recall"]),
+                "best epoch": f"{one.candidate.best_epoch} of {len(one.candidate.history)}",
+                "minutes": f"{one.candidate.history['seconds'].sum() / 60:.1f}",
+            }
+            for one in trained
+        ]
+    )

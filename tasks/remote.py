@@ -7,7 +7,7 @@ from prefect.client.schemas import FlowRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
-from deepfake_core.config import PromotionParameters, TrainingParameters
+from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import ConfigurationError, ServiceError
 
 
@@ -30,7 +30,13 @@ def check_deployment(name: str) -> None:
             ) from exc
 
 
-def run_remotely(name: str, dataset: str, training: TrainingParameters, promotion: PromotionParameters) -> str:
+def run_remotely(
+    name: str,
+    dataset: str,
+    training: TrainingParameters,
+    evaluation: EvaluationParameters,
+    promotion: PromotionParameters,
+) -> str:
     """Run the train flow through its deployment and wait for it; return the id of its flow run.
 
     Raises:
@@ -43,6 +49,7 @@ def run_remotely(name: str, dataset: str, training: TrainingParameters, promotio
             parameters={
                 "dataset": dataset,
                 "training": training.model_dump(mode="json", exclude_unset=True),
+                "evaluation": evaluation.model_dump(mode="json"),
                 "promotion": promotion.model_dump(mode="json"),
             },
         ),

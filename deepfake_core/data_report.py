@@ -1,13 +1,11 @@
 """A data set's report: one page that says what was found, what was left out, and what a model could cheat by."""
 
-import base64
 import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -18,6 +16,7 @@ from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, SPLITS
 from deepfake_core.detector import decode_image
 from deepfake_core.files import write_beside
 from deepfake_core.manifest import Dataset
+from deepfake_core.pages import encode_data, encode_figure, render_page
 from deepfake_core.shortcuts import find_shortcuts
 
 log = logging.getLogger(__name__)
@@ -69,16 +68,16 @@ def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archi
         for pair in pairs[:MOST_PAIRS].itertuples()
     ]
     show = _read_pictures([rows[:MOST_OF_GROUP] for rows in groups] + sides, archives)
-    page = _load_template().render(
+    page = render_page(
+        "data_report.html.jinja",
         dataset=dataset,
         counts=dataset.description["counts"],
         class_names=CLASS_NAMES,
-        colours=CLASS_COLOURS,
         splits=SPLITS,
         reasons=_list_reasons(dataset.description["counts"]["reasons"]),
         by_source=kept.value_counts(["source", "label"]).to_dict(),
         shortcuts=shortcuts.to_dict("records"),
-        figure=_encode_figure(plot_file_facts(kept)),
+        figure=encode_figure(plot_file_facts(kept)),
         group_count=len(in_groups),
         torn=int((kept.groupby("group")["split"].nunique() > 1).sum()),
         groups=[([show[sha256] for sha256 in rows.index[:MOST_OF_GROUP]], len(rows)) for rows in groups],
@@ -164,26 +163,4 @@ def _show(row: Any, image: Image.Image) -> Shown:
     image.save(buffer, "JPEG", quality=85)
     place = row.split if row.kept else row.reason.replace("_", " ")
     text = f"{row.label}, {place}, {row.width} x {row.height}, {row.bytes / 1000:,.0f}\N{NO-BREAK SPACE}kB"
-    return Shown(row.source, row.label, row.member, text, _encode(buffer.getvalue(), "image/jpeg"))
-
-
-def _encode(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _encode_figure(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _encode(buffer.getvalue(), "image/svg+xml")
-
-
-def _load_template() -> jinja2.Template:
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.jinja")
+    return Shown(row.source, row.label, row.member, text, encode_data(buffer.getvalue(), "image/jpeg"))

@@ -5,10 +5,10 @@ import pytest
 
 from deepfake_core.archive import fetch_archive
 from deepfake_core.config import DataParameters, Source
+from deepfake_core.data_report import write_report
 from deepfake_core.duplicates import find_links, mark_duplicates
 from deepfake_core.index import build_index
 from deepfake_core.manifest import Dataset, assign_splits, publish_dataset
-from deepfake_core.report import write_report
 from deepfake_core.shortcuts import find_shortcuts
 from tests.conftest import draw_image, encode, faces, jpeg, write_zip
 

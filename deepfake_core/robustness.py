@@ -1,0 +1,93 @@
+"""What is left of a detector when images come as the web delivers them: recompressed, scaled, blurred, photographed.
+
+Each change is made to the image as it was found, before it is resized to the detector's input.
+"""
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+from deepfake_core.archive import Progress
+from deepfake_core.detector import Detector, decode_image, resize_image
+
+CHUNK = 32
+
+
+def recompress(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def scale_and_back(image: Image.Image, factor: float) -> Image.Image:
+    small = image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
+    return small.resize(image.size, Image.Resampling.BICUBIC)
+
+
+def blur(image: Image.Image, radius: float) -> Image.Image:
+    """Blur by a Gaussian whose radius is in pixels of an image 256 pixels wide."""
+    return image.filter(ImageFilter.GaussianBlur(radius * image.width / 256))
+
+
+def add_noise(image: Image.Image, deviation: float) -> Image.Image:
+    """Add Gaussian noise of a standard deviation in grey levels, the same to an image in each run."""
+    pixels = np.asarray(image, np.float32)
+    noise = np.random.default_rng(pixels.size).normal(0, deviation, pixels.shape)
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+def brighten(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def crop(image: Image.Image, share: float) -> Image.Image:
+    """Cut a share of the side off each edge."""
+    left, top = round(image.width * share), round(image.height * share)
+    return image.crop((left, top, image.width - left, image.height - top))
+
+
+def take_screenshot(image: Image.Image, factor: float) -> Image.Image:
+    """Show the image at another size and save what the screen shows, without loss, as PNG does."""
+    return image.resize([max(1, round(side * factor)) for side in image.size], Image.Resampling.BILINEAR)
+
+
+CHANGES: dict[str, tuple[Callable[..., Image.Image], Sequence[float]]] = {
+    "JPEG quality": (recompress, (90, 70, 50, 30)),
+    "scaled and back": (scale_and_back, (0.5, 0.25)),
+    "blur, pixels of 256": (blur, (0.5, 1, 2)),
+    "noise, grey levels": (add_noise, (4, 8, 16)),
+    "brightness": (brighten, (0.6, 0.8, 1.25, 1.6)),
+    "crop, share of the side": (crop, (0.02, 0.05, 0.1)),
+    "screenshot, scale": (take_screenshot, (0.7, 1.4)),
+}
+"""By name: the change, and its strengths."""
+
+
+def score_changed(
+    detector: Detector, paths: Sequence[Path], on_progress: Progress | None = None
+) -> dict[tuple[str, float], np.ndarray]:
+    """Score images after each change, at each strength.
+
+    Returns:
+        By name of the change and strength: P(fake) per image as float32 of shape (n,).
+    """
+    kinds = [(name, strength) for name, (_, strengths) in CHANGES.items() for strength in strengths]
+    scores = {kind: np.zeros(len(paths), np.float32) for kind in kinds}
+
+    def change_image(path: Path) -> list[np.ndarray]:
+        image = decode_image(path.read_bytes())
+        return [resize_image(CHANGES[name][0](image, strength), detector.image_size) for name, strength in kinds]
+
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), CHUNK):
+            changed = list(pool.map(change_image, paths[start : start + CHUNK]))
+            for position, kind in enumerate(kinds):
+                pixels = np.stack([images[position] for images in changed])
+                scores[kind][start : start + len(changed)] = detector.score(pixels)
+            if on_progress:
+                on_progress(start + len(changed), len(paths))
+    return scores

@@ -1,0 +1,78 @@
+"""How well a model does on sources that it never saw. `python -m flows.leave_one_out --help` lists the parameters."""
+
+import logging
+import sys
+
+from prefect import flow, runtime
+from prefect.artifacts import create_table_artifact
+from rich.console import Console
+from rich.table import Table
+
+from deepfake_core import registry
+from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.errors import DeepfakeError
+from deepfake_core.manifest import open_dataset
+from deepfake_core.metrics import Evaluation
+from flows.command_line import check_prefect, read_settings
+from flows.prepare import prepare
+from tasks.model import choose_best, discard_trainings, evaluate, log_data, train_candidate
+
+
+@flow(name="leave-one-out")
+def leave_one_out(
+    data: DataParameters = DataParameters(),
+    training: TrainingParameters = TrainingParameters(),
+    evaluation: EvaluationParameters = EvaluationParameters(),
+) -> dict[str, tuple[Evaluation, Evaluation]]:
+    """Train once for each source without it, and test on it. Nothing is registered.
+
+    Args:
+        data: Where images come from, where they go, and how they are split.
+        training: What is trained, and for how long.
+        evaluation: How scores are made comparable, and on what they are tested.
+
+    Returns:
+        By source that was left out: on the test split of the others, and on it.
+    """
+    registry.connect()
+    dataset = open_dataset(prepare(data))
+    manifest = dataset.manifest
+    found = {}
+    for source in sorted(set(manifest.loc[manifest["kept"], "source"])):
+        testing = evaluation.model_copy(update={"holdout_sources": (source,)})
+        with registry.open_run(f"{runtime.flow_run.name} without {source}") as run_id:
+            log_data(run_id, dataset, training, testing, PromotionParameters())
+            trained = [train_candidate(name, dataset, training, testing, run_id) for name in training.candidates]
+            result = evaluate(choose_best(trained), dataset, testing, run_id)
+        discard_trainings(trained)
+        found[source] = (result.evaluation, result.unseen[source])
+    create_table_artifact(
+        [
+            {"left out": source, "AUC on the others": str(seen.figures["auc"]), "AUC on it": str(own.figures["auc"])}
+            for source, (seen, own) in found.items()
+        ],
+        key="leave-one-out",
+        description=f"Data set {dataset.version}",
+    )
+    return found
+
+
+def main() -> int:
+    """Run it from the command line, with the flags of `flows.retrain`; return the exit status."""
+    logging.getLogger("deepfake_core").setLevel(logging.INFO)
+    try:
+        settings = read_settings(sys.argv[1:])
+        check_prefect()
+        found = leave_one_out(settings.data, settings.training, settings.evaluation)
+    except DeepfakeError as exc:
+        print(f"\nleave-one-out stopped: {exc}", file=sys.stderr)
+        return 1
+    table = Table("left out", "AUC on the others' test images", "AUC on it")
+    for source, (seen, own) in found.items():
+        table.add_row(source, str(seen.figures["auc"]), str(own.figures["auc"]))
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
