@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -182,17 +182,18 @@ def evaluate_scores(
     labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
     if weights is None:
         weights = draw_resamples(np.arange(len(labels)) if rows is None else np.asarray(rows["group"]))
-    return Evaluation(
-        confusion=Confusion.count(labels, scores, threshold),
-        figures=estimate_figures(labels, scores, threshold, weights),
-        parts={
-            kind: {
-                name: evaluate_scores(labels[part], scores[part], threshold, weights=weights[:, part])
-                for name, part in parts.items()
-            }
-            for kind, parts in ({} if rows is None else find_parts(labels, rows)).items()
-        },
-    )
+    whole = Evaluation(Confusion.count(labels, scores, threshold), estimate_figures(labels, scores, threshold, weights))
+    if rows is None:
+        return whole
+
+    def evaluate_part(part: np.ndarray) -> Evaluation:
+        if part.all():
+            return whole
+        return evaluate_scores(labels[part], scores[part], threshold, weights=weights[:, part])
+
+    kinds = find_parts(labels, rows)
+    parts = {kind: {name: evaluate_part(part) for name, part in named.items()} for kind, named in kinds.items()}
+    return replace(whole, parts=parts)
 
 
 def evaluate_detector(detector: Detector, images: "Images") -> tuple[Evaluation, np.ndarray]:

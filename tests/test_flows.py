@@ -50,14 +50,14 @@ def two_zips(tracking):
 
 def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "deepfake_core"):
-        dataset, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
+        dataset, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
     assert version == "1"
     assert open_dataset(dataset).description["counts"]["reasons"] == {"copy": 80, "kept": 80}
     assert registry.find_production(NAME) == "1"
     assert "160 usable images: 80 copy, 80 kept" in caplog.text
 
     forbid_work(monkeypatch)
-    again, version = retrain(parameters(tracking, *two_zips), TINY, NO_FLOORS)
+    again, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
     assert (again, version) == (dataset, "2")
     second = registry.read_version(NAME, "2")
     assert second.tags["compared_with"] == "1"
@@ -129,7 +129,7 @@ def test_retrain_on_real_images_twice(tracking, monkeypatch):
         for source in DataParameters().sources
     ]
     short = TrainingParameters(epochs=2, image_size=64)
-    dataset, version = retrain(parameters(tracking, *sources), short, NO_FLOORS)
+    dataset, version = retrain(parameters(tracking, *sources), short, promotion=NO_FLOORS)
     counts = open_dataset(dataset).description["counts"]
     assert counts["reasons"] == {"duplicate": 240, "kept": 240, "not_an_image": 3}
     assert counts["sources"]["real-vs-fake-faces"] == {"files": 120, "duplicate": 120}
@@ -139,7 +139,7 @@ def test_retrain_on_real_images_twice(tracking, monkeypatch):
     assert "test/real-and-fake-face-detection/auc" in metrics
 
     forbid_work(monkeypatch)
-    assert retrain(parameters(tracking, *sources), short, NO_FLOORS) == (dataset, "2")
+    assert retrain(parameters(tracking, *sources), short, promotion=NO_FLOORS) == (dataset, "2")
 
 
 def test_a_retrain_that_failed_late_goes_on_with_what_was_trained(tracking, two_zips, monkeypatch):
@@ -147,22 +147,22 @@ def test_a_retrain_that_failed_late_goes_on_with_what_was_trained(tracking, two_
     with monkeypatch.context() as broken:
         broken.setattr(registry, "register_detector", None)
         with pytest.raises(TypeError):
-            retrain(data, TINY, NO_FLOORS)
+            retrain(data, TINY, promotion=NO_FLOORS)
     (folder,) = (data.data_dir / "training").iterdir()
     assert folder.name.startswith("cnn-")
     with monkeypatch.context() as untrained:
         untrained.setattr(training, "_fit", None)
-        _, version = retrain(data, TINY, NO_FLOORS)
+        _, version = retrain(data, TINY, promotion=NO_FLOORS)
     run = check_run(registry.read_version(NAME, version).run_id)
     assert {"val/auc", "val_loss", "seconds"} <= set(run["metrics"])
     assert not folder.exists()
 
 
 def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):
-    retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
+    retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS)
     drawn = two_zips[0].model_copy(update={"drawn": True})
     better = TINY.model_copy(update={"epochs": 2, "seed": 5})
-    _, version = retrain(parameters(tracking, drawn), better, NO_FLOORS)
+    _, version = retrain(parameters(tracking, drawn), better, promotion=NO_FLOORS)
     tags = registry.read_version(NAME, version).tags
     assert tags["decision"] == "not promoted"
     assert "NOT met: drawn images never replace" in tags["reasons"]
@@ -170,7 +170,9 @@ def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):
 
 
 def test_a_model_below_the_floors_is_registered_but_not_promoted(tracking, two_zips):
-    _, version = retrain(parameters(tracking, two_zips[0]), TINY, PromotionParameters(min_precision=1, min_recall=1))
+    _, version = retrain(
+        parameters(tracking, two_zips[0]), TINY, promotion=PromotionParameters(min_precision=1, min_recall=1)
+    )
     assert registry.read_version(NAME, version).tags["decision"] == "not promoted"
     assert registry.find_production(NAME) is None
 
@@ -179,16 +181,16 @@ def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_z
     words = tracking / "words.zip"
     words.write_bytes(b"<html>not a zip</html>")
     with pytest.raises(ArchiveError, match=r"whole zip file.*words.zip, which begins with b'<html>no'"):
-        retrain(parameters(tracking, Source(name=str(words))), TINY, NO_FLOORS)
+        retrain(parameters(tracking, Source(name=str(words))), TINY, promotion=NO_FLOORS)
     damaged = tracking / "damaged.zip"
     content = bytearray((tracking / "first (1).zip").read_bytes())
     content[2000] ^= 0xFF
     damaged.write_bytes(content)
     with pytest.raises(ArchiveError, match="must match its checksum"):
-        retrain(parameters(tracking, two_zips[1], Source(name=str(damaged))), TINY, NO_FLOORS)
+        retrain(parameters(tracking, two_zips[1], Source(name=str(damaged))), TINY, promotion=NO_FLOORS)
     one_class = write_zip(tracking / "one.zip", {k: v for k, v in faces(30).items() if k.startswith("real")})
     with pytest.raises(DatasetError, match="no fake image"):
-        retrain(parameters(tracking, Source(name=str(one_class))), TINY, NO_FLOORS)
+        retrain(parameters(tracking, Source(name=str(one_class))), TINY, promotion=NO_FLOORS)
     assert not (tracking / "data" / "splits").exists()
     assert registry.list_versions(NAME) == []
 
@@ -241,10 +243,10 @@ def test_what_a_person_must_act_on_is_not_retried(tracking, kaggle):
 
 def test_mlflow_and_deployments_are_checked_before_any_work(tracking, two_zips, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"'train/nowhere'.*make deploy"):
-        retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS, train_on="train/nowhere")
+        retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS, train_on="train/nowhere")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ServiceError, match="must answer at the tracking URI"):
-        retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
+        retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS)
     assert not (tracking / "data").exists()
 
 
@@ -253,7 +255,7 @@ def test_two_retrains_do_not_share_a_data_folder(tracking, two_zips):
         hold_data(tracking / "data", "flow run other") as other,
         pytest.raises(LockedError, match=f"flow run other.*{other.pid}"),
     ):
-        retrain(parameters(tracking, two_zips[0]), TINY, NO_FLOORS)
+        retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS)
 
 
 def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):

@@ -1,11 +1,34 @@
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn import metrics as sklearn_metrics
 
-from deepfake_core.metrics import Confusion, evaluate_scores
+from deepfake_core.metrics import (
+    FALSE_ALARMS,
+    FIGURES,
+    Confusion,
+    compute_figures,
+    cross_sources,
+    draw_resamples,
+    evaluate_scores,
+    find_parts,
+)
 
 LABELS = np.array([1, 1, 1, 0, 0, 0, 0])
 SCORES = np.array([0.9, 0.6, 0.2, 0.7, 0.5, 0.1, 0.0])
+
+
+def rows(sources, members=None, groups=None):
+    count = len(sources)
+    return pd.DataFrame(
+        {"source": sources, "member": members or [f"{i}.jpg" for i in range(count)], "group": groups or range(count)}
+    )
+
+
+def draw_scores(count, seed=0, gain=1.0):
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 2
+    return labels, 1 / (1 + np.exp(-random.normal(gain * (labels - 0.5), 1)))
 
 
 def test_fake_is_the_positive_class():
@@ -27,18 +50,119 @@ def test_auc_counts_the_pairs_in_the_right_order():
     assert evaluate_scores(LABELS, SCORES, 0.5).auc == pytest.approx(np.mean(pairs))
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_every_figure_of_every_resample_is_scikit_learns(seed):
+    labels, scores = draw_scores(80, seed)
+    scores = np.round(scores, 1 + seed % 2)  # with ties
+    weights = draw_resamples(np.arange(80) // 2, count=20, seed=seed)
+    ours = compute_figures(labels, scores, 0.5, weights)
+    for position, weight in enumerate(weights):
+        said = scores >= 0.5
+        expected = {
+            "accuracy": sklearn_metrics.accuracy_score(labels, said, sample_weight=weight),
+            "precision": sklearn_metrics.precision_score(labels, said, sample_weight=weight),
+            "recall": sklearn_metrics.recall_score(labels, said, sample_weight=weight),
+            "f1": sklearn_metrics.f1_score(labels, said, sample_weight=weight),
+            "auc": sklearn_metrics.roc_auc_score(labels, scores, sample_weight=weight),
+            "average_precision": sklearn_metrics.average_precision_score(labels, scores, sample_weight=weight),
+            "brier": sklearn_metrics.brier_score_loss(labels, scores, sample_weight=weight),
+        }
+        false_alarms, recall, _ = sklearn_metrics.roc_curve(
+            labels, scores, sample_weight=weight, drop_intermediate=False
+        )
+        expected |= {name: recall[false_alarms <= rate + 1e-9].max() for name, rate in FALSE_ALARMS.items()}
+        for name, value in expected.items():
+            assert ours[name][position] == pytest.approx(value), name
+
+
+def test_calibration_error_is_the_distance_between_score_and_share():
+    labels = np.array([0, 0, 0, 1, 1, 1, 1, 1])
+    scores = np.array([0.3, 0.3, 0.3, 0.3, 0.9, 0.9, 0.9, 0.9])
+    figures = evaluate_scores(labels, scores, 0.5).figures
+    assert figures["ece"].value == pytest.approx((4 * abs(0.3 - 0.25) + 4 * abs(0.9 - 1)) / 8)
+
+
+def test_resamples_keep_groups_together_and_draw_as_many_groups_as_there_are():
+    groups = np.array(["a", "b", "a", "c", "c", "c"])
+    weights = draw_resamples(groups, count=50)
+    assert (weights[:, 0] == weights[:, 2]).all()
+    assert (weights[:, 3:] == weights[:, 3:4]).all()
+    assert (weights[:, 0] + weights[:, 1] + weights[:, 3] == 3).all()
+    assert np.array_equal(weights, draw_resamples(groups, count=50))
+    assert not np.array_equal(weights, draw_resamples(groups, count=50, seed=1))
+
+
+@pytest.mark.slow
+def test_95_of_100_intervals_hold_the_truth():
+    labels, scores = draw_scores(400_000)
+    truth = compute_figures(labels, scores, 0.5, np.ones((1, len(labels)), np.uint8))
+    names = ("auc", "recall", "accuracy", "brier")
+    held = dict.fromkeys(names, 0)
+    for seed in range(200):
+        sample = draw_scores(300, seed + 1)
+        figures = evaluate_scores(*sample, 0.5).figures
+        for name in names:
+            held[name] += figures[name].low <= truth[name][0] <= figures[name].high
+    assert all(180 <= count <= 200 for count in held.values()), held
+
+
+def test_near_copies_widen_the_interval():
+    labels, scores = draw_scores(60)
+    once = evaluate_scores(labels, scores, 0.5).figures["auc"]
+    tenfold = rows(["a"] * 600, groups=list(np.tile(np.arange(60), 10)))
+    copied = evaluate_scores(np.tile(labels, 10), np.tile(scores, 10), 0.5, tenfold).figures["auc"]
+    assert copied.high - copied.low == pytest.approx(once.high - once.low, rel=0.15)
+
+
 def test_figures_are_named_by_source():
-    sources = pd.Series(["a", "a", "b", "a", "a", "c", "c"])
-    flat = evaluate_scores(LABELS, SCORES, 0.5, sources).flatten("test")
+    flat = evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "a", "b", "a", "a", "c", "c"])).flatten("test")
     assert flat["test/precision"] == 0.5
     assert flat["test/a/auc"] == 0.75
+    assert flat["test/auc_low"] <= flat["test/auc"] <= flat["test/auc_high"]
     assert flat["test/c/false_positives"] == 0
     assert "test/c/auc" not in flat  # a source with one class has none
 
 
 def test_sources_add_up_to_the_whole():
-    sources = pd.Series(["a", "b", "a", "b", "a", "b", "a"])
-    whole = evaluate_scores(LABELS, SCORES, 0.5, sources)
+    whole = evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "b", "a", "b", "a", "b", "a"]))
     for name in ("true_positives", "false_positives", "true_negatives", "false_negatives"):
         parts = [getattr(part.confusion, name) for part in whole.sources.values()]
         assert sum(parts) == getattr(whole.confusion, name)
+
+
+def test_file_names_tell_origin_and_edit():
+    members = [
+        "real_and_fake_face/training_fake/easy_1_1000.jpg",
+        "real_and_fake_face/training_fake/hard_2_0011.jpg",
+        "real_and_fake_face/training_fake/mid_3_111.jpg",  # the one with three digits
+        "real_and_fake_face/training_real/real_00001.jpg",
+        "real_vs_fake/real-vs-fake/train/fake/A.jpg",
+        "real_vs_fake/real-vs-fake/test/real/easy_9_1111.jpg",
+    ]
+    labels = np.array([1, 1, 1, 0, 1, 0])
+    parts = find_parts(labels, rows(["c", "c", "c", "c", "k", "k"], members))
+    named = {kind: {name: np.flatnonzero(mask).tolist() for name, mask in one.items()} for kind, one in parts.items()}
+    assert named == {
+        "source": {"c": [0, 1, 2, 3], "k": [4, 5]},
+        "origin": {"k/test": [5], "k/train": [4]},
+        "edit": {
+            "easy": [0, 3], "mid": [2, 3], "hard": [1, 3],
+            "left eye": [0, 2, 3], "right eye": [2, 3], "nose": [1, 2, 3], "mouth": [1, 3],
+        },
+    }  # fmt: skip
+
+
+def test_the_table_has_a_row_for_each_part_and_a_column_for_each_figure():
+    table = pd.DataFrame(evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "a", "b", "a", "a", "c", "c"])).list_rows())
+    assert table["name"].tolist() == ["all", "a", "b", "c"]
+    assert {name for figure in FIGURES for name in (figure, f"{figure}_low", f"{figure}_high")} <= set(table.columns)
+    assert pd.isna(table.loc[3, "auc"])
+
+
+def test_crossing_sources_shows_what_the_auc_per_source_hides():
+    labels = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    sources = np.array(["a"] * 4 + ["b"] * 4)
+    scores = np.array([0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9])  # each apart in itself, not together
+    crossed = cross_sources(labels, scores, sources)
+    assert crossed["a"] == {"a": 1.0, "b": 0.0}
+    assert crossed["b"] == {"a": 1.0, "b": 1.0}

@@ -1,38 +1,115 @@
+import numpy as np
 import pytest
 
 from deepfake_core.config import PromotionParameters
-from deepfake_core.metrics import Confusion, Evaluation
-from deepfake_core.promotion import decide_promotion
+from deepfake_core.metrics import Confusion, Estimate, Evaluation
+from deepfake_core.promotion import Comparison, Cost, Scored, compare_scores, decide_promotion
 
 FLOORS = PromotionParameters(min_precision=0.8, min_recall=0.7)
+NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
+CHEAP = Cost(latency=5, size=10)
 GOOD = Confusion(true_positives=80, false_positives=20, true_negatives=80, false_negatives=20)
 IMPRECISE = Confusion(true_positives=79, false_positives=21, true_negatives=80, false_negatives=20)
 FORGETFUL = Confusion(true_positives=69, false_positives=1, true_negatives=99, false_negatives=31)
 
 
-def evaluation(confusion: Confusion, auc: float) -> Evaluation:
-    return Evaluation(confusion, auc, auc)
+def evaluation(confusion: Confusion = GOOD, auc: float = 0.9, recall: float = 0.8) -> Evaluation:
+    source = Evaluation(confusion, {"recall": Estimate(recall, recall - 0.1, recall + 0.1)})
+    return Evaluation(confusion, {"auc": Estimate(auc, auc - 0.02, auc + 0.02)}, {"source": {"a": source}})
+
+
+def comparison(probability: float, auc: float = 0.9, other: float = 0.85, recall: float = 0.8) -> Comparison:
+    difference = Estimate(auc - other, 0.01, 0.09)
+    return Comparison(evaluation(auc=auc, recall=recall), evaluation(auc=other), "auc", difference, probability)
+
+
+NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("challenger", "production", "blockers", "promoted", "reason"),
+    ("challenger", "compared", "changes", "cost", "blockers", "promoted", "reason"),
     [
-        (evaluation(GOOD, 0.9), None, (), True, "met: no production model yet"),
-        (evaluation(GOOD, 0.9), evaluation(GOOD, 0.89), (), True, "met: AUC 0.9000, production's 0.8900"),
-        (evaluation(GOOD, 0.9), evaluation(GOOD, 0.9), (), False, "NOT met: AUC 0.9000, production's 0.9000"),
-        (evaluation(GOOD, 0.9), evaluation(GOOD, 0.91), (), False, "NOT met: AUC 0.9000, production's 0.9100"),
-        (evaluation(IMPRECISE, 0.9), None, (), False, "NOT met: precision 0.7900, floor 0.8000"),
-        (evaluation(FORGETFUL, 0.9), None, (), False, "NOT met: recall 0.6900, floor 0.7000"),
-        (evaluation(GOOD, 0.9), evaluation(GOOD, 0.5), ("drawn",), False, "NOT met: drawn"),
+        (evaluation(), None, {}, CHEAP, (), True, "met: no production model yet"),
+        (evaluation(), comparison(0.95), {}, CHEAP, (), True, "met: AUC 0.9000, production's 0.8500"),
+        (evaluation(), comparison(0.949), {}, CHEAP, (), False, "NOT met: AUC 0.9000, production's 0.8500"),
+        (evaluation(), comparison(0.949), {"min_probability": 0.9}, CHEAP, (), True, "at least 0.9 is needed"),
+        (evaluation(), comparison(0.03, other=0.95), {}, CHEAP, (), False, "probability 0.030"),
+        (evaluation(IMPRECISE), None, {}, CHEAP, (), False, "NOT met: precision 0.7900, floor 0.8000"),
+        (evaluation(FORGETFUL), None, {}, CHEAP, (), False, "NOT met: recall 0.6900, floor 0.7000"),
+        (evaluation(IMPRECISE), comparison(1.0), {}, CHEAP, (), False, "NOT met: precision 0.7900"),
+        # production's recall on the source is 0.8 (0.7 to 0.9): 0.65 is the least
+        (evaluation(), comparison(1.0, recall=0.651), {}, CHEAP, (), True, "met: recall on a 0.6510, at least 0.6500"),
+        (evaluation(), comparison(1.0, recall=0.649), {}, CHEAP, (), False, "NOT met: recall on a 0.6490"),
+        (evaluation(), comparison(1.0, recall=0.649), {"max_recall_drop": 0.1}, CHEAP, (), True, "met: recall on a"),
+        (evaluation(), None, {"max_latency": 4.9}, CHEAP, (), False, "NOT met: 5.0 ms an image, ceiling 4.9 ms"),
+        (evaluation(), None, {"max_latency": 5}, CHEAP, (), True, "met: 5.0 ms"),
+        (evaluation(), None, {"max_size": 9}, CHEAP, (), False, "NOT met: 10.0 MB, ceiling 9 MB"),
+        (evaluation(), comparison(1.0), {}, CHEAP, ("drawn",), False, "NOT met: drawn"),
+        (evaluation(), NO_CLASS, {}, CHEAP, (), False, "NOT met: AUC needs both classes"),
     ],
 )
-def test_decision(challenger, production, blockers, promoted, reason):
-    decision = decide_promotion(challenger, production, FLOORS, blockers)
+def test_decision(challenger, compared, changes, cost, blockers, promoted, reason):
+    decision = decide_promotion(challenger, compared, cost, FLOORS.model_copy(update=changes), blockers)
     assert decision.promoted is promoted
     assert reason in decision.text
 
 
 def test_the_description_names_both_versions():
-    text = decide_promotion(evaluation(GOOD, 0.9), evaluation(GOOD, 0.8), FLOORS).describe("m", "7", "5")
+    text = decide_promotion(evaluation(), comparison(1.0), CHEAP, FLOORS).describe("m", "7", "5")
     assert "m version 7 is now in production" in text
     assert "Version 5 was in production." in text
+
+
+def draw_models(random, count=80, gain=0.0):
+    """Return labels, columns, and two models' scores: equally good, but for the first one's gain."""
+    labels = np.arange(count) % 2
+    face = random.normal(0, 0.7, count)
+    scores = [
+        1 / (1 + np.exp(-(2 + extra) * (labels - 0.5) - face - random.normal(0, 0.7, count))) for extra in (gain, 0)
+    ]
+    columns = {"source": ["a"] * count, "member": ["x.jpg"] * count, "group": range(count)}
+    return labels, columns, *(Scored(one, 0.5) for one in scores)
+
+
+def test_a_model_never_replaces_itself():
+    labels, columns, model, _ = draw_models(np.random.default_rng(0))
+    compared = compare_scores(labels, columns, model, model)
+    assert compared.difference == Estimate(0, 0, 0)
+    assert not decide_promotion(compared.challenger, compared, CHEAP, NO_FLOORS).promoted
+
+
+def count_promotions(repeats: int, gain: float) -> int:
+    random = np.random.default_rng(1)
+    promoted = 0
+    for _ in range(repeats):
+        labels, columns, ours, theirs = draw_models(random, gain=gain)
+        compared = compare_scores(labels, columns, ours, theirs)
+        promoted += decide_promotion(compared.challenger, compared, CHEAP, NO_FLOORS).promoted
+    return promoted
+
+
+@pytest.mark.slow
+def test_of_1000_retrains_of_equally_good_models_at_most_50_are_promoted():
+    assert count_promotions(1000, gain=0) <= 50
+
+
+def test_a_much_better_model_is_promoted():
+    assert count_promotions(20, gain=3) == 20
+
+
+def test_what_production_learned_is_left_out_for_both():
+    labels, columns, ours, theirs = draw_models(np.random.default_rng(2))
+    left_out = np.arange(len(labels)) < 40
+    kept = {name: list(values)[40:] for name, values in columns.items()}
+    compared = compare_scores(labels, columns, ours, theirs, left_out=left_out)
+    alone = compare_scores(labels[40:], kept, Scored(ours.scores[40:], 0.5), Scored(theirs.scores[40:], 0.5))
+    assert compared.left_out == 40
+    assert (compared.challenger, compared.production) == (alone.challenger, alone.production)
+    assert compare_scores(labels, columns, ours, theirs, left_out=labels == 1).difference is None
+
+
+def test_each_is_judged_at_its_own_threshold():
+    labels, columns, ours, _ = draw_models(np.random.default_rng(3))
+    compared = compare_scores(labels, columns, ours, Scored(ours.scores, 0.9))
+    assert compared.challenger.confusion == Confusion.count(labels, ours.scores, 0.5)
+    assert compared.production.confusion == Confusion.count(labels, ours.scores, 0.9)

@@ -358,9 +358,25 @@ def test_figures_show_what_was_measured(candidate, dataset):
     images = stripes(40, 3)
     scores = np.where(images.labels == 1, 0.9, 0.1)
     scores[[4, 7]] = 0.95, 0.02
-    mistakes = plots.plot_worst_mistakes(images, scores, 0.5)
-    titles = [axes.get_title() for axes in mistakes.axes if axes.get_title()]
-    assert titles == ["fake, P(fake) = 0.02", "real, P(fake) = 0.95"]
+    assert plots.choose_worst_mistakes(images.labels, scores, 0.5).tolist() == [7, 4]
+    typical = plots.choose_typical(images.labels, scores)
+    assert len(set(typical)) == 16
+    assert images.labels[typical].tolist() == [1] * 8 + [0] * 8
+    explained = plots.plot_explained(images.pixels[typical[:3]], np.zeros((3, 4, 4)), ["a", "b", "c"], "heading")
+    assert [axes.get_title(loc="left") for axes in explained.axes if axes.images] == ["a", "", "b", "", "c", ""]
+
+    reliability = plots.plot_reliability(images.labels, scores)
+    mean_score, share = (line.tolist() for line in reliability.axes[0].lines[1].get_data())
+    assert mean_score == pytest.approx([0.1, 0.9], abs=0.05)
+    assert share == pytest.approx([1 / 20, 19 / 20])
+
+    table = pd.DataFrame({"change": ["blur", "blur", "noise"], "strength": [1, 2, 8], "auc": [0.9, 0.7, 0.8]})
+    robustness = plots.plot_robustness(table, 0.95)
+    assert [axes.get_title() for axes in robustness.axes] == ["blur", "noise"]
+    assert robustness.axes[0].lines[1].get_ydata().tolist() == [0.9, 0.7]
+
+    sources = np.where(np.arange(40) < 20, "one", "two")
+    assert [axes.get_title() for axes in plots.plot_scores(images.labels, scores, sources, 0.5).axes] == ["one", "two"]
 
     curves = plots.plot_curves(images.labels, scores, 0.5)
     assert [axes.get_title() for axes in curves.axes] == ["ROC", "Precision and recall"]

@@ -1,0 +1,241 @@
+"""What is measured on the test split: robustness, file facts, held-out sources, heat maps, and the report of it all."""
+
+import re
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from deepfake_core import plots, robustness
+from deepfake_core.config import PromotionParameters
+from deepfake_core.detector import Detector
+from deepfake_core.errors import ConfigurationError
+from deepfake_core.evaluation import evaluate_on_test, load_same, load_seen, measure_robustness
+from deepfake_core.explanation import explain_scores
+from deepfake_core.manifest import find_trained_on
+from deepfake_core.model_report import ModelFacts, list_warnings, render_report, write_model_card
+from deepfake_core.models import CANDIDATES
+from deepfake_core.promotion import Scored, compare_scores, decide_promotion, measure_cost
+from deepfake_core.shortcuts import score_file_facts
+from tests.conftest import draw_image, encode, faces, write_zip
+from tests.test_manifest import prepare
+from tests.test_training import SIZE, candidate, stripes  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    pictures = faces(30, start=900)
+    first = write_zip(folder / "first.zip", faces(40))
+    second = write_zip(folder / "second.zip", pictures)
+    return prepare(folder, first, second)
+
+
+def test_a_selection_reads_what_it_is_asked_for():
+    images = stripes(20, 0)
+    mask = np.arange(20) % 3 == 1
+    chosen = images.select(mask)
+    assert len(chosen) == len(chosen.pixels) == 7
+    assert chosen.pixels.shape == (7, SIZE, SIZE, 3)
+    assert np.array_equal(chosen.pixels[2:5], images.pixels[mask][2:5])
+    assert np.array_equal(chosen.select(np.arange(7) > 4).pixels[np.arange(2)], images.pixels[mask][5:])
+    assert images.select(np.ones(20, bool)) is images
+
+
+def test_held_out_sources_are_only_tested(two_sources, candidate):  # noqa: F811
+    for split in ("train", "val", "test"):
+        assert set(load_seen(two_sources, split, SIZE, ["second"]).rows["source"]) == {"first"}
+    result = evaluate_on_test(candidate.folder, two_sources, ["second"])
+    assert set(result.images.rows["source"]) == {"first"}
+    assert result.unseen["second"].confusion.total == 60
+    assert result.evaluation.confusion.total == len(result.images)
+    with pytest.raises(ConfigurationError, match=r"Received: third; the data set has first, second"):
+        load_seen(two_sources, "train", SIZE, ["third"])
+    with pytest.raises(ConfigurationError, match="leave one to train on"):
+        load_seen(two_sources, "train", SIZE, ["first", "second"])
+
+
+def test_the_same_images_are_found_at_another_size(two_sources):
+    mine = load_seen(two_sources, "test", SIZE, ["second"])
+    same = load_same(two_sources, mine, 16)
+    assert same.rows["sha256"].tolist() == mine.rows["sha256"].tolist()
+    assert same.pixels.shape[1] == 16
+
+
+def manifest_of(rows):
+    return pd.DataFrame(rows, columns=["sha256", "group", "split", "kept"])
+
+
+def test_images_that_production_learned_are_found_by_their_groups():
+    production = manifest_of(
+        [
+            ("a", "a", "train", True),
+            ("a2", "a", "", False),  # a copy that was left out
+            ("v", "v", "val", True),
+            ("t", "t", "test", True),
+        ]
+    )
+    now = manifest_of(
+        [
+            ("a", "a", "train", True),
+            ("n1", "a", "test", True),  # a new near copy of what was trained on
+            ("n2", "n2", "test", True),
+            ("v", "v", "test", True),
+            ("t", "t", "test", True),
+            ("a2", "a2", "test", True),
+        ]
+    )
+    test = now[now["split"] == "test"]
+    seen = find_trained_on(test, now, production)
+    assert dict(zip(test["sha256"], seen, strict=True)) == {
+        "n1": True, "n2": False, "v": True, "t": False, "a2": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", robustness.CHANGES)
+def test_each_change_changes_the_image_more_the_stronger_it_is(name):
+    image = draw_image(3, size=128, cells=40)
+    change, strengths = robustness.CHANGES[name]
+    before = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR), float)
+    distances = [
+        np.abs(np.asarray(change(image, strength).resize((64, 64), Image.Resampling.BILINEAR), float) - before).mean()
+        for strength in strengths
+    ]
+    assert min(distances) > 0.05
+    if name != "brightness" and not name.startswith("screenshot"):  # which go both ways
+        assert distances == sorted(distances)
+    assert np.array_equal(np.asarray(change(image, strengths[0])), np.asarray(change(image, strengths[0])))
+
+
+def test_robustness_compares_with_the_same_images_unchanged(two_sources, candidate):  # noqa: F811
+    result = evaluate_on_test(candidate.folder, two_sources)
+    progress = []
+    table = measure_robustness(
+        candidate.folder, two_sources, result, 10, on_progress=lambda done, total: progress.append((done, total))
+    )
+    assert len(table) == sum(len(strengths) for _, strengths in robustness.CHANGES.values())
+    assert set(table["images"]) == {10}
+    assert progress[-1] == (10, 10)
+    clean = table["auc"] + table["auc_lost"]
+    assert clean.max() == pytest.approx(clean.min())
+    assert measure_robustness(candidate.folder, two_sources, result, 0).empty
+
+
+def test_file_facts_alone_are_found_out():
+    random = np.random.default_rng(0)
+    labels = np.where(np.arange(300) % 2, "fake", "real")
+    rows = pd.DataFrame(
+        {
+            "label": labels, "width": 256, "height": 256, "bytes": random.integers(9000, 11000, 300), "format": "JPEG",
+            "jpeg_table": np.where((labels == "fake") & (random.random(300) < 0.8), "q75", "q90"),
+        }
+    )  # fmt: skip
+    colours = random.uniform(90, 160, (300, 3))
+    fake = labels[200:] == "fake"
+    told = score_file_facts(rows[:200], colours[:200], rows[200:], colours[200:])
+    assert told[fake].mean() > told[~fake].mean() + 0.4
+    plain = rows.assign(jpeg_table="q90")
+    guessed = score_file_facts(plain[:200], colours[:200], plain[200:], colours[200:])
+    assert abs(guessed[fake].mean() - guessed[~fake].mean()) < 0.15
+
+
+def test_heat_lies_where_the_evidence_is():
+    """Train a network to tell whether a white square is there, and see whether the heat lies on the square."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 60, (160, 32, 32, 3)).astype(np.uint8)
+    labels = np.arange(160) % 2
+    corners = random.integers(0, 22, (160, 2))
+    for image, label, (top, left) in zip(pixels, labels, corners, strict=True):
+        if label:
+            image[top : top + 10, left : left + 10] = 255
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            keras.layers.Rescaling(1 / 255),
+            keras.layers.Conv2D(8, 3, padding="same", activation="relu"),
+            keras.layers.MaxPooling2D(2),
+            keras.layers.Conv2D(16, 3, padding="same", activation="relu"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(1, activation="sigmoid"),
+        ]
+    )
+    model.compile("adam", "binary_crossentropy")
+    model.fit(pixels, labels, epochs=25, verbose=0)
+    fakes = np.flatnonzero(labels)[:40]
+    heat = explain_scores(model, pixels[fakes], np.ones(40, bool))
+    assert heat.shape == (40, 16, 16)
+    assert heat.max() == 1
+    assert heat.min() == 0
+    peaks = [np.unravel_index(one.argmax(), one.shape) for one in heat]
+    inside = [
+        top - 2 <= 2 * row <= top + 12 and left - 2 <= 2 * column <= left + 12
+        for (row, column), (top, left) in zip(peaks, corners[fakes], strict=True)
+    ]
+    assert np.mean(inside) > 0.9
+    against = explain_scores(model, pixels[fakes], np.zeros(40, bool))
+    assert (against * heat).max() == 0  # what speaks for fake does not speak for real
+
+
+@pytest.mark.parametrize("architecture", CANDIDATES)
+def test_every_candidate_can_be_explained(architecture):
+    recipe = CANDIDATES[architecture].RECIPE.model_copy(update={"image_size": 64, "weights": "none"})
+    pixels = stripes(3, 0).pixels.repeat(2, axis=1).repeat(2, axis=2)
+    heat = explain_scores(CANDIDATES[architecture].build(recipe), pixels, np.array([True, False, True]))
+    assert len(heat) == 3
+    assert heat.ndim == 3
+    assert ((heat >= 0) & (heat <= 1)).all()
+
+
+def make_report(dataset, folder):
+    result = evaluate_on_test(folder, dataset)
+    table = measure_robustness(folder, dataset, result, 8)
+    labels, rows = result.images.labels, result.images.rows
+    compared = compare_scores(labels, rows, Scored(result.scores, 0.5), Scored(1 - result.scores, 0.5))
+    cost = measure_cost(Detector(folder))
+    decision = decide_promotion(result.evaluation, compared, cost, PromotionParameters(min_precision=0, min_recall=0))
+    facts = ModelFacts(
+        name="deepfake-detector",
+        version="7",
+        architecture="cnn",
+        run="r1",
+        commit="c1",
+        seed=3,
+        temperature=1.5,
+        cost=cost,
+        candidates=pd.DataFrame([{"candidate": "cnn", "AUC": "0.9"}]),
+        settings={"training.epochs": "<script>alert(1)</script>"},
+    )
+    figures = {"Calibration": plots.plot_reliability(labels, result.scores)}
+    page = render_report(facts, dataset, result, table, decision, compared, "5", figures, {})
+    return page, write_model_card(facts, dataset, result, decision, table), result, decision
+
+
+def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, candidate):  # noqa: F811
+    page, card, result, decision = make_report(two_sources, candidate.folder)
+    body = page[page.index("<body>") :]
+    assert f"version 7: {'promoted' if decision.promoted else 'not promoted'}</h1>" in body
+    assert body.index("which was in production") < body.index("On the test split")
+    assert f"{result.evaluation.figures['auc'].value:.3f}" in body
+    for reason in decision.reasons:
+        assert reason.split(",")[0] in body.replace("&#39;", "'")
+        assert reason in card
+    assert "<script>alert" not in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert two_sources.version in body
+    assert two_sources.version in card
+
+
+def test_strong_file_facts_are_said_in_the_first_lines(tmp_path, candidate):  # noqa: F811
+    members = {
+        name: encode(draw_image(number), quality=60 if "fake" in name else 95)
+        for number, name in enumerate(sorted(faces(60)))
+    }
+    dataset = prepare(tmp_path, write_zip(tmp_path / "told.zip", members))
+    page, card, result, _ = make_report(dataset, candidate.folder)
+    assert result.file_facts.auc > 0.95
+    (warning,) = [one for one in list_warnings(dataset, result) if one.startswith("File facts alone")]
+    assert page.index("File facts alone") < page.index("<h2>")
+    assert warning in card
