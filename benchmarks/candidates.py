@@ -1,6 +1,6 @@
 """What each candidate reaches on real images, over several seeds: AUC, accuracy, precision, recall per source.
 
-    python benchmarks/candidates.py ARCHIVES [--seeds 3] [--only cnn efficientnet_lite0 ...]
+    python benchmarks/candidates.py ARCHIVES [--seeds 3] [--only NAME ...]
 
 ARCHIVES holds the three zips. Every candidate trains on the same split by its own recipe; the checkpoint is chosen on
 val, and the figures are the test split's, at threshold 0.5. `cnn` is trained in float32 and in bfloat16, to show that
@@ -15,14 +15,15 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from matplotlib.figure import Figure
 
-from deepfake_core.batches import load_images
 from deepfake_core.config import Architecture, DataParameters, Recipe
 from deepfake_core.detector import Detector
+from deepfake_core.evaluation import load_seen
 from deepfake_core.files import write_json
 from deepfake_core.manifest import Dataset, open_dataset
 from deepfake_core.metrics import Evaluation, evaluate_detector
@@ -33,9 +34,13 @@ from flows.prepare import prepare
 RESULTS = Path(__file__).parent / "results"
 
 
-def list_variants() -> dict[str, tuple[Architecture, Recipe]]:
-    """Name what is trained: each candidate by its recipe, `cnn` in both precisions."""
-    variants = {}
+FACES_140K, CIPLAB = "140k-real-and-fake-faces", "real-and-fake-face-detection"
+
+
+def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
+    """Name what is trained: each candidate by its recipe, `cnn` in both precisions, and the pretrained one on each
+    source alone, ciplab's larger images at a larger input too. The last is the sources that are left out."""
+    variants: dict[str, tuple[Architecture, Recipe, tuple[str, ...]]] = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE
         if architecture == "efficientnet_v2_b0":
@@ -43,12 +48,18 @@ def list_variants() -> dict[str, tuple[Architecture, Recipe]]:
         precisions = ("float32", "bfloat16") if architecture == "cnn" else ("auto",)
         for precision in precisions:
             name = architecture if precision == "auto" else f"{architecture}, {precision}"
-            variants[name] = architecture, recipe.model_copy(update={"precision": precision})
+            variants[name] = architecture, recipe.model_copy(update={"precision": precision}), ()
+    recipe = CANDIDATES["efficientnet_lite0"].RECIPE
+    variants["efficientnet_lite0, 140k alone"] = "efficientnet_lite0", recipe, (CIPLAB,)
+    large = recipe.model_copy(update={"image_size": 448})
+    variants["efficientnet_lite0, ciplab alone, 448 pixels"] = "efficientnet_lite0", large, (FACES_140K,)
     return variants
 
 
-def measure(dataset: Dataset, architecture: Architecture, recipe: Recipe, seed: int) -> dict[str, Any]:
-    train, val, test = (load_images(dataset, split, recipe.image_size) for split in ("train", "val", "test"))
+def measure(
+    dataset: Dataset, architecture: Architecture, recipe: Recipe, left_out: Sequence[str], seed: int
+) -> dict[str, Any]:
+    train, val, test = (load_seen(dataset, split, recipe.image_size, left_out) for split in ("train", "val", "test"))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         candidate = train_candidate(architecture, train, val, recipe, Path(folder), seed)
@@ -79,15 +90,17 @@ def describe(evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
 
 def plot_aucs(variants: dict[str, Any]) -> Figure:
     """Draw each seed's AUC per candidate and source, with their mean."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     sources = sorted({source for one in variants.values() for seed in one["seeds"].values() for source in seed["test"]})
     for position, source in enumerate(sorted(set(sources) - {"all"})):
         colour = ("#2c7fb8", "#d95f0e", "#636363")[position]
         for row, one in enumerate(variants.values()):
-            values = [seed["test"][source]["auc"] for seed in one["seeds"].values()]
+            values = [seed["test"][source]["auc"] for seed in one["seeds"].values() if source in seed["test"]]
+            if not values:
+                continue
             height = row + 0.24 * (position - 0.5)
-            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, label=None if row else source)
+            axes.plot(values, [height] * len(values), "o", color=colour, alpha=0.5, label=source if row == 0 else None)
             axes.plot(sum(values) / len(values), height, "|", color=colour, markersize=16, markeredgewidth=2)
     axes.axvline(0.5, color="grey", linestyle=":")
     axes.set_yticks(range(len(variants)), list(variants))
@@ -101,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archives", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", help="candidates to train, by name")
+    parser.add_argument("--only", nargs="+", help="what to train, by the names in the results")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("deepfake_core").setLevel(logging.INFO)
@@ -115,15 +128,15 @@ def main() -> None:
         dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=Path(folder))))
         variants: dict[str, Any] = known.get("variants", {}) if known.get("dataset") == dataset.version else {}
         for seed in map(str, range(options.seeds)):
-            for name, (architecture, recipe) in list_variants().items():
-                if options.only and architecture not in options.only:
+            for name, (architecture, recipe, left_out) in list_variants().items():
+                if options.only and name not in options.only:
                     continue
                 description = recipe.model_dump(mode="json")
                 if variants.get(name, {}).get("recipe") != description:
                     parameters = CANDIDATES[architecture].build(recipe).count_params()
                     variants[name] = {"parameters": parameters, "recipe": description, "seeds": {}}
                 if seed not in variants[name]["seeds"]:
-                    variants[name]["seeds"][seed] = measure(dataset, architecture, recipe, int(seed))
+                    variants[name]["seeds"][seed] = measure(dataset, architecture, recipe, left_out, int(seed))
                     print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)
                     ordered = {variant: variants[variant] for variant in list_variants() if variant in variants}
                     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"

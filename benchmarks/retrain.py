@@ -49,7 +49,7 @@ def main() -> None:
         prepare(data)
         prepared_again = time.perf_counter() - start
         start = time.perf_counter()
-        dataset, version = retrain(data, training, PromotionParameters())
+        dataset, version = retrain(data, training)
         trained = time.perf_counter() - start
 
         published = open_dataset(dataset)
@@ -63,6 +63,8 @@ def main() -> None:
                 "counts": published.description["counts"],
                 "dataset_version": published.version,
                 "metrics": dict(sorted(registered.metrics.items())),
+                "architecture": registered.tags["architecture"],
+                "threshold": float(registry.read_parameters(registered.run_id)["threshold"]),
                 "decision": registered.tags["decision"],
                 "reasons": registered.tags["reasons"],
                 "seconds": {"prepare": prepared, "prepare again": prepared_again, "retrain": trained},

@@ -4,7 +4,7 @@ Degradation is what happens to images on their way through the web: scaled down,
 saw fakes only as their generator wrote them lives on traces that the first upload removes. It is the CPU's work.
 
 The warp is one affine transform per image, so that each is resampled once: bilinear, edges repeated. An accelerator
-warps whole batches (`Augmentation`); on the CPU, OpenCV does it in a fifth of TensorFlow's time (`augment_image`).
+warps whole batches (`Augmentation`); on the CPU, OpenCV does it in a fraction of TensorFlow's time (`warp_images`).
 """
 
 import math
@@ -25,10 +25,26 @@ BLUR_PIXELS = (0.3, 1.5)
 JPEG_QUALITY = (40, 95)
 
 
-def augment_image(
-    image: np.ndarray, parameters: AugmentationParameters, random: np.random.Generator, warp: bool = True
-) -> np.ndarray:
-    """Degrade an image and, unless an accelerator will do it, warp it.
+def warp_images(images: np.ndarray, parameters: AugmentationParameters, random: np.random.Generator) -> np.ndarray:
+    """Rotate, shift, zoom and flip images, each by its own transform.
+
+    Args:
+        images: uint8 array of shape (n, size, size, 3).
+
+    Returns:
+        uint8 array of the same shape.
+    """
+    count, size = images.shape[:2]
+    matrices = draw_matrices(parameters, size, lambda greatest: random.uniform(-greatest, greatest, count), np)
+    warped = np.empty_like(images)
+    for image, matrix, out in zip(images, matrices[:, :6].reshape(count, 2, 3), warped, strict=True):
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        cv2.warpAffine(image, matrix, (size, size), dst=out, flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return warped
+
+
+def degrade_image(image: np.ndarray, shares: AugmentationParameters, random: np.random.Generator) -> np.ndarray:
+    """Scale, blur and recompress an image, each with its own chance (`resize`, `blur`, `recompression`).
 
     Args:
         image: uint8 array of shape (size, size, 3).
@@ -36,17 +52,6 @@ def augment_image(
     Returns:
         uint8 array of the same shape.
     """
-    image = degrade_image(image, parameters, random)
-    if not warp:
-        return image
-    size = image.shape[0]
-    (matrix,) = draw_matrices(parameters, size, lambda greatest: random.uniform(-greatest, greatest, 1), np)
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return cv2.warpAffine(image, matrix[:6].reshape(2, 3), (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
-
-
-def degrade_image(image: np.ndarray, shares: AugmentationParameters, random: np.random.Generator) -> np.ndarray:
-    """Scale, blur and recompress an image, each with its own chance (`resize`, `blur`, `recompression`)."""
     size = image.shape[0]
     if random.random() < shares.resize:
         side = round(size * random.uniform(*SCALE))

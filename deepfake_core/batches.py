@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from deepfake_core.archive import Progress
-from deepfake_core.augmentation import augment_image
+from deepfake_core.augmentation import degrade_image, warp_images
 from deepfake_core.config import CLASS_NAMES, AugmentationParameters
 from deepfake_core.detector import decode_image, resize_image
 from deepfake_core.files import hash_file, write_beside
@@ -120,10 +120,12 @@ class Batches(keras.utils.PyDataset):
         seed: int | None = None,
         warp: bool = True,
     ) -> None:
-        super().__init__(workers=1, use_multiprocessing=False, max_queue_size=10)
+        # With one worker, Keras fetches through a tf.data iterator whose end may take up to 5 s, in each epoch.
+        super().__init__(workers=2, use_multiprocessing=False, max_queue_size=10)
         self._images, self._batch_size, self._seed = images, batch_size, seed
         self._augmentation, self._warp = augmentation, warp
-        self._pool = ThreadPoolExecutor(os.cpu_count()) if seed is not None else None
+        degrades = augmentation.resize or augmentation.blur or augmentation.recompression
+        self._pool = ThreadPoolExecutor(os.cpu_count()) if degrades and seed is not None else None
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -140,9 +142,12 @@ class Batches(keras.utils.PyDataset):
         chosen = np.sort(self._order[index * self._batch_size : (index + 1) * self._batch_size])
         pixels = self._images.pixels[chosen]
         if self._pool:
-            pixels = np.stack(list(self._pool.map(self._augment, chosen, pixels)))
+            pixels = np.stack(list(self._pool.map(self._degrade, chosen, pixels)))
+        if self._warp and self._seed is not None:
+            random = np.random.default_rng([self._seed, self._epoch, index])
+            pixels = warp_images(pixels, self._augmentation, random)
         return pixels, self._images.labels[chosen].astype(np.float32)
 
-    def _augment(self, position: int, image: np.ndarray) -> np.ndarray:
+    def _degrade(self, position: int, image: np.ndarray) -> np.ndarray:
         random = np.random.default_rng([self._seed or 0, self._epoch, position])
-        return augment_image(image, self._augmentation, random, self._warp)
+        return degrade_image(image, self._augmentation, random)

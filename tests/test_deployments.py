@@ -33,7 +33,7 @@ def load_flow(deployment: dict):
     return load_flow_from_entrypoint(f"{ROOT / file}:{name}", use_placeholder_flow=False)
 
 
-def test_the_four_deployments_and_two_pools_are_there():
+def test_the_deployments_and_two_pools_are_there():
     named = {(load_flow(deployment).name, deployment["name"]): deployment for deployment in DEPLOYMENTS}
     pools = {f"{flow}/{name}": deployment["work_pool"]["name"] for (flow, name), deployment in named.items()}
     assert pools == {
@@ -41,9 +41,16 @@ def test_the_four_deployments_and_two_pools_are_there():
         "retrain/manual": "cpu",
         "prepare/manual": "cpu",
         "train/gpu": "gpu",
+        "promote/manual": "cpu",
+        "rollback/manual": "cpu",
+        "production.health/hourly": "cpu",
+        "leave-one-out/manual": "gpu",
     }
     assert named["retrain", "weekly"]["schedules"][0]["cron"]
-    assert all(deployment["concurrency_limit"]["limit"] == 1 for deployment in DEPLOYMENTS)
+    assert named["production.health", "hourly"]["schedules"][0]["cron"]
+    quick = {"promote", "rollback", "production.health"}
+    for (flow, _), deployment in named.items():
+        assert flow in quick or deployment["concurrency_limit"]["limit"] == 1
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["entrypoint"])

@@ -1,5 +1,6 @@
 """Whole flows, with a real temporary Prefect server and a real MLflow."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -15,10 +16,12 @@ from deepfake_core.config import DataParameters, PromotionParameters, Source, Tr
 from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
 from deepfake_core.manifest import open_dataset
 from flows.command_line import read_settings
+from flows.leave_one_out import leave_one_out
 from flows.prepare import prepare
 from flows.retrain import retrain
+from tasks import model as model_tasks
 from tasks.data import download
-from tests.conftest import SHARED, faces, free_port, hold_data, needs_shared, recode, write_zip
+from tests.conftest import SHARED, faces, free_port, hold_data, jpeg, needs_shared, recode, write_zip
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 NAME = "deepfake-detector"
@@ -93,11 +96,19 @@ def check_run(run_id: str) -> dict:
         range(1, len(client.get_metric_history(run_id, "loss")) + 1)
     )
     artifacts = {
-        file.path for folder in ("", "figures", "checkpoint") for file in client.list_artifacts(run_id, folder)
+        file.path
+        for folder in ("", "figures", "checkpoint", "evaluation", "probe")
+        for file in client.list_artifacts(run_id, folder)
     }
-    assert {"model_summary.txt", "checkpoint/checkpoint.keras", "figures/history.png"} <= artifacts
-    figures = {"confusion_matrix", "roc_and_precision_recall", "worst_mistakes"}
-    assert {f"figures/{name}.png" for name in figures} <= artifacts
+    assert {"model_summary.txt", "report.html", "checkpoint/checkpoint.keras", "probe/scores.json"} <= artifacts
+    figures = {"history", "confusion_matrix", "roc_and_precision_recall", "scores", "reliability", "robustness"}
+    assert {f"figures/{name}.png" for name in {*figures, "worst_mistakes", "typical_images"}} <= artifacts
+    assert {f"evaluation/{name}.csv" for name in ("figures", "scores", "robustness", "cross_sources")} <= artifacts
+    for name in ("test/auc_low", "test/auc_high", "test/ece", "file_facts/auc", "latency_ms", "size_mb"):
+        assert name in run.data.metrics
+    assert float(run.data.params["temperature"]) > 0
+    (version,) = client.search_model_versions(f"run_id='{run_id}'")
+    assert "test images**, with 95 % intervals" in version.description
 
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])
     parent_artifacts = {
@@ -167,6 +178,62 @@ def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):
     assert tags["decision"] == "not promoted"
     assert "NOT met: drawn images never replace" in tags["reasons"]
     assert registry.find_production(NAME) == "1"
+
+
+def test_what_went_into_production_meanwhile_is_compared_with(tracking, two_zips, monkeypatch):
+    """Two retrains end together: the other one's version goes into production while ours is compared."""
+    retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS)
+    retrain(parameters(tracking, two_zips[0]), TINY.model_copy(update={"seed": 1}), promotion=NO_FLOORS)
+    registry.connect()
+    if registry.find_production(NAME) == "2":
+        registry.move_production(NAME, "1", "2", "start")
+    always = NO_FLOORS.model_copy(update={"min_probability": 0.500001, "max_recall_drop": 1})
+    seen = []
+    compare = model_tasks.compare_scores
+
+    def compare_slowly(*arguments):
+        seen.append(registry.find_production(NAME))
+        if len(seen) == 1:
+            registry.move_production(NAME, "2", "1", "the other retrain")
+        return dataclasses.replace(compare(*arguments), probability=1.0)  # whatever the figures: ours is better
+
+    monkeypatch.setattr(model_tasks, "compare_scores", compare_slowly)
+    retrain(parameters(tracking, two_zips[0]), TINY.model_copy(update={"seed": 2}), promotion=always)
+    assert seen == ["1", "2"]
+    assert registry.find_production(NAME) == "3"
+    tags = registry.read_version(NAME, "3").tags
+    assert tags["compared_with"] == tags["replaced"] == "2"
+
+
+def test_images_that_production_learned_are_left_out_of_the_comparison(tracking, two_zips):
+    """The next data set holds production's training images under a fresh memory, so that they change their split."""
+    retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS)
+    grown = write_zip(tracking / "grown.zip", faces(40) | {f"real/n{i}.jpg": jpeg(700 + i) for i in range(30)})
+    fresh = DataParameters(sources=(Source(name=str(grown)),), data_dir=tracking / "fresh", test_fraction=0.5)
+    dataset, version = retrain(fresh, TINY, promotion=NO_FLOORS)
+    test = open_dataset(dataset).split("test")
+    first = open_dataset(retrain_folder(tracking)).manifest
+    learned = set(first.loc[first["split"].isin(("train", "val")), "sha256"])
+    left = (~test["sha256"].isin(learned)).sum()
+    assert 0 < left < len(test)
+    assert f"on the same {left} images" in registry.read_version(NAME, version).tags["reasons"]
+
+
+def retrain_folder(tracking: Path) -> Path:
+    (folder,) = (path for path in (tracking / "data" / "splits").iterdir() if (path / "dataset.json").exists())
+    return folder
+
+
+@pytest.mark.slow
+def test_leave_one_out_tests_on_what_it_never_saw_and_registers_nothing(tracking):
+    zips = [write_zip(tracking / f"{name}.zip", faces(40, start)) for name, start in (("one", 0), ("two", 500))]
+    sources = [Source(name=str(path)) for path in zips]
+    found = leave_one_out(parameters(tracking, *sources), TINY)
+    assert set(found) == {"one", "two"}
+    for source, (seen, own) in found.items():
+        assert set(seen.sources) == {"one", "two"} - {source}
+        assert own.confusion.total == 80
+    assert registry.list_versions(NAME) == []
 
 
 def test_a_model_below_the_floors_is_registered_but_not_promoted(tracking, two_zips):

@@ -59,7 +59,7 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
         with registry.open_run("cnn") as run_id:
             registry.log_metrics(run_id, {"test/auc": 0.9})
         version = registry.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
-        registry.set_production("deepfake-detector", version)
+        registry.move_production("deepfake-detector", version, expected=None, reason="test")
 
         def deepfake(*arguments: str) -> str:
             return subprocess.run(

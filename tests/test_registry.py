@@ -76,7 +76,7 @@ def test_pyfunc_model_answers_bytes_and_harms_no_row(registered):
 
 def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
     _, _, version = registered
-    registry.set_production(NAME, version)
+    registry.move_production(NAME, version, expected=registry.find_production(NAME), reason="test")
     face = tmp_path / "face.jpg"
     face.write_bytes(jpeg(1))
 

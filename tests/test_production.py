@@ -1,0 +1,255 @@
+"""Who is in production, who was, and why: aliases, audit trail, comparison, rollback and health, on a real MLflow."""
+
+import json
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from deepfake_core import registry
+from deepfake_core.calibration import calibrate_detector
+from deepfake_core.cli import main
+from deepfake_core.config import EvaluationParameters
+from deepfake_core.detector import Detector
+from deepfake_core.errors import ModelError, ProductionMovedError
+from flows.production import health, promote, roll_back
+from tests.conftest import jpeg
+from tests.test_training import candidate, stripes  # noqa: F401 - a fixture
+
+NAME = "deepfake-detector"
+PROBE = [jpeg(number) for number in range(4)]
+
+
+def write_scores(detector: Detector, count: int, seed: int) -> str:
+    images = stripes(count, seed)
+    scores = detector.score(images.pixels)
+    lines = ["sha256,group,source,member,label,score"]
+    for number, (label, score) in enumerate(zip(images.labels, scores, strict=True)):
+        lines.append(f"{seed}-{number},{number},drawn,{number}.jpg,{('real', 'fake')[label]},{score}")
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def versions_once(candidate, tmp_path_factory):  # noqa: F811
+    """Register three versions: two promoted by the rule, the third refused by it."""
+    folder = tmp_path_factory.mktemp("production")
+    detector = shutil.copytree(candidate.folder, folder / "detector")
+    calibrate_detector(detector, stripes(64, 5), EvaluationParameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        for number, tags in enumerate(
+            (
+                {"decision": "promoted", "reasons": "met: a"},
+                {"decision": "promoted", "reasons": "met: a"},
+                {"decision": "not promoted", "reasons": "met: a; NOT met: AUC 0.5"},
+                {"decision": "promoted", "reasons": "met: a", "drawn_images": "true"},
+            ),
+            start=1,
+        ):
+            with registry.open_run("cnn") as run_id:
+                registry.log_parameters(run_id, {"threshold": Detector(detector).threshold})
+                registry.log_text(run_id, write_scores(Detector(detector), 60, seed=min(number, 2)), registry.SCORES)
+                scores = [row.fake_probability for row in Detector(detector).predict(PROBE)]
+                registry.log_probe(run_id, PROBE, scores)
+            registry.register_detector(run_id, detector, NAME, jpeg(1), tags)
+    return folder
+
+
+@pytest.fixture
+def versions(versions_once, monkeypatch, tmp_path):
+    """Give each test the four versions, and nothing in production."""
+    shutil.copy(versions_once / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    return registry.connect()
+
+
+def find_aliases() -> dict[str, str]:
+    return {alias: one.version for one in registry.list_versions(NAME) for alias in one.aliases}
+
+
+def test_both_versions_say_who_replaced_whom_when_and_why(versions):
+    assert versions
+    registry.move_production(NAME, "1", None, "first")
+    registry.move_production(NAME, "2", "1", "AUC 0.9, production's 0.8")
+    assert find_aliases() == {"production": "2", "previous": "1"}
+    first, second = (registry.read_version(NAME, number).tags for number in "12")
+    assert first["replaced"] == "none"
+    assert first["replaced_by"] == "2"
+    assert first["replaced_because"] == second["production_because"] == "AUC 0.9, production's 0.8"
+    assert first["production_until"] == second["production_since"]
+    assert time.strptime(second["production_since"], "%Y-%m-%d %H:%M:%S %z")
+    assert second["replaced"] == "1"
+
+
+def test_production_does_not_move_for_who_looked_too_early(versions):
+    registry.move_production(NAME, "1", None, "first")
+    with pytest.raises(ProductionMovedError, match=r"Received: version 1, no longer None\. Compare again"):
+        registry.move_production(NAME, "2", None, "looked before")
+    assert find_aliases() == {"production": "1"}
+    assert "production_since" not in registry.read_version(NAME, "2").tags
+    assert [model.name for model in versions.search_registered_models()] == [NAME]  # the lock is gone
+
+
+def race(version: str, ready, results) -> None:
+    registry.connect()
+    ready.wait()
+    try:
+        registry.move_production(NAME, version, None, f"race of {version}")
+        results.put(version)
+    except ProductionMovedError:
+        results.put(None)
+
+
+@pytest.mark.slow
+def test_of_processes_that_move_at_once_one_wins(versions):
+    assert versions
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Barrier(3), context.Queue()
+    racers = [context.Process(target=race, args=(version, ready, results)) for version in "123"]
+    for racer in racers:
+        racer.start()
+    outcomes = [results.get(timeout=120) for _ in racers]
+    for racer in racers:
+        racer.join()
+    (winner,) = [version for version in outcomes if version]
+    assert find_aliases() == {"production": winner}
+    since = [number for number in "123" if "production_since" in registry.read_version(NAME, number).tags]
+    assert since == [winner]
+
+
+def test_a_lock_that_was_left_behind_is_removed(versions, monkeypatch, caplog):
+    versions.create_registered_model(f"{NAME}-alias-lock")
+    monkeypatch.setattr(registry, "LOCK_SECONDS", 1)
+    registry.move_production(NAME, "1", None, "after a crash")
+    assert "left behind" in caplog.text
+    assert registry.find_production(NAME) == "1"
+
+
+def test_rollbacks_go_back_one_by_one_and_never_forward(versions):
+    assert versions
+    for version, expected in (("1", None), ("2", "1"), ("3", "2")):
+        registry.move_production(NAME, version, expected, "better")
+    assert registry.roll_back(NAME, "misjudges agency photographs") == ("2", "3")
+    assert find_aliases() == {"production": "2", "previous": "1"}
+    assert registry.roll_back(NAME, "that too") == ("1", "2")
+    assert find_aliases() == {"production": "1"}
+    with pytest.raises(ModelError, match="in production, which replaced none"):
+        registry.roll_back(NAME, "and that")
+    tags = registry.read_version(NAME, "3").tags
+    assert tags["replaced_by"] == "2"
+    assert tags["replaced_because"] == "rolled back from version 3: misjudges agency photographs"
+
+
+def test_an_unsuitable_version_needs_force_which_is_recorded(versions):
+    assert versions
+    registry.promote_by_hand(NAME, "1", "start")
+    with pytest.raises(ModelError, match=r"version 3 of deepfake-detector: NOT met: AUC 0\.5\. Choose another"):
+        registry.promote_by_hand(NAME, "3", "trust me")
+    with pytest.raises(ModelError, match="drawn images, production on photographs"):
+        registry.promote_by_hand(NAME, "4", "pretty")
+    with pytest.raises(ModelError, match="must not be in production yet"):
+        registry.promote_by_hand(NAME, "1", "again", force=True)
+    with pytest.raises(ModelError, match="a number that the registry knows"):
+        registry.promote_by_hand(NAME, "9", "typo")
+    assert registry.find_production(NAME) == "1"
+    assert registry.promote_by_hand(NAME, "3", "trust me", force=True) == "1"
+    because = registry.read_version(NAME, "3").tags["production_because"]
+    assert because == "by hand: trust me (forced, though NOT met: AUC 0.5)"
+
+
+def test_the_command_line_asks_first(versions, monkeypatch, capsys):
+    assert versions
+    assert main(["promote", "1", "--reason", "start", "--yes"]) == 0
+    monkeypatch.setattr("builtins.input", lambda question: print(question) or "n")
+    assert main(["promote", "2", "--reason", "better"]) == 1
+    assert "Put version 2 into production instead of 1? [y/N]" in capsys.readouterr().out
+    assert registry.find_production(NAME) == "1"
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert main(["promote", "2", "--reason", "better"]) == 0
+    assert main(["promote", "3", "--reason", "no"]) == 2
+    assert "NOT met: AUC 0.5" in capsys.readouterr().err
+    assert main(["promote", "3", "--reason", "yes", "--force"]) == 0
+    assert main(["rollback", "--reason", "complaints"]) == 0
+    assert "Version 2 is back in production instead of 3" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["promote", "1"])  # no reason
+
+
+def test_versions_tells_the_whole_story(versions, monkeypatch, capsys):
+    assert versions
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["promote", "1", "--reason", "start", "--yes"])
+    main(["promote", "2", "--reason", "fewer false alarms", "--yes"])
+    capsys.readouterr()
+    assert main(["versions"]) == 0
+    out = capsys.readouterr().out
+    for words in ("by hand: fewer false alarms", "by version 2", "previous", "production"):
+        assert words in out
+
+
+def test_versions_are_compared_on_the_images_they_share(versions, capsys):
+    assert versions
+    assert main(["compare", "2", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "On 60 images, version 2's AUC is 0.000" in out
+    assert main(["compare", "1", "2"]) == 2
+    assert "none in common" in capsys.readouterr().err
+
+
+def test_versions_are_compared_on_a_folder(versions, tmp_path, capsys):
+    assert versions
+    for label, first in (("real", 0), ("fake", 50)):
+        folder = tmp_path / "labelled" / label
+        folder.mkdir(parents=True)
+        for number in range(6):
+            (folder / f"{number}.jpg").write_bytes(jpeg(first + number))
+    (folder / "notes.txt").write_text("no image")
+    assert main(["compare", "1", "2", "--split", str(tmp_path / "labelled")]) == 0
+    printed = capsys.readouterr()
+    assert "On 12 images, version 1's AUC is 0.000" in printed.out
+    assert "1 files could not be read" in printed.err
+    assert main(["compare", "1", "2", "--split", str(tmp_path / "labelled" / "real")]) == 2
+    assert "images in real/ and in fake/" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_the_same_as_flows(versions):
+    assert versions
+    assert promote(1, "start").startswith("Version 1 of deepfake-detector is in production instead of none")
+    with pytest.raises(ModelError, match="NOT met"):
+        promote(3, "no")
+    promote(3, "yes", force=True)
+    assert "Version 1 of deepfake-detector is back in production instead of 3: oops" in roll_back("oops")
+    assert find_aliases() == {"production": "1"}
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
+    with pytest.raises(ModelError, match="There must be a production model"):
+        health()
+    registry.move_production(NAME, "1", None, "first")
+    assert "the scores of 4 probe images differ by" in health()
+    run_id = registry.read_version(NAME, "1").run_id
+    probe = versions.download_artifacts(run_id, "probe/scores.json")
+    scores = json.loads(Path(probe).read_text())
+    versions.log_text(run_id, json.dumps([scores[0] + 0.01, *scores[1:]]), "probe/scores.json")
+    try:
+        with pytest.raises(ModelError, match="What serves it has changed"):
+            health()
+    finally:
+        versions.log_text(run_id, json.dumps(scores), "probe/scores.json")
+
+
+def test_an_older_version_without_a_probe_is_said(versions):
+    with registry.open_run("old") as run_id:
+        pass
+    old = registry.ModelVersion(NAME, "1", run_id, (), {}, {}, "")
+    assert versions
+    with pytest.raises(ModelError, match="needs probe images"):
+        registry.check_probe(old)
+    assert registry.read_manifest(old) is None
+    assert registry.read_text(run_id, registry.SCORES) is None
