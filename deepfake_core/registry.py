@@ -407,6 +407,13 @@ def read_text(run_id: str, artifact: str) -> str | None:
             return None
 
 
+def find_local_artifact(run_id: str, artifact: str) -> Path | None:
+    """Return where an artifact lies on this machine; None if it is elsewhere, or not there."""
+    uri = f"{mlflow.MlflowClient().get_run(run_id).info.artifact_uri}/{artifact}"
+    path = Path(uri.removeprefix("file://")).absolute()
+    return path if path.is_file() else None
+
+
 def describe_version(model_name: str, version: str, card: str) -> None:
     """Set a version's description: its model card, as Markdown."""
     mlflow.MlflowClient().update_model_version(model_name, version, card)

@@ -151,9 +151,10 @@ def print_outcome(dataset: Dataset, version: registry.ModelVersion) -> None:
         splits.add_row(label, *(str(counts["splits"][split][label]) for split in SPLITS))
     console.print(splits)
 
-    result = Table("", "on the test split", title=f"{version.name} version {version.version}")
+    result = Table("", "on the test split (95 % interval)", title=f"{version.name} version {version.version}")
     for name, title in {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "auc": "AUC"}.items():
-        result.add_row(title, f"{version.metrics[f'test/{name}']:.4f}")
+        value, low, high = (version.metrics[f"test/{name}{end}"] for end in ("", "_low", "_high"))
+        result.add_row(title, f"{value:.4f} ({low:.3f} to {high:.3f})")
     result.add_section()
     result.add_row(version.tags["decision"], version.tags["reasons"].replace("; ", "\n"))
     console.print(result)
@@ -161,8 +162,8 @@ def print_outcome(dataset: Dataset, version: registry.ModelVersion) -> None:
         console.print("[bold]These images are drawn: the figures say nothing about real faces.")
 
 
-def print_next_steps(dataset: Dataset) -> None:
-    """Print the commands that look further."""
+def print_next_steps(dataset: Dataset, version: registry.ModelVersion) -> None:
+    """Print the commands and pages that look further."""
     image = dataset.path / dataset.split("test")["path"].iloc[0]
     tracking = os.environ.get("MLFLOW_TRACKING_URI") or registry.DEFAULT_TRACKING_URI
     commands = {
@@ -175,3 +176,6 @@ def print_next_steps(dataset: Dataset) -> None:
     for purpose, command in commands.items():
         print(f"  # {purpose}\n  {command}")
     print(f"  # what the data set holds, and what a model could cheat by\n  {(dataset.path / 'report.html').as_uri()}")
+    report = registry.find_local_artifact(version.run_id, "report.html")
+    if report:
+        print(f"  # this version: verdict, figures, comparison, mistakes\n  {report.as_uri()}")

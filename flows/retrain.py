@@ -56,8 +56,9 @@ def main() -> int:
         dataset, version = retrain(
             settings.data, settings.training, settings.evaluation, settings.promotion, settings.train_on
         )
-        print_outcome(open_dataset(dataset), registry.read_version(settings.promotion.model_name, version))
-        print_next_steps(open_dataset(dataset))
+        registered = registry.read_version(settings.promotion.model_name, version)
+        print_outcome(open_dataset(dataset), registered)
+        print_next_steps(open_dataset(dataset), registered)
     except DeepfakeError as exc:
         print(f"\nretrain stopped: {exc}", file=sys.stderr)
         return 1

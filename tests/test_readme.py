@@ -64,8 +64,8 @@ def render_results() -> str:
     splits = (f"{split} {sum(counts['splits'][split].values()):,}" for split in SPLITS)
     lines += [
         "",
-        f"Split: {', '.join(splits)}. The best candidate on val is `{RESULTS['architecture']}`. On the test split, at the "
-        f"threshold {RESULTS['threshold']:.3f} from val, with 95 % intervals:",
+        f"Split: {', '.join(splits)}. The best candidate on val is `{RESULTS['architecture']}`. On the test split, at "
+        f"the threshold {RESULTS['threshold']:.3f} from val, with 95 % intervals:",
         "",
         "| source | accuracy | precision | recall | AUC | calibration error |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -84,8 +84,8 @@ def render_results() -> str:
     costs = ", ".join(f"{name[11:-9].replace('_', ' ')} {lost[name]:.3f}" for name in worst)
     lines += [
         "",
-        f"File facts alone reach AUC {metrics['file_facts/auc']:.3f}. The AUC that changes of the image cost at most, at the "
-        f"strongest tried: {costs}.",
+        f"File facts alone reach AUC {metrics['file_facts/auc']:.3f}. What changes of the image cost in AUC, at most: "
+        f"{costs}.",
         "",
         f"Version 1: {RESULTS['decision']}, with the floors at their defaults. On {RESULTS['machine']}: preparing took "
         f"{seconds['prepare']:.0f} s, preparing again {seconds['prepare again']:.1f} s, and the retrain "
