@@ -367,8 +367,8 @@ def test_figures_show_what_was_measured(candidate, dataset):
 
     reliability = plots.plot_reliability(images.labels, scores)
     mean_score, share = (line.tolist() for line in reliability.axes[0].lines[1].get_data())
-    assert mean_score == pytest.approx([0.1, 0.9], abs=0.05)
-    assert share == pytest.approx([1 / 20, 19 / 20])
+    assert mean_score == pytest.approx([0.02, 0.1, (19 * 0.9 + 0.95) / 20])
+    assert share == pytest.approx([1, 0, 19 / 20])
 
     table = pd.DataFrame({"change": ["blur", "blur", "noise"], "strength": [1, 2, 8], "auc": [0.9, 0.7, 0.8]})
     robustness = plots.plot_robustness(table, 0.95)
