@@ -11,6 +11,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from deepfake_core.archive import Progress
 
 SECONDS_BETWEEN_UPDATES = 2.0
+PERCENT_BETWEEN_LINES = 10
 
 
 @contextmanager
@@ -18,16 +19,18 @@ def report_progress(name: str) -> Iterator[Progress]:
     """Yield a callback for what is done and what there is in all; the artifact appears with the first call."""
     log = get_run_logger()
     artifact = None
-    last = 0.0
+    last = logged = 0.0
 
     def report(done: int, total: int) -> None:
-        nonlocal artifact, last
+        nonlocal artifact, last, logged
         finished = done >= total
         if not finished and time.monotonic() - last < SECONDS_BETWEEN_UPDATES:
             return
         last = time.monotonic()
         share = 100.0 * done / total if total else 100.0
-        log.info("%s: %.0f %%", name, share)
+        if share >= logged + PERCENT_BETWEEN_LINES or finished:
+            logged = share
+            log.info("%s: %.0f %%", name, share)
         if artifact is None:
             key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
             artifact = create_progress_artifact(share, key=key, description=name)

@@ -59,7 +59,6 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
         with registry.open_run("cnn") as run_id:
             registry.log_metrics(run_id, {"test/auc": 0.9})
         version = registry.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
-        registry.move_production("deepfake-detector", version, expected=None, reason="test")
 
         def deepfake(*arguments: str) -> str:
             return subprocess.run(
@@ -67,6 +66,7 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
             ).stdout
 
         (tmp_path / "face.jpg").write_bytes(jpeg(1))
+        deepfake("promote", version, "--reason", "the first one", "--force", "--yes")
         assert "production" in deepfake("versions")
         from_registry = json.loads(deepfake("predict", "face.jpg", "--json"))
         deepfake("pull", "pulled")
