@@ -44,6 +44,8 @@ SCORES = "evaluation/scores.csv"
 MOST_METRICS = 1000
 """What MLflow takes in one request."""
 
+MOST_DESCRIPTION = 5000
+
 LOCK_SECONDS = 60
 """After which a lock on the aliases was left by a process that died; moving them takes a second."""
 
@@ -415,7 +417,9 @@ def find_local_artifact(run_id: str, artifact: str) -> Path | None:
 
 
 def describe_version(model_name: str, version: str, card: str) -> None:
-    """Set a version's description: its model card, as Markdown."""
+    """Set a version's description: its model card, as Markdown, cut where MLflow's databases end."""
+    if len(card) > MOST_DESCRIPTION:
+        card = f"{card[: MOST_DESCRIPTION - 40].rsplit(chr(10), 1)[0]}\n\nCut; report.html has all."
     mlflow.MlflowClient().update_model_version(model_name, version, card)
 
 

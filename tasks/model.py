@@ -30,6 +30,7 @@ from deepfake_core.promotion import (
     decide_promotion,
     measure_cost,
 )
+from tasks.data import retry_transient
 from tasks.progress import report_progress
 
 PROBE_IMAGES = 16
@@ -151,7 +152,7 @@ def choose_best(trained: Sequence[TrainedCandidate]) -> TrainedCandidate:
 def evaluate(best: TrainedCandidate, dataset: Dataset, testing: EvaluationParameters, parent_run: str) -> TestResult:
     """Score the test split with the best candidate: the only time that any candidate sees it."""
     result = evaluation.evaluate_on_test(best.candidate.folder, dataset, testing.holdout_sources)
-    figures = result.evaluation.flatten("test") | {"file_facts/auc": result.file_facts.auc or 0.5}
+    figures = result.evaluation.flatten("test") | result.file_facts.flatten("file_facts")
     for source, unseen in result.unseen.items():
         figures |= unseen.flatten(f"unseen/{source}")
     for run_id in (best.run_id, parent_run):
@@ -195,12 +196,12 @@ def register(best: TrainedCandidate, result: TestResult, dataset: Dataset, model
             "dataset_version": dataset.version,
             "drawn_images": str(dataset.is_drawn).lower(),
             "flow_run_id": runtime.flow_run.id or "",
-            "test_auc": f"{result.evaluation.auc:.4f}",
+            "test_auc": str(result.evaluation.figures.get("auc", "one class")),
         },
     )
 
 
-@task(name="promote", tags=["mlflow"], cache_policy=NO_CACHE, retries=1)
+@task(name="promote", tags=["mlflow"], cache_policy=NO_CACHE, retries=1, retry_condition_fn=retry_transient)
 def promote(
     version: str, best: TrainedCandidate, result: TestResult, dataset: Dataset, parameters: PromotionParameters
 ) -> Verdict:

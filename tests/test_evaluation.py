@@ -228,6 +228,15 @@ def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, cand
     assert two_sources.version in card
 
 
+def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):  # noqa: F811
+    reals = {name: data for name, data in faces(40, start=700).items() if name.startswith("real")}
+    dataset = prepare(tmp_path, write_zip(tmp_path / "both.zip", faces(40)), write_zip(tmp_path / "real.zip", reals))
+    page, card, result, _ = make_report(dataset, candidate.folder)
+    assert "auc" not in result.evaluation.sources["real"].figures
+    assert "<td>real</td><td>\N{EN DASH}</td><td>\N{EN DASH}</td>" in page
+    assert "one class" in card
+
+
 def test_strong_file_facts_are_said_in_the_first_lines(tmp_path, candidate):  # noqa: F811
     members = {
         name: encode(draw_image(number), quality=60 if "fake" in name else 95)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from statistics import mean
 
@@ -31,7 +32,7 @@ def test_make_targets_exist():
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "deepfake " in command])
 def test_deepfake_commands_parse(command):
-    _build_parser().parse_args(command.split()[1:])
+    _build_parser().parse_args(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if "flows.retrain" in command])
