@@ -13,7 +13,13 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from deepfake_core import batches, calibration, evaluation, explanation, model_report, plots, registry, training
-from deepfake_core.config import Architecture, EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.config import (
+    CLASS_NAMES,
+    Architecture,
+    EvaluationParameters,
+    PromotionParameters,
+    TrainingParameters,
+)
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ProductionMovedError
 from deepfake_core.evaluation import TestResult
@@ -340,9 +346,7 @@ def _explain(folder: Path, result: TestResult) -> dict[str, plots.Figure]:
         if len(chosen):
             pixels = np.stack([result.images.pixels[position] for position in chosen])
             heat = explanation.explain_scores(model, pixels, scores[chosen] >= threshold)
-            titles = [
-                f"{batches.CLASS_NAMES[labels[position]]}, P(fake) = {scores[position]:.2f}" for position in chosen
-            ]
+            titles = [f"{CLASS_NAMES[labels[position]]}, P(fake) = {scores[position]:.2f}" for position in chosen]
             figures[name] = plots.plot_explained(pixels, heat, titles, heading)
     return figures
 
