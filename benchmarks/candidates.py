@@ -106,7 +106,7 @@ def plot_aucs(variants: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(variants)), list(variants))
     axes.invert_yaxis()
     axes.set(xlabel="AUC on the test split: each seed, and the mean (bar)", xlim=(0.4, 1.0))
-    axes.legend(loc="upper left", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
