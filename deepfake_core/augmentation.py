@@ -3,7 +3,8 @@
 Degradation is what happens to images on their way through the web: scaled down, blurred, recompressed. A detector that
 saw fakes only as their generator wrote them lives on traces that the first upload removes. It is the CPU's work.
 
-The warp is one affine transform per image, so that each is resampled once: bilinear, edges repeated. An accelerator
+The warp is one affine transform per image, so that each is resampled once: bilinear, edges repeated. Without rotation
+and zoom it moves whole pixels and resamples nothing, which leaves the traces of a generator as they are. An accelerator
 warps whole batches (`Augmentation`); on the CPU, OpenCV does it in a fraction of TensorFlow's time (`warp_images`).
 """
 
@@ -107,6 +108,8 @@ def draw_matrices(parameters: AugmentationParameters, size: int, draw: Callable[
     angle = draw(math.radians(parameters.rotation))
     zoom_x, zoom_y = 1 + draw(parameters.zoom), 1 + draw(parameters.zoom)
     shift_x, shift_y = draw(parameters.width_shift) * size, draw(parameters.height_shift) * size
+    if not (parameters.rotation or parameters.zoom):
+        shift_x, shift_y = ops.round(shift_x), ops.round(shift_y)
     flip = ops.where(draw(1.0) < 0, -1.0, 1.0) if parameters.horizontal_flip else 1.0
     a0, a1 = flip * zoom_x * ops.cos(angle), -flip * zoom_x * ops.sin(angle)
     b0, b1 = zoom_y * ops.sin(angle), zoom_y * ops.cos(angle)

@@ -337,25 +337,24 @@ def _write_manifest(folder: Path, manifest: pd.DataFrame, description: dict[str,
 
 
 @contextmanager
-def lock_data(data_dir: Path, holder: str) -> Iterator[None]:
-    """Hold the data folder for one run; nested use in one process is one lock.
+def lock_folder(folder: Path, holder: str, way_out: str = "set `data.data_dir` to another folder") -> Iterator[None]:
+    """Hold a folder for one run; nested use in one process is one lock.
 
     The operating system lets go of the lock when the process ends, however it ends.
 
     Raises:
         LockedError: at once, if another process holds it; says which.
     """
-    data_dir = data_dir.expanduser().resolve()
-    data_dir.mkdir(parents=True, exist_ok=True)
-    note = data_dir / ".lock.json"
-    lock = filelock.FileLock(data_dir / ".lock", timeout=0, is_singleton=True, thread_local=False)
+    folder = folder.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / ".lock.json"
+    lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True, thread_local=False)
     try:
         lock.acquire()
     except filelock.Timeout as exc:
         held_by = json.loads(note.read_text()) if note.exists() else {"holder": "unknown"}
         raise LockedError(
-            f"One run at a time may use a data folder. {data_dir} is held by {held_by}. "
-            "Wait until it ends, or set `data.data_dir` to another folder."
+            f"One run at a time may use a folder. {folder} is held by {held_by}. Wait until it ends, or {way_out}."
         ) from exc
     try:
         if lock.lock_counter == 1:

@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import keras
 import numpy as np
 import pandas as pd
@@ -24,9 +22,9 @@ from deepfake_core.batches import Batches, Images
 from deepfake_core.config import CLASS_NAMES, Architecture, Recipe, TrainingParameters
 from deepfake_core.detector import DESCRIPTION
 from deepfake_core.devices import choose_precision, compute_in, sees_only_cpus, spread_over
-from deepfake_core.errors import LockedError, ModelError
+from deepfake_core.errors import ModelError
 from deepfake_core.files import write_beside, write_json
-from deepfake_core.manifest import Dataset
+from deepfake_core.manifest import Dataset, lock_folder
 from deepfake_core.models import CANDIDATES
 
 log = logging.getLogger(__name__)
@@ -117,7 +115,8 @@ def train_candidate(
     """
     detector = folder / "detector"
     detector.mkdir(parents=True, exist_ok=True)
-    with _hold(folder):
+    way_out = "change a parameter of the training, such as its seed"
+    with lock_folder(folder, f"a training of {architecture}", way_out):
         record = _Record(architecture, recipe, folder, detector, on_epoch, on_progress)
         if not (detector / DESCRIPTION).exists():
             record.served = CANDIDATES[architecture].build(recipe)
@@ -130,19 +129,6 @@ def train_candidate(
     candidate = Candidate(architecture, detector, pd.read_csv(folder / HISTORY))
     log.info("%s: kept the checkpoint of epoch %d of %d", architecture, candidate.best_epoch, len(candidate.history))
     return candidate
-
-
-@contextmanager
-def _hold(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        with lock:
-            yield
-    except filelock.Timeout as exc:
-        raise LockedError(
-            f"One run at a time may go on with a training. Another holds {folder}. Wait until it ends, or change a "
-            "parameter of the training, such as its seed."
-        ) from exc
 
 
 def _fit(

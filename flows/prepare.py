@@ -3,7 +3,7 @@
 from prefect import flow, runtime, unmapped
 
 from deepfake_core.config import DataParameters
-from deepfake_core.manifest import lock_data
+from deepfake_core.manifest import lock_folder
 from tasks.data import build_index, deduplicate, download, find_links, merge, split, write_report
 
 
@@ -15,7 +15,7 @@ def prepare(data: DataParameters = DataParameters()) -> str:
         data: Where images come from, where they go, and how they are split.
     """
     data = data.model_copy(update={"data_dir": data.data_dir.expanduser().resolve()})
-    with lock_data(data.data_dir, holder=f"flow run {runtime.flow_run.name}"):
+    with lock_folder(data.data_dir, holder=f"flow run {runtime.flow_run.name}"):
         archives = download.map(data.sources, unmapped(data.data_dir)).result()
         indexes = build_index.map(archives, unmapped(data.data_dir)).result()
         links = find_links(indexes)

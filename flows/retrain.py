@@ -8,7 +8,7 @@ from prefect import flow, runtime
 from deepfake_core import registry
 from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import DeepfakeError
-from deepfake_core.manifest import lock_data, open_dataset
+from deepfake_core.manifest import lock_folder, open_dataset
 from flows.command_line import check_prefect, print_next_steps, print_outcome, read_settings
 from flows.prepare import prepare
 from flows.train import train
@@ -37,7 +37,7 @@ def retrain(
     """
     registry.connect()
     check_deployment(train_on)
-    with lock_data(data.data_dir, holder=f"flow run {runtime.flow_run.name}"):
+    with lock_folder(data.data_dir, holder=f"flow run {runtime.flow_run.name}"):
         dataset = prepare(data)
         if train_on:
             run = run_remotely(train_on, dataset, training, evaluation, promotion)

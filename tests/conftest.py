@@ -81,8 +81,8 @@ def wait_until(condition: Callable[[], T], seconds: float) -> T:
 def hold_data(data_dir: Path, holder: str) -> Iterator[subprocess.Popen]:
     """Let another process hold the data folder's lock; it is killed at the end."""
     code = (
-        "import sys, time; from pathlib import Path; from deepfake_core.manifest import lock_data\n"
-        "with lock_data(Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from deepfake_core.manifest import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(data_dir), holder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:

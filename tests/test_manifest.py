@@ -19,7 +19,7 @@ from deepfake_core.manifest import (
     _hash_content,
     _remember,
     assign_splits,
-    lock_data,
+    lock_folder,
     open_dataset,
     publish_dataset,
     read_memory,
@@ -301,11 +301,11 @@ def test_a_locked_data_folder_says_who_holds_it(tmp_path, monkeypatch):
     with (
         hold_data(tmp_path, "flow run first") as first,
         pytest.raises(LockedError, match=f"flow run first.*{first.pid}"),
-        lock_data(tmp_path, "second"),
+        lock_folder(tmp_path, "second"),
     ):
         pass
     # the first was killed, and so holds nothing
     monkeypatch.chdir(tmp_path.parent)
-    with lock_data(tmp_path, "second"), lock_data(Path(tmp_path.name), "nested"):
+    with lock_folder(tmp_path, "second"), lock_folder(Path(tmp_path.name), "nested"):
         assert json.loads((tmp_path / ".lock.json").read_text())["holder"] == "second"
     assert not (tmp_path / ".lock.json").exists()

@@ -20,7 +20,7 @@ from deepfake_core.detector import Detector, decode_image, resize_image
 from deepfake_core.errors import LockedError, ModelError
 from deepfake_core.metrics import Confusion
 from deepfake_core.models import CANDIDATES
-from tests.conftest import draw_image, encode, faces, write_zip
+from tests.conftest import draw_image, encode, faces, hold_data, write_zip
 from tests.test_manifest import prepare
 
 SIZE = 32
@@ -165,6 +165,15 @@ def test_flip_mirrors_about_half_of_the_images(warp):
     kept = [np.allclose(after, before, atol=1e-2) for before, after in zip(images, out, strict=True)]
     assert sum(flipped) + sum(kept) == 200
     assert 70 < sum(flipped) < 130
+
+
+@both_warps
+def test_without_rotation_and_zoom_no_pixel_is_resampled(warp):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    known = {pixel.tobytes() for pixel in image.reshape(-1, 3)}
+    out = warp(np.repeat(image[None], 50, 0), STILL.model_copy(update={"width_shift": 0.2, "horizontal_flip": True}))
+    assert {pixel.tobytes() for pixel in np.round(out, 2).astype(np.uint8).reshape(-1, 3)} <= known
+    assert len({one.tobytes() for one in out}) > 10
 
 
 @pytest.mark.parametrize(
@@ -322,7 +331,7 @@ def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
 
 
 def test_two_runs_never_train_in_one_folder(tmp_path):
-    with training._hold(tmp_path), pytest.raises(LockedError, match="One run at a time"):
+    with hold_data(tmp_path, "a training of cnn"), pytest.raises(LockedError, match="a training of cnn.*its seed"):
         training.train_candidate("cnn", stripes(8, 0), stripes(8, 1), RECIPE, tmp_path)
 
 

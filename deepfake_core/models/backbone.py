@@ -19,9 +19,10 @@ FINE_TUNING = Recipe(
     schedule="cosine",
     warmup_epochs=1,
     weight_decay=0.0001,
-    augmentation=AugmentationParameters(rotation=10),
+    augmentation=AugmentationParameters(rotation=0, zoom=0),
 )
-"""At native size, since a generator's traces are fine; slowly, since the pretrained kernels are small."""
+"""At native size and without resampling, since a generator's traces are fine; slowly, since the pretrained kernels are
+small."""
 
 
 def attach_head(name: str, backbone: keras.Model, preprocessing: layers.Layer) -> keras.Model:
