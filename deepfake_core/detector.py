@@ -115,6 +115,7 @@ class Detector:
         self.size = (folder / "model.onnx").stat().st_size
         self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
+        self._scores, *self._heat = (output.name for output in self._session.get_outputs())
 
     def score(self, images: np.ndarray) -> np.ndarray:
         """Return P(fake) per image.
@@ -128,8 +129,33 @@ class Detector:
         scores = np.zeros(len(images), np.float32)
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE].astype(np.float32)
-            scores[start : start + BATCH_SIZE] = self._session.run(None, {self._input: batch})[0][:, 0]
+            scores[start : start + BATCH_SIZE] = self._session.run([self._scores], {self._input: batch})[0][:, 0]
         return apply_temperature(scores, self.temperature)
+
+    def explain(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return P(fake) per image, and where that spoke which decided: Grad-CAM (Selvaraju et al. 2017).
+
+        Args:
+            images: uint8 array of shape (n, image_size, image_size, 3).
+
+        Returns:
+            float32 arrays of shape (n,), 0 to 1, and (n, height, width), 0 to 1 per image; all 0 where nothing spoke
+            for the verdict.
+
+        Raises:
+            ValueError: if the model was exported without heat maps.
+        """
+        if not self._heat:
+            raise ValueError("The model must carry heat maps. Received: one that was exported before there were any.")
+        scores, heat = np.zeros(len(images), np.float32), []
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = images[start : start + BATCH_SIZE].astype(np.float32)
+            found, signed = self._session.run([self._scores, *self._heat], {self._input: batch})
+            scores[start : start + BATCH_SIZE] = apply_temperature(found[:, 0], self.temperature)
+            fake = scores[start : start + BATCH_SIZE] >= self.threshold
+            heat.append(np.maximum(signed * np.where(fake, 1, -1).astype(np.float32)[:, None, None], 0))
+        maps = np.concatenate(heat)
+        return scores, maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
 
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
         """Judge encoded images; one that can't be read gets an `error` and harms no other."""

@@ -1,62 +1,60 @@
-"""Where a network looked."""
+"""Where a network looked: a second output beside the score, so that whoever serves the model has it too."""
 
 from typing import Any
 
 import keras
-import numpy as np
-
-BATCH_SIZE = 16
+from keras import layers, ops
 
 
-def explain_scores(model: keras.Model, pixels: np.ndarray, fake: np.ndarray) -> np.ndarray:
-    """Draw heat maps of what spoke for a verdict: Grad-CAM, Selvaraju et al., "Grad-CAM: Visual Explanations from Deep
-    Networks via Gradient-based Localization", ICCV 2017, section 3.
+class ExplainedNetwork(keras.Model):
+    """A network that returns P(fake) of shape (n, 1), and a heat map (n, height, width) of what spoke for fake (above 0)
+    or for real (below 0).
 
-    The last layer with features in space is explained, by the gradient of the score before its sigmoid.
+    Grad-CAM, Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
+    ICCV 2017, section 3: the last features with positions, each channel weighted by the mean over positions of the
+    gradient of the score before its sigmoid. Behind these features a detector has a head of few layers, through which
+    the gradient is written out here, so that ONNX needs no automatic differentiation.
 
     Args:
-        model: a candidate's network: a chain of layers (or whole backbones), of which the last is one sigmoid.
-        pixels: uint8 array of shape (n, size, size, 3).
-        fake: bool array of shape (n,): explain what spoke for fake, or for real.
-
-    Returns:
-        float32 array of shape (n, height, width) of the features' size, 0 to 1 per image; all 0 where nothing spoke
-        for the verdict.
+        network: a chain of layers (or whole backbones): features, flattening or pooling, then dense layers of which
+            the last is one sigmoid.
     """
-    chain = [layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)]
-    last = max(position for position, layer in enumerate(chain) if len(layer.output.shape) == 4)
-    body, head = chain[: last + 1], chain[last + 1 :]
-    maps = []
-    for start in range(0, len(pixels), BATCH_SIZE):
-        batch = slice(start, start + BATCH_SIZE)
-        found = keras.ops.convert_to_tensor(pixels[batch].astype(np.float32))
-        for layer in body:
-            found = layer(found, training=False)
-        gradient = _differentiate(head, found)
-        sign = np.where(fake[batch], 1.0, -1.0)[:, None, None]
-        found = np.asarray(keras.ops.convert_to_numpy(found), np.float32)
-        weighted = (found * gradient.mean(axis=(1, 2), keepdims=True)).sum(axis=-1)
-        heat = np.maximum(sign * weighted, 0)
-        maps.append(heat / np.maximum(heat.max(axis=(1, 2), keepdims=True), 1e-12))
-    return np.concatenate(maps).astype(np.float32)
+
+    def __init__(self, network: keras.Model) -> None:
+        super().__init__()
+        chain = [layer for layer in network.layers if not isinstance(layer, layers.InputLayer | layers.Dropout)]
+        last = max(position for position, layer in enumerate(chain) if len(layer.output.shape) == 4)
+        self._body, self._flatten, self._head = chain[: last + 1], chain[last + 1], chain[last + 2 :]
+
+    def call(self, images: Any) -> tuple[Any, Any]:
+        features = images
+        for layer in self._body:
+            features = layer(features, training=False)
+        outputs = [self._flatten(features)]
+        for layer in self._head:
+            outputs.append(layer(outputs[-1], training=False))
+        gradient = ops.ones_like(outputs[-1])
+        for layer, before, after in zip(self._head[::-1], outputs[-2::-1], outputs[:0:-1], strict=True):
+            gradient = _apply_slope(layer, before, after, gradient, is_last=layer is self._head[-1])
+            if isinstance(layer, layers.Dense):
+                kernel = layer.kernel
+                if layer is self._head[0]:  # the mean over positions, taken of the kernel: the same, in a small matrix
+                    kernel = ops.mean(ops.reshape(kernel, (-1, features.shape[-1], kernel.shape[-1])), axis=0)
+                gradient = ops.matmul(gradient, ops.transpose(kernel))
+        return outputs[-1], ops.sum(features * gradient[:, None, None, :], axis=-1)
 
 
-def _differentiate(head: list[Any], features: Any) -> np.ndarray:
-    """Return the gradient of the score before the sigmoid with respect to the features, of their shape."""
-
-    def score(x: Any) -> Any:
-        for layer in head[:-1]:
-            x = layer(x, training=False)
-        x = keras.ops.cast(x, "float32")
-        return keras.ops.sum(keras.ops.matmul(x, head[-1].kernel) + head[-1].bias)
-
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return np.asarray(jax.grad(score)(features), np.float32)
-    import tensorflow as tf
-
-    with tf.GradientTape() as tape:
-        tape.watch(features)
-        total = score(features)
-    return tape.gradient(total, features).numpy().astype(np.float32)
+def _apply_slope(layer: Any, before: Any, after: Any, gradient: Any, is_last: bool) -> Any:
+    """Multiply a gradient by the slope of a layer's activation; a last sigmoid is left out."""
+    if isinstance(layer, layers.LeakyReLU):
+        return ops.where(before > 0, gradient, layer.negative_slope * gradient)
+    activation = layer.activation.__name__ if isinstance(layer, layers.Dense) else type(layer).__name__
+    if activation == "relu":
+        return ops.where(after > 0, gradient, 0.0)
+    if activation != "linear" and not (is_last and activation == "sigmoid"):
+        raise TypeError(
+            "Behind a candidate's features lie Flatten or GlobalAveragePooling2D, then Dropout, LeakyReLU, and Dense "
+            f"with ReLU or no activation, the last with a sigmoid. Received: {layer.name}, {activation}. Teach "
+            "deepfake_core/explanation.py its slope."
+        )
+    return gradient

@@ -75,7 +75,7 @@ def plot_explained(pixels: np.ndarray, heat: np.ndarray, titles: list[str], head
 
     Args:
         pixels: uint8 array of shape (n, size, size, 3).
-        heat: float array of shape (n, height, width), 0 to 1, from `explain_scores`.
+        heat: float array of shape (n, height, width), 0 to 1, from `Detector.explain`.
         titles: one line per image.
     """
     lines = max(1, -(-len(pixels) // 4))

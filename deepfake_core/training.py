@@ -20,9 +20,10 @@ from deepfake_core.archive import Progress
 from deepfake_core.augmentation import Augmentation
 from deepfake_core.batches import Batches, Images
 from deepfake_core.config import CLASS_NAMES, Architecture, Recipe, TrainingParameters
-from deepfake_core.detector import DESCRIPTION
+from deepfake_core.detector import BATCH_SIZE, DESCRIPTION, Detector, apply_temperature
 from deepfake_core.devices import choose_precision, compute_in, sees_only_cpus, spread_over
 from deepfake_core.errors import ModelError
+from deepfake_core.explanation import ExplainedNetwork
 from deepfake_core.files import write_beside, write_json
 from deepfake_core.manifest import Dataset, lock_folder
 from deepfake_core.models import CANDIDATES
@@ -38,6 +39,9 @@ METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
 
 EpochReport = Callable[[int, dict[str, float]], None]
 """Called after each epoch with its number (from 1), `METRICS` and `seconds`."""
+
+PARITY_IMAGES = 200
+MOST_DIFFERENCE = 0.001
 
 CHECKPOINT, HISTORY = "checkpoint.keras", "history.csv"
 
@@ -302,7 +306,37 @@ def export_detector(checkpoint: Path, folder: Path, description: dict[str, Any])
 
 
 def export_onnx(checkpoint: str | Path, file: str | Path) -> None:
-    """Write a checkpoint's network as ONNX, in float32."""
-    model = keras.saving.load_model(checkpoint, compile=False, safe_mode=True)
-    model(keras.ops.zeros((1, *model.input_shape[1:])))  # Keras exports only models that were called once
-    model.export(file, format="onnx", verbose=False)
+    """Write a checkpoint's network as ONNX, in float32, with its heat map as second output."""
+    network = keras.saving.load_model(checkpoint, compile=False, safe_mode=True)
+    model = ExplainedNetwork(network)
+    model(keras.ops.zeros((1, *network.input_shape[1:])))  # Keras exports only models that were called once
+    signature = [keras.InputSpec("float32", (None, *network.input_shape[1:]), name="image")]
+    model.export(file, format="onnx", verbose=False, input_signature=signature)
+
+
+def check_parity(folder: Path, images: Images) -> float:
+    """Return the greatest difference in P(fake) between what is served (ONNX) and what was trained (Keras).
+
+    Args:
+        folder: a detector's.
+        images: of its input size; the first 200 are compared.
+
+    Raises:
+        ModelError: if it is 0.001 or more, or if a label differs.
+    """
+    detector, network = Detector(folder), load_network(folder)
+    pixels = images.pixels[np.arange(min(PARITY_IMAGES, len(images)))]
+    served = detector.score(pixels)
+    batches = [pixels[start : start + BATCH_SIZE] for start in range(0, len(pixels), BATCH_SIZE)]
+    found = [keras.ops.convert_to_numpy(network(batch.astype(np.float32), training=False))[:, 0] for batch in batches]
+    trained = apply_temperature(np.concatenate(found), detector.temperature)
+    difference = float(np.abs(served - trained).max())
+    changed = int(((served >= detector.threshold) != (trained >= detector.threshold)).sum())
+    if difference >= MOST_DIFFERENCE or changed:
+        raise ModelError(
+            f"What is served must score as what was trained: less than {MOST_DIFFERENCE:g} apart, every label the "
+            f"same. Received: {difference:.2g} apart at most on {len(pixels)} images, {changed} labels changed, in "
+            f"{folder}. It is not registered. Compare the versions of tensorflow, tf2onnx and onnxruntime with those "
+            "of requirements.lock."
+        )
+    return difference

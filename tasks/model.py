@@ -12,7 +12,7 @@ from prefect import runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from deepfake_core import batches, calibration, evaluation, explanation, model_report, plots, registry, training
+from deepfake_core import batches, calibration, evaluation, model_report, plots, registry, training
 from deepfake_core.config import (
     CLASS_NAMES,
     Architecture,
@@ -190,7 +190,9 @@ def test_robustness(
 
 @task(name="register", tags=["mlflow"], cache_policy=NO_CACHE)
 def register(best: TrainedCandidate, result: TestResult, dataset: Dataset, model_name: str) -> str:
-    """Register the best candidate as a new version; return its number."""
+    """Register the best candidate as a new version, if it is served as it was trained; return its number."""
+    difference = training.check_parity(best.candidate.folder, result.images)
+    registry.log_metrics(best.run_id, {"parity_difference": difference})
     example = dataset.path / dataset.split("val")["path"].iloc[0]
     return registry.register_detector(
         best.run_id,
@@ -331,7 +333,7 @@ def write_report(
 
 
 def _explain(folder: Path, result: TestResult) -> dict[str, plots.Figure]:
-    model = training.load_network(folder)
+    detector = Detector(folder)
     labels, scores, threshold = result.images.labels, result.scores, result.threshold
     wrong = int(((scores >= threshold) != (labels == 1)).sum())
     figures = {}
@@ -345,7 +347,7 @@ def _explain(folder: Path, result: TestResult) -> dict[str, plots.Figure]:
     ):
         if len(chosen):
             pixels = np.stack([result.images.pixels[position] for position in chosen])
-            heat = explanation.explain_scores(model, pixels, scores[chosen] >= threshold)
+            _, heat = detector.explain(pixels)
             titles = [f"{CLASS_NAMES[labels[position]]}, P(fake) = {scores[position]:.2f}" for position in chosen]
             figures[name] = plots.plot_explained(pixels, heat, titles, heading)
     return figures

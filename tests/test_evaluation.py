@@ -1,24 +1,27 @@
 """What is measured on the test split: robustness, file facts, held-out sources, heat maps, and the report of it all."""
 
 import re
+import shutil
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from deepfake_core import plots, robustness
 from deepfake_core.config import PromotionParameters
 from deepfake_core.detector import Detector
-from deepfake_core.errors import ConfigurationError
+from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.evaluation import evaluate_on_test, load_same, load_seen, measure_robustness
-from deepfake_core.explanation import explain_scores
+from deepfake_core.explanation import ExplainedNetwork
 from deepfake_core.manifest import find_trained_on
 from deepfake_core.model_report import ModelFacts, list_warnings, render_report, write_model_card
 from deepfake_core.models import CANDIDATES
 from deepfake_core.promotion import Scored, compare_scores, decide_promotion, measure_cost
 from deepfake_core.shortcuts import score_file_facts
+from deepfake_core.training import check_parity, load_network
 from tests.conftest import draw_image, encode, faces, write_zip
 from tests.test_manifest import prepare
 from tests.test_training import SIZE, candidate, stripes  # noqa: F401 - a fixture
@@ -165,28 +168,66 @@ def test_heat_lies_where_the_evidence_is():
     model.compile("adam", "binary_crossentropy")
     model.fit(pixels, labels, epochs=25, verbose=0)
     fakes = np.flatnonzero(labels)[:40]
-    heat = explain_scores(model, pixels[fakes], np.ones(40, bool))
+    _, heat = (np.asarray(output) for output in ExplainedNetwork(model)(pixels[fakes].astype(np.float32)))
     assert heat.shape == (40, 16, 16)
-    assert heat.max() == 1
-    assert heat.min() == 0
     peaks = [np.unravel_index(one.argmax(), one.shape) for one in heat]
     inside = [
         top - 2 <= 2 * row <= top + 12 and left - 2 <= 2 * column <= left + 12
         for (row, column), (top, left) in zip(peaks, corners[fakes], strict=True)
     ]
     assert np.mean(inside) > 0.9
-    against = explain_scores(model, pixels[fakes], np.zeros(40, bool))
-    assert (against * heat).max() == 0  # what speaks for fake does not speak for real
 
 
 @pytest.mark.parametrize("architecture", CANDIDATES)
-def test_every_candidate_can_be_explained(architecture):
+def test_heat_is_grad_cam_as_automatic_differentiation_gives_it(architecture):
     recipe = CANDIDATES[architecture].RECIPE.model_copy(update={"image_size": 64, "weights": "none"})
-    pixels = stripes(3, 0).pixels.repeat(2, axis=1).repeat(2, axis=2)
-    heat = explain_scores(CANDIDATES[architecture].build(recipe), pixels, np.array([True, False, True]))
-    assert len(heat) == 3
-    assert heat.ndim == 3
-    assert ((heat >= 0) & (heat <= 1)).all()
+    model = CANDIDATES[architecture].build(recipe)
+    pixels = stripes(3, 0).pixels.repeat(2, axis=1).repeat(2, axis=2).astype(np.float32)
+    scores, heat = ExplainedNetwork(model)(pixels)
+    assert np.allclose(scores, model(pixels), atol=1e-6)
+
+    features = tf.convert_to_tensor(pixels)
+    chain = [layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)]
+    last = max(position for position, layer in enumerate(chain) if len(layer.output.shape) == 4)
+    for layer in chain[: last + 1]:
+        features = layer(features, training=False)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        score = features
+        for layer in chain[last + 1 :]:
+            score = layer(score, training=False)
+        logit = tf.math.log(score / (1 - score))
+    weights = tf.reduce_mean(tape.gradient(logit, features), axis=(1, 2), keepdims=True)
+    expected = tf.reduce_sum(features * weights, axis=-1).numpy()
+    assert np.abs(expected).max() > 0
+    # but for a factor: pooling shares each channel's slope among the positions
+    assert np.corrcoef(np.ravel(heat), expected.ravel())[0, 1] > 0.9999
+    factor = np.abs(expected).max() / np.abs(heat).max()
+    assert np.allclose(heat * factor, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_the_heat_of_a_verdict_is_what_spoke_for_it(candidate):  # noqa: F811
+    detector = Detector(candidate.folder)
+    pixels = stripes(80, 3).pixels
+    scores, heat = detector.explain(pixels)
+    assert np.allclose(scores, detector.score(pixels))
+    assert heat.shape[0] == 80
+    assert heat.dtype == np.float32
+    assert heat.min() >= 0
+    assert set(heat.max(axis=(1, 2)).round(5)) <= {0, 1}
+    assert (heat.max(axis=(1, 2)) == 1).any()
+
+
+def test_a_model_that_is_served_otherwise_than_trained_is_refused(candidate, tmp_path):  # noqa: F811
+    images = stripes(250, 3)
+    assert check_parity(candidate.folder, images) < 1e-5
+    shutil.copytree(candidate.folder, tmp_path / "changed")
+    network = load_network(tmp_path / "changed")
+    kernel, bias = network.layers[-1].get_weights()
+    network.layers[-1].set_weights([kernel * 1.1, bias])
+    network.save(tmp_path / "changed" / "checkpoint.keras")
+    with pytest.raises(ModelError, match=r"less than 0.001 apart.*200 images"):
+        check_parity(tmp_path / "changed", images)
 
 
 def make_report(dataset, folder):
