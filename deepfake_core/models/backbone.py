@@ -11,8 +11,8 @@ from deepfake_core.errors import ModelError
 FINE_TUNING = Recipe(
     image_size=256,
     batch_size=16,
-    epochs=10,
-    patience=10,
+    epochs=14,
+    patience=14,
     weights="imagenet",
     head_epochs=1,
     learning_rate=0.0001,
