@@ -5,21 +5,18 @@
 
 import argparse
 import csv
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Column, Table
 
-from deepfake_core.config import CLASS_NAMES
-from deepfake_core.detector import MAX_BYTES, Detector, Prediction
+from deepfake_core import predict_command
+from deepfake_core.detector import Detector
 from deepfake_core.errors import DeepfakeError, ModelError
+from deepfake_core.predictor import Predictor
 
 DEFAULT_MODEL = "deepfake-detector"
 PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
@@ -29,7 +26,7 @@ MODEL_HELP = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 2 if an image could not be read or the command failed."""
+    """Run a command; return 0, or 2 if it failed or an image could not be read."""
     options = _build_parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -43,10 +40,9 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     predict = commands.add_parser("predict", help="judge images: real or fake")
-    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
+    predict_command.add_arguments(predict)
     predict.add_argument("--model", default=PRODUCTION_URI, help=MODEL_HELP)
-    predict.add_argument("--json", action="store_true", help="print one JSON object per line")
-    predict.set_defaults(run=_predict)
+    predict.set_defaults(run=lambda options: predict_command.run(options, _load_detector))
 
     versions = commands.add_parser("versions", help="list the registered versions and why each was promoted")
     versions.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
@@ -80,32 +76,6 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _predict(options: argparse.Namespace) -> int:
-    detector = _load_detector(options.model)
-    rows = [(path, _judge_file(detector, path)) for path in options.images]
-    if options.json:
-        for path, prediction in rows:
-            print(json.dumps({"image": str(path), **asdict(prediction)}))
-    else:
-        table = Table("image", "label", "P(fake)", caption=f"fake from {detector.threshold:g} up")
-        for path, prediction in rows:
-            if prediction.fake_probability is None:
-                table.add_row(str(path), "unreadable", str(prediction.error))
-            else:
-                table.add_row(str(path), prediction.label, f"{prediction.fake_probability:.4f}")
-        Console().print(table)
-    return 2 if any(prediction.error for _, prediction in rows) else 0
-
-
-def _judge_file(detector: Detector, path: Path) -> Prediction:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            return Prediction(None, None, detector.threshold, f"may hold {MAX_BYTES:,} bytes at most")
-        return detector.predict([path.read_bytes()])[0]
-    except OSError as exc:
-        return Prediction(None, None, detector.threshold, f"can't be read ({exc.strerror})")
-
-
 def _load_detector(model: str) -> Detector:
     if not model.startswith("models:/"):
         if not (Path(model) / "detector.json").is_file():
@@ -120,6 +90,9 @@ def _load_detector(model: str) -> Detector:
 
 
 def _list_versions(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Column, Table
+
     from deepfake_core import registry
 
     versions = registry.list_versions(options.model_name)
@@ -152,6 +125,9 @@ def _tell_history(tags: Mapping[str, str]) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Column, Table
+
     from deepfake_core import registry
     from deepfake_core.metrics import FIGURES
     from deepfake_core.promotion import Scored, compare_scores
@@ -210,6 +186,7 @@ def _read_scores(version: Any) -> tuple[dict[str, dict[str, str]], float]:
 
 
 def _score_folder(versions: Sequence[Any], folder: Path) -> tuple[np.ndarray, dict[str, list[str]], list[Any]]:
+    from deepfake_core.config import CLASS_NAMES
     from deepfake_core.promotion import Scored
 
     files = [(file, label) for label, name in enumerate(CLASS_NAMES) for file in sorted((folder / name).rglob("*"))]
@@ -217,8 +194,10 @@ def _score_folder(versions: Sequence[Any], folder: Path) -> tuple[np.ndarray, di
     if {label for _, label in images} != {0, 1}:
         raise ModelError(f"--split must be a folder with images in real/ and in fake/. Received: {folder}")
     detectors = [_load_detector(f"models:/{version.name}/{version.version}") for version in versions]
-    scores: list[list[float | None]] = [
-        [_judge_file(detector, file).fake_probability for file, _ in images] for detector in detectors
+    sources = [(str(file), file) for file, _ in images]
+    scores = [
+        [judged.verdicts[0].fake_probability for judged in Predictor(detector, detect=False).judge(sources)]
+        for detector in detectors
     ]
     usable = [position for position, score in enumerate(scores[0]) if score is not None]
     if len(usable) < len(images):

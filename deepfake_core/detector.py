@@ -157,6 +157,10 @@ class Detector:
         maps = np.concatenate(heat)
         return scores, maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
 
+    def label(self, score: float) -> str:
+        """Return the class of a P(fake)."""
+        return self.class_names[int(score >= self.threshold)]
+
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
         """Judge encoded images; one that can't be read gets an `error` and harms no other."""
         predictions: list[Prediction] = []
@@ -177,8 +181,7 @@ class Detector:
         return [self._judge(next(scores)) if error is None else self._refuse(error) for error in errors]
 
     def _judge(self, score: float) -> Prediction:
-        label = self.class_names[int(score >= self.threshold)]
-        return Prediction(label, float(score), self.threshold)
+        return Prediction(self.label(score), float(score), self.threshold)
 
     def _refuse(self, error: str) -> Prediction:
         return Prediction(None, None, self.threshold, error)

@@ -7,8 +7,8 @@ from keras import layers, ops
 
 
 class ExplainedNetwork(keras.Model):
-    """A network that returns P(fake) of shape (n, 1), and a heat map (n, height, width) of what spoke for fake (above 0)
-    or for real (below 0).
+    """A network that returns P(fake) of shape (n, 1), and a heat map (n, height, width) of what spoke for fake (above
+    0) or for real (below 0).
 
     Grad-CAM, Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
     ICCV 2017, section 3: the last features with positions, each channel weighted by the mean over positions of the

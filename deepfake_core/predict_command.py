@@ -1,0 +1,208 @@
+"""`deepfake predict`: files, folders, globs and standard input become a table, JSON lines or CSV."""
+
+import argparse
+import csv
+import glob
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from deepfake_core.detector import MAX_BYTES, Detector
+from deepfake_core.errors import ModelError
+from deepfake_core.predictor import Encoded, Judged, Predictor, Verdict
+from deepfake_core.video import SUFFIXES as CLIP_SUFFIXES
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+STANDARD_INPUT = "standard input"
+
+Source = tuple[str, Encoded]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="JPEG, PNG or WebP file, clip, folder of these, or glob; - reads an image, or names line by line, from "
+        "standard input",
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object per line")
+    output.add_argument("--csv", action="store_true", help="print CSV")
+    parser.add_argument(
+        "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
+    )
+    parser.add_argument(
+        "--explain", type=Path, metavar="DIR", help="write what spoke for each verdict as pictures there"
+    )
+    parser.add_argument("--fail-on", choices=["fake"], help="end with status 1 if any verdict is this")
+
+
+def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -> int:
+    """Judge what was named; return 0, 2 if something could not be read, or 1 if `--fail-on` applies."""
+    sources, skipped = find_sources(options.images)
+    predictor = Predictor(load_detector(options.model), detect=not options.no_detect)
+    verdicts: list[Verdict] = []
+    counts: Counter[str] = Counter()
+    show = _print_json if options.json else _make_csv_printer() if options.csv else verdicts.extend
+    names: set[str] = set()
+    with _show_progress(len(sources), quiet=(options.json or options.csv) and sys.stdout.isatty()) as advance:
+        for judged in _judge(predictor, sources, bool(options.explain)):
+            if options.explain:
+                _write_pictures(judged, options.explain, names, predictor.detector.threshold)
+            counts.update(_name_outcome(verdict) for verdict in judged.verdicts)
+            show(judged.verdicts)
+            advance()
+            for verdict in judged.verdicts:
+                if verdict.unreadable and (options.json or options.csv):
+                    print(f"deepfake: {verdict.image}: {verdict.error}", file=sys.stderr)
+    if not (options.json or options.csv):
+        _print_table(verdicts, counts, predictor.detector.threshold)
+    if skipped:
+        print(f"{skipped} files of other kinds were passed over.", file=sys.stderr)
+    if options.fail_on and counts[options.fail_on]:
+        return 1
+    return 2 if counts["unreadable"] else 0
+
+
+def find_sources(arguments: Sequence[str]) -> tuple[list[Source], int]:
+    """Return what was named, each with its name, and how many files in folders are neither image nor clip.
+
+    Raises:
+        ModelError: if a glob or a folder yields nothing.
+    """
+    sources: list[Source] = []
+    skipped = 0
+    for argument in arguments:
+        path = Path(argument)
+        if argument == "-":
+            sources += _read_standard_input()
+        elif path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            known = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES + CLIP_SUFFIXES]
+            skipped += len(files) - len(known)
+            if not known:
+                raise ModelError(
+                    f"A folder must hold images ({', '.join(IMAGE_SUFFIXES)}) or clips. Received: {path}, which "
+                    "holds none."
+                )
+            sources += [(str(file), file) for file in known]
+        elif not path.exists() and glob.has_magic(argument):
+            found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute patterns too
+            if not found:
+                raise ModelError(f"A glob must match files. Received: {argument}, which matches none.")
+            sources += [(file, Path(file)) for file in found if Path(file).is_file()]
+        else:
+            sources.append((argument, path))
+    return sources, skipped
+
+
+def _read_standard_input() -> list[Source]:
+    data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    try:
+        lines = data.decode().splitlines()  # no JPEG, PNG or WebP is text
+    except UnicodeDecodeError:
+        return [(STANDARD_INPUT, data)]
+    return [(line, Path(line)) for line in lines if line.strip()]
+
+
+def _judge(predictor: Predictor, sources: Sequence[Source], explain: bool) -> Iterator[Judged]:
+    def is_clip(source: Source) -> bool:
+        return isinstance(source[1], Path) and source[1].suffix.lower() in CLIP_SUFFIXES
+
+    for clips, some in groupby(sources, is_clip):
+        if clips:
+            from deepfake_core.video import judge_clip
+
+            for _, file in some:
+                assert isinstance(file, Path)
+                yield judge_clip(predictor, file, explain=explain)
+        else:
+            yield from predictor.judge(some, explain)
+
+
+def _name_outcome(verdict: Verdict) -> str:
+    return "unreadable" if verdict.unreadable else verdict.label or "no face"
+
+
+def _print_json(verdicts: Sequence[Verdict]) -> None:
+    for verdict in verdicts:
+        print(json.dumps(_drop_clip_fields(asdict(verdict))), flush=True)
+
+
+def _drop_clip_fields(row: dict[str, Any]) -> dict[str, Any]:
+    clip = ("frames", "low", "high", "first_second", "last_second")
+    return row if row["frames"] is not None else {name: value for name, value in row.items() if name not in clip}
+
+
+def _make_csv_printer() -> Callable[[Sequence[Verdict]], None]:
+    writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Verdict)])
+    writer.writeheader()
+
+    def show(verdicts: Sequence[Verdict]) -> None:
+        for verdict in verdicts:
+            box = " ".join(map(str, verdict.box)) if verdict.box else None
+            writer.writerow({**asdict(verdict), "box": box})
+
+    return show
+
+
+def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: float) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column("image", overflow="fold"), "face", "verdict", "P(fake)", Column("", overflow="fold"))
+    last = None
+    for verdict in verdicts:
+        outcome = _name_outcome(verdict)
+        image, last = verdict.image if verdict.image != last else "", verdict.image
+        style = {"fake": "bold red", "real": "green"}.get(outcome, "yellow")
+        probability = "" if verdict.fake_probability is None else f"{verdict.fake_probability:.4f}"
+        spread = f"{verdict.low:.2f} to {verdict.high:.2f}, {verdict.frames} frames" if verdict.frames else ""
+        face = str(verdict.face or "")
+        table.add_row(image, face, f"[{style}]{outcome}", probability, verdict.error or spread)
+    Console().print(table)
+    print(
+        f"{', '.join(f'{count:,} {outcome}' for outcome, count in counts.most_common())}; fake from {threshold:g} up."
+    )
+
+
+def _write_pictures(judged: Judged, folder: Path, names: set[str], threshold: float) -> None:
+    """Write a judged image's picture, and a clip's timeline, under names that no other has in this run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = name = Path(judged.name).stem or "image"
+    number = 1
+    while name in names:
+        number += 1
+        name = f"{stem}-{number}"
+    names.add(name)
+    if judged.picture:
+        judged.picture.save(folder / f"{name}.explained.png")
+    if getattr(judged, "timelines", None):
+        from deepfake_core.video import plot_timeline
+
+        plot_timeline(judged, threshold).savefig(folder / f"{name}.timeline.png", dpi=110)  # type: ignore[arg-type]
+
+
+def _show_progress(total: int, quiet: bool) -> Any:
+    if total < 2 or quiet or not sys.stderr.isatty():
+        return nullcontext(lambda: None)
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    @contextmanager
+    def show() -> Iterator[Callable[[], None]]:
+        columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda: progress.advance(task)
+
+    return show()
