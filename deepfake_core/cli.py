@@ -1,6 +1,6 @@
 """The command line of whoever uses or answers for the production model.
 
-`deepfake predict`, `pull`, `versions`, `compare`, `promote`, `rollback`.
+`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`.
 """
 
 import argparse
@@ -44,6 +44,14 @@ def _build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", default=PRODUCTION_URI, help=MODEL_HELP)
     predict.set_defaults(run=lambda options: predict_command.run(options, _load_detector))
 
+    serve = commands.add_parser("serve", help="serve a page that judges what is dropped on it, on loopback")
+    serve.add_argument("--model", default=PRODUCTION_URI, help=f"{MODEL_HELP}; an alias is followed when it moves")
+    serve.add_argument(
+        "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
+    )
+    serve.add_argument("--port", type=int, default=7860, help="default: 7860")
+    serve.set_defaults(run=_serve)
+
     versions = commands.add_parser("versions", help="list the registered versions and why each was promoted")
     versions.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
     versions.set_defaults(run=_list_versions)
@@ -77,16 +85,26 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _load_detector(model: str) -> Detector:
+    _check_model(model)
     if not model.startswith("models:/"):
-        if not (Path(model) / "detector.json").is_file():
-            raise ModelError(
-                f"--model must be a folder written by `deepfake pull`, or a registry URI. Received: {model!r}"
-            )
         return Detector(model)
     from deepfake_core import registry
 
     with tempfile.TemporaryDirectory() as folder:
         return Detector(registry.pull_detector(model, Path(folder)))
+
+
+def _check_model(model: str) -> None:
+    if not model.startswith("models:/") and not (Path(model) / "detector.json").is_file():
+        raise ModelError(f"--model must be a folder written by `deepfake pull`, or a registry URI. Received: {model!r}")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from deepfake_core.page_server import serve
+
+    _check_model(options.model)
+    serve(options.model, not options.no_detect, options.port)
+    return 0
 
 
 def _list_versions(options: argparse.Namespace) -> int:

@@ -15,10 +15,9 @@ from typing import Any
 
 from deepfake_core.detector import MAX_BYTES, Detector
 from deepfake_core.errors import ModelError
-from deepfake_core.predictor import Encoded, Judged, Predictor, Verdict
+from deepfake_core.predictor import IMAGE_SUFFIXES, Encoded, Judged, Predictor, Verdict, find_files
 from deepfake_core.video import SUFFIXES as CLIP_SUFFIXES
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 STANDARD_INPUT = "standard input"
 
 Source = tuple[str, Encoded]
@@ -56,7 +55,7 @@ def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -
         for judged in _judge(predictor, sources, bool(options.explain)):
             if options.explain:
                 _write_pictures(judged, options.explain, names, predictor.detector.threshold)
-            counts.update(_name_outcome(verdict) for verdict in judged.verdicts)
+            counts.update(verdict.outcome for verdict in judged.verdicts)
             show(judged.verdicts)
             advance()
             for verdict in judged.verdicts:
@@ -84,14 +83,8 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], int]:
         if argument == "-":
             sources += _read_standard_input()
         elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            known = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES + CLIP_SUFFIXES]
-            skipped += len(files) - len(known)
-            if not known:
-                raise ModelError(
-                    f"A folder must hold images ({', '.join(IMAGE_SUFFIXES)}) or clips. Received: {path}, which "
-                    "holds none."
-                )
+            known, others = find_files(path, IMAGE_SUFFIXES + CLIP_SUFFIXES)
+            skipped += others
             sources += [(str(file), file) for file in known]
         elif not path.exists() and glob.has_magic(argument):
             found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute patterns too
@@ -127,10 +120,6 @@ def _judge(predictor: Predictor, sources: Sequence[Source], explain: bool) -> It
             yield from predictor.judge(some, explain)
 
 
-def _name_outcome(verdict: Verdict) -> str:
-    return "unreadable" if verdict.unreadable else verdict.label or "no face"
-
-
 def _print_json(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
         print(json.dumps(_drop_clip_fields(asdict(verdict))), flush=True)
@@ -160,7 +149,7 @@ def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: f
     table = Table(Column("image", overflow="fold"), "face", "verdict", "P(fake)", Column("", overflow="fold"))
     last = None
     for verdict in verdicts:
-        outcome = _name_outcome(verdict)
+        outcome = verdict.outcome
         image, last = verdict.image if verdict.image != last else "", verdict.image
         style = {"fake": "bold red", "real": "green"}.get(outcome, "yellow")
         probability = "" if verdict.fake_probability is None else f"{verdict.fake_probability:.4f}"
@@ -184,10 +173,12 @@ def _write_pictures(judged: Judged, folder: Path, names: set[str], threshold: fl
     names.add(name)
     if judged.picture:
         judged.picture.save(folder / f"{name}.explained.png")
-    if getattr(judged, "timelines", None):
+    timelines = getattr(judged, "timelines", None)
+    if timelines:
         from deepfake_core.video import plot_timeline
 
-        plot_timeline(judged, threshold).savefig(folder / f"{name}.timeline.png", dpi=110)  # type: ignore[arg-type]
+        figure = plot_timeline(judged, threshold, Path(judged.name).name)  # type: ignore[arg-type]
+        figure.savefig(folder / f"{name}.timeline.png", dpi=110)
 
 
 def _show_progress(total: int, quiet: bool) -> Any:

@@ -1,5 +1,6 @@
 """From images as they come to verdicts, a row per face: decoded and searched side by side, scored in batches."""
 
+import hashlib
 import os
 import threading
 from collections import deque
@@ -12,12 +13,15 @@ import numpy as np
 from PIL import Image
 
 from deepfake_core.detector import BATCH_SIZE, MAX_BYTES, Detector, UnreadableImageError, decode_image, resize_image
+from deepfake_core.errors import ModelError
 from deepfake_core.faces import Box, fit_crop, load_face_finder
 from deepfake_core.pictures import draw_heat, shrink
 
 NO_FACE = "no face was found; --no-detect judges the whole image"
 AHEAD = BATCH_SIZE
 """How many images may wait to be scored: what bounds the memory."""
+
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
 Encoded = Path | bytes
 
@@ -52,6 +56,11 @@ class Verdict:
     first_second: float | None = None
     last_second: float | None = None
 
+    @property
+    def outcome(self) -> str:
+        """`real`, `fake`, `no face` or `unreadable`."""
+        return "unreadable" if self.unreadable else self.label or "no face"
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -60,6 +69,8 @@ class Judged:
     name: str
     verdicts: list[Verdict]
     picture: Image.Image | None = None
+    sha256: str = ""
+    """Of an image's bytes, in hex; empty where they could not be read, and for a clip."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class _Prepared:
     error: str | None
     unreadable: bool = False
     width: int = 0
+    sha256: str = ""
     preview: Image.Image | None = None
     """The image, scaled down; None where no picture was asked for."""
 
@@ -135,17 +147,19 @@ class Predictor:
         return crops
 
     def _prepare(self, name: str, image: Encoded, explain: bool) -> _Prepared:
+        sha256 = ""
         try:
-            decoded = decode_image(_read(image))
+            data = _read(image)
+            sha256 = hashlib.sha256(data).hexdigest()
+            decoded = decode_image(data)
         except UnreadableImageError as exc:
-            return _Prepared(name, [], [], str(exc), unreadable=True)
+            return _Prepared(name, [], [], str(exc), unreadable=True, sha256=sha256)
         except OSError as exc:
             return _Prepared(name, [], [], f"can't be read ({exc.strerror})", unreadable=True)
         cut = self.cut_faces(decoded)
         boxes, crops = [box for box, _ in cut], [crop for _, crop in cut]
-        return _Prepared(
-            name, boxes, crops, None if cut else NO_FACE, False, decoded.width, shrink(decoded) if explain else None
-        )
+        preview = shrink(decoded) if explain else None
+        return _Prepared(name, boxes, crops, None if cut else NO_FACE, False, decoded.width, sha256, preview)
 
     def _score(self, batch: list[_Prepared]) -> Iterator[Judged]:
         crops = [crop for one in batch for crop in one.crops]
@@ -176,12 +190,27 @@ class Predictor:
                 fakes = [verdict.label == "fake" for verdict in verdicts if verdict.box]
                 lines = [describe(verdict) for verdict in verdicts]
                 picture = draw_heat(one.preview, boxes, [] if heat is None else list(heat[mine]), fakes, lines)
-            yield Judged(one.name, verdicts, picture)
+            yield Judged(one.name, verdicts, picture, one.sha256)
 
     def _judge(self, name: str, face: int | None, box: Box, score: float) -> Verdict:
         label = self.detector.label(score)
         corners = (int(box.left), int(box.top), int(box.right), int(box.bottom))
         return Verdict(name, face, corners, label, float(score), self.detector.threshold)
+
+
+def find_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], int]:
+    """Return the files in a folder, and in those below, that have one of the suffixes; and how many have none of them.
+
+    Raises:
+        ModelError: if none has.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    known = [file for file in files if file.suffix.lower() in suffixes]
+    if not known:
+        raise ModelError(
+            f"A folder must hold files of kind {', '.join(suffixes)}. Received: {folder}, which holds none."
+        )
+    return known, len(files) - len(known)
 
 
 def describe(verdict: Verdict) -> str:

@@ -179,6 +179,26 @@ def log_dataset(run_id: str, dataset: "Dataset") -> None:
     client.set_tag(run_id, "dataset_version", dataset.version)
 
 
+def log_scoring(run_id: str, version: ModelVersion, images: str, digest: str, count: int) -> None:
+    """Log which version scored which images: the run's input model, and its dataset input."""
+    client = mlflow.MlflowClient()
+    model_id = client.get_model_version(version.name, version.version).model_id
+    dataset = mlflow.entities.Dataset(
+        name="scored images",
+        digest=digest,
+        source_type="local",
+        source=json.dumps({"uri": images}),
+        profile=json.dumps({"num_rows": count}),
+    )
+    tags = [mlflow.entities.InputTag("mlflow.data.context", "scoring")]
+    client.log_inputs(
+        run_id,
+        datasets=[mlflow.entities.DatasetInput(dataset, tags)],
+        models=[mlflow.entities.LoggedModelInput(model_id)] if model_id else None,
+    )
+    client.set_tag(run_id, "model_version", f"{version.name}/{version.version}")
+
+
 def read_parameters(run_id: str) -> dict[str, str]:
     """Return a run's parameters, by dotted name."""
     return dict(sorted(mlflow.MlflowClient().get_run(run_id).data.params.items()))
@@ -476,13 +496,36 @@ def pull_detector(model_uri: str, folder: Path) -> Path:
                 artifact_uri=f"{model_uri}/artifacts/{DETECTOR}", dst_path=temporary
             )
         except (MlflowException, OSError) as exc:
-            raise ModelError(
-                f"A model must be a version in the registry, such as models:/{DEFAULT_MODEL}@{PRODUCTION}. "
-                f"Received: {model_uri}, at {mlflow.get_tracking_uri()}: {str(exc).splitlines()[0]} See "
-                "`deepfake versions`; `make demo` or `python -m flows.retrain` makes one."
-            ) from exc
+            raise ModelError(_explain_uri(model_uri, exc)) from exc
         shutil.copytree(copied, folder, dirs_exist_ok=True)
     return folder
+
+
+def resolve(model_uri: str) -> tuple[str, str]:
+    """Return the model's name and the version that a URI means now.
+
+    Args:
+        model_uri: such as `models:/deepfake-detector@production` or `models:/deepfake-detector/3`.
+
+    Raises:
+        ModelError: if MLflow has no such version.
+    """
+    name, at, alias = model_uri.removeprefix("models:/").partition("@")
+    try:
+        if at:
+            return name, str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
+        name, _, number = name.partition("/")
+        return name, read_version(name, number).version
+    except MlflowException as exc:
+        raise ModelError(_explain_uri(model_uri, exc)) from exc
+
+
+def _explain_uri(model_uri: str, failure: Exception) -> str:
+    return (
+        f"A model must be a version in the registry, such as models:/{DEFAULT_MODEL}@{PRODUCTION}. "
+        f"Received: {model_uri}, at {mlflow.get_tracking_uri()}: {str(failure).splitlines()[0]} See "
+        "`deepfake versions`; `make demo` or `python -m flows.retrain` makes one."
+    )
 
 
 def list_versions(model_name: str) -> list[ModelVersion]:

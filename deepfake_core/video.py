@@ -104,7 +104,7 @@ def judge_clip(
         picture = draw_heat(
             Image.fromarray(tracks[0].shown), [Box(0, 0, side, side)], list(heat), [verdicts[0].label == "fake"], lines
         )
-    return JudgedClip(str(file), verdicts, picture, [(track.seconds, track.scores) for track in tracks])
+    return JudgedClip(str(file), verdicts, picture, timelines=[(track.seconds, track.scores) for track in tracks])
 
 
 def average_scores(scores: list[float]) -> float:
@@ -258,7 +258,7 @@ def _choose_times(keys: "array[int]", first: int, last: int, count: int) -> list
     return sorted(chosen)
 
 
-def plot_timeline(clip: JudgedClip, threshold: float) -> "Figure":
+def plot_timeline(clip: JudgedClip, threshold: float, title: str) -> "Figure":
     """Draw each face's P(fake) over the seconds of a clip."""
     from matplotlib.figure import Figure
 
@@ -268,6 +268,6 @@ def plot_timeline(clip: JudgedClip, threshold: float) -> "Figure":
         colour = FAKE if verdict.label == "fake" else REAL
         axes.plot(seconds, scores, marker + "-", color=colour, markersize=4, label=describe(verdict))
     axes.axhline(threshold, color="grey", linestyle=":", label=f"fake from {threshold:.2f} up")
-    axes.set(xlabel="seconds", ylabel="P(fake)", ylim=(-0.03, 1.03), title=Path(clip.name).name)
+    axes.set(xlabel="seconds", ylabel="P(fake)", ylim=(-0.03, 1.03), title=title)
     figure.legend(loc="outside lower center", fontsize=8)
     return figure

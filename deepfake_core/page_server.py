@@ -1,0 +1,177 @@
+"""`deepfake serve`: a page on which a person drops an image or a clip and sees the verdict."""
+
+import html
+import logging
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from deepfake_core import registry
+from deepfake_core.detector import Detector
+from deepfake_core.errors import DeepfakeError, ModelError
+from deepfake_core.predictor import Judged, Predictor, Verdict, describe
+from deepfake_core.video import SUFFIXES as CLIP_SUFFIXES
+from deepfake_core.video import JudgedClip, judge_clip, plot_timeline
+
+log = logging.getLogger(__name__)
+
+ADDRESS = "127.0.0.1"
+MOST_UPLOADED = 200_000_000
+"""Bytes of one upload."""
+
+LOOK_AGAIN_SECONDS = 5
+"""How old an answer to which version is in production may be."""
+
+KEEP_SECONDS = 600
+"""After which uploads are removed."""
+
+LIMITS = (
+    "JPEG, PNG, WebP or a clip, at most 200 MB. A verdict is a probability, learned from the images that the model "
+    "card names; it proves nothing about a person."
+)
+
+
+class ModelKeeper:
+    """The model that answers; where it is named by an alias, that of the version which has the alias now.
+
+    Args:
+        model: registry URI, or the folder of a pulled model.
+        detect: look for faces.
+
+    Raises:
+        ModelError: if there is no such model.
+        ServiceError: if MLflow can't be reached.
+    """
+
+    def __init__(self, model: str, detect: bool) -> None:
+        self._model, self._detect = model, detect
+        self._lock = threading.Lock()
+        self._looked = -float(LOOK_AGAIN_SECONDS)
+        self._version = ""
+        self._predictor: Predictor | None = None
+        if model.startswith("models:/"):
+            registry.connect()
+        self.get()
+
+    def get(self) -> tuple[Predictor, str]:
+        """Return the predictor and the name of the version behind it."""
+        with self._lock:
+            if self._predictor is None or time.monotonic() - self._looked > LOOK_AGAIN_SECONDS:
+                try:
+                    self._follow()
+                except DeepfakeError:
+                    if self._predictor is None:
+                        raise
+                    log.exception(
+                        "version %s goes on answering: which one is current can't be found out", self._version
+                    )
+                self._looked = time.monotonic()
+            assert self._predictor
+            return self._predictor, self._version
+
+    def _follow(self) -> None:
+        if not self._model.startswith("models:/"):
+            if self._predictor is None:
+                self._predictor, self._version = Predictor(Detector(self._model), self._detect), self._model
+            return
+        name, version = registry.resolve(self._model)
+        found = f"{name} version {version}"
+        if found != self._version:
+            with tempfile.TemporaryDirectory() as folder:
+                detector = Detector(registry.pull_detector(f"models:/{name}/{version}", Path(folder)))
+            self._predictor, self._version = Predictor(detector, self._detect), found
+            log.info("%s answers", found)
+
+
+def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any]:
+    """Return the verdict as HTML, the picture that explains it, and a clip's timeline."""
+    predictor, version = keeper.get()
+    timeline = None
+    judged: Judged
+    if file.suffix.lower() in CLIP_SUFFIXES:
+        judged = judge_clip(predictor, file, explain=True)
+        assert isinstance(judged, JudgedClip)
+        if judged.timelines:
+            timeline = plot_timeline(judged, predictor.detector.threshold, file.name)
+    else:
+        judged = next(predictor.judge([(file.name, file)], explain=True))
+    return _write_verdict(judged.verdicts, version, predictor.detector.threshold), judged.picture, timeline
+
+
+def _write_verdict(verdicts: list[Verdict], version: str, threshold: float) -> str:
+    fakes = sum(verdict.label == "fake" for verdict in verdicts)
+    if verdicts[0].label is None:
+        headline = f"No verdict: {verdicts[0].error}"
+    elif len(verdicts) == 1:
+        headline = f"{str(verdicts[0].label).capitalize()}, P(fake) = {verdicts[0].fake_probability:.2f}"
+    else:
+        headline = f"{fakes or 'None'} of {len(verdicts)} faces {'is' if fakes == 1 else 'are'} judged fake"
+    lines = "".join(f"<li>{html.escape(describe(one))}</li>" for one in verdicts if len(verdicts) > 1 or one.frames)
+    answered = html.escape(f"Answered by {version}, which calls a face fake from {threshold:.2f} up.")
+    return f"<h2>{html.escape(headline)}</h2><ul>{lines}</ul><p>{answered}</p>"
+
+
+def serve(model: str, detect: bool, port: int) -> None:
+    """Serve the page on loopback until interrupted.
+
+    Raises:
+        ModelError: if Gradio is not installed, or the port is taken.
+    """
+    page = build_page(ModelKeeper(model, detect))
+    try:
+        page.launch(
+            server_name=ADDRESS,
+            server_port=port,
+            max_file_size=MOST_UPLOADED,
+            share=False,
+            show_error=False,
+            quiet=True,
+            footer_links=["api"],
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+        )
+    except OSError as exc:
+        raise ModelError(
+            f"The port must be free. Received: {port}, which is taken. Choose another with --port."
+        ) from exc
+    print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
+    page.block_thread()
+
+
+def build_page(keeper: ModelKeeper) -> Any:
+    """Return the Gradio page.
+
+    Raises:
+        ModelError: if Gradio is not installed.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import gradio
+    except ImportError as exc:
+        raise ModelError(
+            "The page needs Gradio. Received: an installation without. Install deepfake-retraining[serve]."
+        ) from exc
+
+    def answer(path: str | None) -> tuple[str, Image.Image | None, Any]:
+        text, picture, timeline = judge_upload(keeper, Path(path)) if path else ("", None, None)
+        return text, picture, gradio.update(value=timeline, visible=timeline is not None)
+
+    with gradio.Blocks(
+        title="Fake or real?", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)
+    ) as page:
+        gradio.Markdown(f"# Fake or real?\n{LIMITS}")
+        with gradio.Row():
+            upload = gradio.File(label="Image or clip", file_types=["image", "video"], type="filepath")
+            verdict = gradio.HTML(label="Verdict")
+        picture = gradio.Image(
+            label="What spoke for the verdict", format="png", interactive=False, buttons=["download", "fullscreen"]
+        )
+        timeline = gradio.Plot(label="Over time", visible=False)
+        upload.change(answer, upload, [verdict, picture, timeline], api_name="judge")
+    return page
