@@ -188,7 +188,7 @@ def sample_frames(file: Path, count: int) -> Iterator[tuple[float, Image.Image]]
         try:
             with av.open(opened, options={"format_whitelist": FORMATS}) as container:
                 yield from _sample(container, count)
-        except av.error.FFmpegError as exc:
+        except (av.error.FFmpegError, OSError) as exc:  # OSError: where a clip would end before its beginning
             raise UnreadableImageError(
                 "not_a_clip", f"is no clip that can be read, or is damaged ({exc.strerror})"
             ) from exc

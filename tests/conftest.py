@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deepfake_core import sample
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 T = TypeVar("T")
@@ -36,6 +38,20 @@ def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def draw_portrait(seed: int, size: int = 160) -> Image.Image:
+    """Draw a person, whose face a detector finds."""
+    random = np.random.default_rng(seed)
+    return sample.take_photograph(random, sample.Pose.draw(random), size)
+
+
+def draw_scene(people: Mapping[tuple[int, int], Image.Image], width: int = 640, height: int = 480) -> Image.Image:
+    """Paste people at their left and top onto a background without faces."""
+    scene = draw_image(99, max(width, height), cells=4).crop((0, 0, width, height))
+    for corner, person in people.items():
+        scene.paste(person, corner)
+    return scene
 
 
 def jpeg(seed: int, size: int = 48) -> bytes:

