@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-data bench-training lock deploy
+.PHONY: help demo test check browser bench bench-data bench-training bench-serving lock deploy
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,9 @@ check: .venv/installed  ## check format, lint, types, import rules, and that the
 	cp requirements.lock .venv/fresh.lock
 	$(LOCK) --output-file .venv/fresh.lock
 	diff requirements.lock .venv/fresh.lock || (echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1)
+
+browser:  ## install Debian's chromium, in which the page is tested; without it that test is skipped
+	command -v chromium || (apt-get update -q && apt-get install -qy --no-install-recommends chromium)
 
 bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder of the three zips
 	$(BIN)/python benchmarks/retrain.py $(ARCHIVES)

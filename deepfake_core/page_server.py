@@ -120,27 +120,31 @@ def serve(model: str, detect: bool, port: int) -> None:
     """Serve the page on loopback until interrupted.
 
     Raises:
-        ModelError: if Gradio is not installed, or the port is taken.
+        ModelError: if Gradio is not installed, the port is taken, or there is no such model.
+        ServiceError: if MLflow can't be reached.
     """
-    page = build_page(ModelKeeper(model, detect))
+    page = launch_page(ModelKeeper(model, detect), port)
+    print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
+    page.block_thread()
+
+
+def launch_page(keeper: ModelKeeper, port: int) -> Any:
+    """Start the page's server and return the page."""
+    page = build_page(keeper)
     try:
         page.launch(
             server_name=ADDRESS,
             server_port=port,
             max_file_size=MOST_UPLOADED,
             share=False,
-            show_error=False,
             quiet=True,
             footer_links=["api"],
             enable_monitoring=False,
             prevent_thread_lock=True,
         )
     except OSError as exc:
-        raise ModelError(
-            f"The port must be free. Received: {port}, which is taken. Choose another with --port."
-        ) from exc
-    print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
-    page.block_thread()
+        raise ModelError(f"The port must be free. Received: {port}, which is taken. Choose another by --port.") from exc
+    return page
 
 
 def build_page(keeper: ModelKeeper) -> Any:

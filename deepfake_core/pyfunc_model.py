@@ -33,7 +33,8 @@ class DeepfakeDetector(PythonModel):
                 "fake_probability": [prediction.fake_probability for prediction in predictions],
                 "threshold": [prediction.threshold for prediction in predictions],
                 "error": [prediction.error for prediction in predictions],
-            }
+            },
+            dtype=object,  # what is missing stays None, which the scoring server writes as null, not as NaN
         )
 
 

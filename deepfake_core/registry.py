@@ -182,7 +182,7 @@ def log_dataset(run_id: str, dataset: "Dataset") -> None:
 def log_scoring(run_id: str, version: ModelVersion, images: str, digest: str, count: int) -> None:
     """Log which version scored which images: the run's input model, and its dataset input."""
     client = mlflow.MlflowClient()
-    model_id = client.get_model_version(version.name, version.version).model_id
+    source = str(client.get_model_version(version.name, version.version).source)  # such as models:/m-215ea95a
     dataset = mlflow.entities.Dataset(
         name="scored images",
         digest=digest,
@@ -194,7 +194,7 @@ def log_scoring(run_id: str, version: ModelVersion, images: str, digest: str, co
     client.log_inputs(
         run_id,
         datasets=[mlflow.entities.DatasetInput(dataset, tags)],
-        models=[mlflow.entities.LoggedModelInput(model_id)] if model_id else None,
+        models=[mlflow.entities.LoggedModelInput(source.removeprefix("models:/"))],
     )
     client.set_tag(run_id, "model_version", f"{version.name}/{version.version}")
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -108,6 +109,18 @@ def hold_data(data_dir: Path, holder: str) -> Iterator[subprocess.Popen]:
             yield other
         finally:
             other.kill()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Return the path of Debian's browser; `make browser` installs it."""
+    path = shutil.which("chromium")
+    if path is None:
+        message = "no chromium here: `make browser` installs Debian's"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
 
 
 @pytest.fixture

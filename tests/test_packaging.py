@@ -1,17 +1,22 @@
 """The wheel holds the core alone, and its base install pulls and predicts without TensorFlow or Prefect."""
 
+import base64
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import mlflow
 import pytest
+import requests
 
 from deepfake_core import registry
-from tests.conftest import free_port, jpeg, wait_until
+from deepfake_core.detector import Detector
+from tests.conftest import draw_portrait, free_port, jpeg, wait_until
 from tests.test_training import candidate  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +70,7 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
                 [python.parent / "deepfake", *arguments], check=True, capture_output=True, text=True
             ).stdout
 
-        (tmp_path / "face.jpg").write_bytes(jpeg(1))
+        draw_portrait(1).save(tmp_path / "face.jpg")
         deepfake("promote", version, "--reason", "the first one", "--force", "--yes")
         assert "production" in deepfake("versions")
         from_registry = json.loads(deepfake("predict", "face.jpg", "--json"))
@@ -81,11 +86,76 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
     assert "needs the whole of MLflow" in refused.stderr
 
 
+LOAD = """
+import importlib.util, json, sys
+import mlflow, pandas
+model = mlflow.pyfunc.load_model("models:/deepfake-detector@production")
+images = [open(name, "rb").read() for name in sys.argv[1:]]
+out = model.predict(pandas.DataFrame({"image": images}))
+absent = ("deepfake_core", "tensorflow", "keras", "prefect", "tasks", "flows")
+rows = json.loads(out.to_json(orient="records"))
+print(json.dumps([[name for name in absent if importlib.util.find_spec(name)], rows]))
+"""
+
+
+@pytest.mark.slow
+def test_the_registered_model_stands_alone_and_is_served(candidate, tmp_path, monkeypatch):  # noqa: F811
+    """With mlflow and the model's own requirements, and the project absent: load it, and POST to it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with registry.open_run("cnn") as run_id:
+        pass
+    version = registry.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
+    registry.move_production("deepfake-detector", version, None, "test")
+    images = [jpeg(1), b"no image", jpeg(2)]
+    for number, data in enumerate(images):
+        Path(f"{number}.jpg").write_bytes(data)
+    expected = Detector(candidate.folder).predict(images)
+
+    requirements = mlflow.pyfunc.get_model_dependencies(f"models:/deepfake-detector/{version}")
+    python = make_environment(tmp_path / "alone", "--requirement", requirements)
+    environment = {**os.environ, "PATH": f"{python.parent}:{os.environ['PATH']}"}
+    command = [python, "-I", "-c", LOAD, "0.jpg", "1.jpg", "2.jpg"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    installed, rows = json.loads(ran.stdout.splitlines()[-1])
+    assert installed == []
+    assert rows[1]["error"] == "must be a JPEG, PNG or WebP image"
+    check_rows(rows, expected)
+
+    port = free_port()
+    serve = [python, "-m", "mlflow", "models", "serve", "-m", "models:/deepfake-detector@production"]
+    serve += ["--env-manager", "local", "--port", str(port)]
+    with (tmp_path / "serve.log").open("w") as log:
+        server = subprocess.Popen(serve, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        wait_until(lambda: "startup complete" in (tmp_path / "serve.log").read_text(), 120)
+        table = {"columns": ["image"], "data": [[base64.b64encode(data).decode()] for data in images]}
+        answer = requests.post(f"http://127.0.0.1:{port}/invocations", json={"dataframe_split": table}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert "NaN" not in answer.text
+        check_rows(answer.json()["predictions"], expected)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+
+
+def check_rows(rows, expected):
+    assert [row["label"] for row in rows] == [prediction.label for prediction in expected]
+    for row, prediction in zip(rows, expected, strict=True):
+        assert row["threshold"] == prediction.threshold
+        if prediction.label:
+            assert row["fake_probability"] == pytest.approx(prediction.fake_probability, abs=1e-6)
+
+
 def install_base(wheel: Path, folder: Path) -> Path:
+    return make_environment(folder, "--constraint", ROOT / "requirements.lock", wheel)
+
+
+def make_environment(folder: Path, *wanted: str | Path) -> Path:
+    """Make a virtual environment that holds what is wanted alone; return its Python."""
     subprocess.run([BIN / "uv", "venv", "--quiet", "--python", sys.executable, folder], check=True)
     python = folder / "bin" / "python"
-    constraints = ["--constraint", ROOT / "requirements.lock"]
-    subprocess.run([BIN / "uv", "pip", "install", "--quiet", "--python", python, *constraints, wheel], check=True)
+    subprocess.run([BIN / "uv", "pip", "install", "--quiet", "--python", python, *wanted], check=True)
     return python
 
 

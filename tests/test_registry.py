@@ -9,7 +9,7 @@ import pytest
 from deepfake_core import registry
 from deepfake_core.cli import main
 from deepfake_core.errors import ModelError, ServiceError
-from tests.conftest import draw_image, encode, free_port, jpeg
+from tests.conftest import draw_image, draw_portrait, encode, free_port, jpeg
 from tests.test_training import SIZE, candidate  # noqa: F401 - a fixture
 
 NAME = "deepfake-detector"
@@ -78,7 +78,7 @@ def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
     _, _, version = registered
     registry.move_production(NAME, version, expected=registry.find_production(NAME), reason="test")
     face = tmp_path / "face.jpg"
-    face.write_bytes(jpeg(1))
+    draw_portrait(1).save(face)
 
     assert main(["pull", str(tmp_path / "pulled")]) == 0
     assert {file.name for file in (tmp_path / "pulled").iterdir()} == {
@@ -91,7 +91,9 @@ def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
     pulled = json.loads(capsys.readouterr().out)
     assert main(["predict", str(face), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == pulled
-    served = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(pd.DataFrame({"image": [jpeg(1)]}))
+    served = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(
+        pd.DataFrame({"image": [face.read_bytes()]})
+    )
     assert pulled["fake_probability"] == pytest.approx(served["fake_probability"][0])
     assert pulled["label"] == served["label"][0]
 
@@ -99,7 +101,7 @@ def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
 def test_unreadable_images_are_named_and_end_with_status_2(registered, tmp_path, capsys):
     assert registered
     (tmp_path / "words.jpg").write_bytes(b"words")
-    (tmp_path / "face.jpg").write_bytes(jpeg(1))
+    draw_portrait(1).save(tmp_path / "face.jpg")
     main(["pull", str(tmp_path / "pulled"), "--model", f"models:/{NAME}/1"])
     paths = [str(tmp_path / name) for name in ("words.jpg", "missing.jpg", "face.jpg")]
     assert main(["predict", "--json", "--model", str(tmp_path / "pulled"), *paths]) == 2

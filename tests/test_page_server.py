@@ -1,0 +1,123 @@
+"""The page, in a real browser, with versions from a real registry."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from deepfake_core import page_server, registry
+from deepfake_core.cli import main
+from deepfake_core.errors import ModelError
+from tests.conftest import draw_portrait, draw_scene, free_port, jpeg
+from tests.test_training import candidate  # noqa: F401 - a fixture
+from tests.test_video import write_clip
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("gradio")
+
+NAME = registry.DEFAULT_MODEL
+SECONDS = 60_000
+"""Milliseconds, in truth: how long a busy machine may take for an answer."""
+
+
+@pytest.fixture(scope="module")
+def served(candidate, tmp_path_factory):  # noqa: F811
+    """Serve the page, with version 1 in production; yield its address."""
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        patch.setattr(page_server, "MOST_UPLOADED", 1_000_000)
+        patch.setattr(page_server, "LOOK_AGAIN_SECONDS", 0)
+        for _ in range(2):
+            with registry.open_run("cnn") as run_id:
+                version = registry.register_detector(run_id, candidate.folder, NAME, jpeg(1), {})
+        assert version == "2"
+        registry.move_production(NAME, "1", None, "test")
+        port = free_port()
+        page = page_server.launch_page(page_server.ModelKeeper(f"models:/{NAME}@production", detect=True), port)
+        yield f"http://127.0.0.1:{port}", port
+        page.close()
+
+
+@pytest.fixture
+def page(chromium, served):
+    """Open the page, and fail if it asks any other host or raises an error."""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(SECONDS)
+        asked, failures = set(), []
+        page.on("request", lambda request: asked.add(request.url))
+        page.on("pageerror", lambda error: failures.append(error))
+        page.goto(served[0])
+        yield page
+        assert {re.sub(r"(^\w+://[^/]*).*", r"\1", url) for url in asked if "://" in url} == {served[0]}
+        assert not failures
+        browser.close()
+
+
+def drop(page, file):
+    page.locator("input[type=file]").first.set_input_files(file)
+    return page
+
+
+@pytest.mark.slow
+def test_an_image_gets_its_verdict_heat_map_and_version(page, tmp_path):
+    draw_scene({(40, 60): draw_portrait(1, 200), (300, 250): draw_portrait(2, 150)}).save(tmp_path / "scene.png")
+    drop(page, tmp_path / "scene.png").get_by_text(f"Answered by {NAME} version").wait_for()
+    assert page.get_by_role("heading", name=re.compile(r"(None|1|2) of 2 faces (is|are) judged fake")).is_visible()
+    assert page.get_by_text("P(fake) =").count() == 2
+    picture = page.locator("img[src*='/file=']")
+    picture.wait_for()
+    assert picture.evaluate("image => image.complete && image.naturalWidth") == 640
+    assert not page.get_by_text("Over time").is_visible()
+
+
+@pytest.mark.slow
+def test_a_clip_gets_a_timeline(page, tmp_path):
+    people = [draw_scene({(40 + number, 60): draw_portrait(1, 200)}) for number in range(30)]
+    drop(page, write_clip(tmp_path / "clip.mp4", people)).get_by_text("over 30 frames").wait_for()
+    assert page.get_by_text("Over time").is_visible()
+
+
+@pytest.mark.slow
+def test_what_is_no_image_shows_no_face_or_is_too_large_is_said(page, served, tmp_path):
+    (tmp_path / "<b>words.jpg").write_text("words")
+    drop(page, tmp_path / "<b>words.jpg").get_by_text("No verdict: must be a JPEG, PNG or WebP image").wait_for()
+    page.goto(served[0])
+    Image.new("RGB", (300, 300), "grey").save(tmp_path / "wall.png")
+    drop(page, tmp_path / "wall.png").get_by_text("No verdict: no face was found").wait_for()
+    page.goto(served[0])
+    (tmp_path / "large.jpg").write_bytes(jpeg(1) + bytes(2_000_000))
+    drop(page, tmp_path / "large.jpg").get_by_text("exceed the maximum allowed size").first.wait_for()
+
+
+@pytest.mark.slow
+def test_the_page_follows_production(page, served, tmp_path):
+    draw_portrait(1).save(tmp_path / "face.png")
+    drop(page, tmp_path / "face.png").get_by_text("Answered by deepfake-detector version 1").wait_for()
+    registry.move_production(NAME, "2", "1", "test")
+    page.goto(served[0])
+    drop(page, tmp_path / "face.png").get_by_text("Answered by deepfake-detector version 2").wait_for()
+
+
+@pytest.mark.slow
+def test_a_registry_that_went_away_stops_no_answer(served, caplog):
+    assert served
+    keeper = page_server.ModelKeeper(f"models:/{NAME}@production", detect=False)
+    _, version = keeper.get()
+    registry.mlflow.MlflowClient().delete_registered_model_alias(NAME, "production")
+    assert keeper.get()[1] == version
+    assert "goes on answering" in caplog.text
+    with pytest.raises(ModelError, match="must be a version in the registry"):
+        page_server.ModelKeeper(f"models:/{NAME}@production", detect=False)
+
+
+@pytest.mark.slow
+def test_a_taken_port_is_said(served, candidate, capsys):  # noqa: F811
+    assert main(["serve", "--model", str(candidate.folder), "--port", str(served[1])]) == 2
+    assert "which is taken" in capsys.readouterr().err
+    assert main(["serve", "--model", "/dev/null"]) == 2
+    assert "folder written by `deepfake pull`" in capsys.readouterr().err
