@@ -41,6 +41,11 @@ bench-training: .venv/installed  ## measure candidates and training speed, hours
 	$(BIN)/python benchmarks/candidates.py $(ARCHIVES)
 	$(BIN)/python -m tests.test_readme
 
+bench-serving: .venv/installed  ## measure face detection and how fast predict answers: make bench-serving ARCHIVES=folder
+	$(BIN)/python benchmarks/face_detection.py $(ARCHIVES)
+	$(BIN)/python benchmarks/serving_speed.py $(ARCHIVES)
+	$(BIN)/python -m tests.test_readme
+
 lock: .venv/installed  ## write requirements.lock anew from pyproject.toml
 	$(LOCK) --output-file requirements.lock
 
