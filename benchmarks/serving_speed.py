@@ -2,7 +2,7 @@
 
     python benchmarks/serving_speed.py ARCHIVES [--images 512] [--rounds 5]
 
-ARCHIVES holds the three zips, of which images of 140k-real-and-fake-faces.zip are judged. Cold: a new process each time,
+ARCHIVES holds the three zips, of which images of 140k-real-and-fake-faces.zip are judged. Cold: a process of its own,
 from its start to its end, for one image; beside it a script that decodes, resizes and scores it with Pillow and ONNX
 Runtime alone. Throughput: the predictor, decoding alone (its threads, its functions) and scoring alone (batches that
 are there already); nothing that does both is faster than one after the other on the same cores: the `floor`. The sides
