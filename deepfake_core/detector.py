@@ -117,6 +117,11 @@ class Detector:
         self._input = self._session.get_inputs()[0].name
         self._scores, *self._heat = (output.name for output in self._session.get_outputs())
 
+    @property
+    def explains(self) -> bool:
+        """Whether the model carries heat maps; those that were exported before there were any don't."""
+        return bool(self._heat)
+
     def score(self, images: np.ndarray) -> np.ndarray:
         """Return P(fake) per image.
 
@@ -141,12 +146,7 @@ class Detector:
         Returns:
             float32 arrays of shape (n,), 0 to 1, and (n, height, width), 0 to 1 per image; all 0 where nothing spoke
             for the verdict.
-
-        Raises:
-            ValueError: if the model was exported without heat maps.
         """
-        if not self._heat:
-            raise ValueError("The model must carry heat maps. Received: one that was exported before there were any.")
         scores, heat = np.zeros(len(images), np.float32), []
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE].astype(np.float32)

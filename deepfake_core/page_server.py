@@ -94,12 +94,12 @@ def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | No
     timeline = None
     judged: Judged
     if file.suffix.lower() in CLIP_SUFFIXES:
-        judged = judge_clip(predictor, file, explain=True)
+        judged = judge_clip(predictor, file, explain=predictor.detector.explains)
         assert isinstance(judged, JudgedClip)
         if judged.timelines:
             timeline = plot_timeline(judged, predictor.detector.threshold, file.name)
     else:
-        judged = next(predictor.judge([(file.name, file)], explain=True))
+        judged = next(predictor.judge([(file.name, file)], explain=predictor.detector.explains))
     return _write_verdict(judged.verdicts, version, predictor.detector.threshold), judged.picture, timeline
 
 

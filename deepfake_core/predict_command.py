@@ -47,17 +47,21 @@ def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -
     """Judge what was named; return 0, 2 if something could not be read, or 1 if `--fail-on` applies."""
     sources, skipped = find_sources(options.images)
     predictor = Predictor(load_detector(options.model), detect=not options.no_detect)
+    if options.explain and not predictor.detector.explains:
+        raise ModelError(
+            "For --explain, a model must carry heat maps. Received: one that was exported before there were any. "
+            "Retrain, or name a newer version by --model."
+        )
     verdicts: list[Verdict] = []
     counts: Counter[str] = Counter()
     show = _print_json if options.json else _make_csv_printer() if options.csv else verdicts.extend
     names: set[str] = set()
     with _show_progress(len(sources), quiet=(options.json or options.csv) and sys.stdout.isatty()) as advance:
-        for judged in _judge(predictor, sources, bool(options.explain)):
+        for judged in _judge(predictor, sources, bool(options.explain), advance):
             if options.explain:
                 _write_pictures(judged, options.explain, names, predictor.detector.threshold)
             counts.update(verdict.outcome for verdict in judged.verdicts)
             show(judged.verdicts)
-            advance()
             for verdict in judged.verdicts:
                 if verdict.unreadable and (options.json or options.csv):
                     print(f"deepfake: {verdict.image}: {verdict.error}", file=sys.stderr)
@@ -105,19 +109,25 @@ def _read_standard_input() -> list[Source]:
     return [(line, Path(line)) for line in lines if line.strip()]
 
 
-def _judge(predictor: Predictor, sources: Sequence[Source], explain: bool) -> Iterator[Judged]:
+def _judge(
+    predictor: Predictor, sources: Sequence[Source], explain: bool, advance: Callable[[float], None]
+) -> Iterator[Judged]:
+    """Judge images and clips in order, and advance by 1 for each, by parts of it for the frames of a clip."""
+
     def is_clip(source: Source) -> bool:
         return isinstance(source[1], Path) and source[1].suffix.lower() in CLIP_SUFFIXES
 
     for clips, some in groupby(sources, is_clip):
         if clips:
-            from deepfake_core.video import judge_clip
+            from deepfake_core.video import FRAMES, judge_clip
 
             for _, file in some:
                 assert isinstance(file, Path)
-                yield judge_clip(predictor, file, explain=explain)
+                yield judge_clip(predictor, file, FRAMES, explain, lambda new, total: advance(new / total))
         else:
-            yield from predictor.judge(some, explain)
+            for judged in predictor.judge(some, explain):
+                advance(1)
+                yield judged
 
 
 def _print_json(verdicts: Sequence[Verdict]) -> None:
@@ -182,18 +192,18 @@ def _write_pictures(judged: Judged, folder: Path, names: set[str], threshold: fl
 
 
 def _show_progress(total: int, quiet: bool) -> Any:
-    if total < 2 or quiet or not sys.stderr.isatty():
-        return nullcontext(lambda: None)
+    if quiet or not sys.stderr.isatty():
+        return nullcontext(lambda _: None)
     from contextlib import contextmanager
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     @contextmanager
-    def show() -> Iterator[Callable[[], None]]:
-        columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    def show() -> Iterator[Callable[[float], None]]:
+        columns = (TextColumn(f"judging {total:,}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("", total=total)
-            yield lambda: progress.advance(task)
+            yield lambda done: progress.advance(task, done)
 
     return show()

