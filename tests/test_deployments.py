@@ -45,6 +45,7 @@ def test_the_deployments_and_two_pools_are_there():
         "rollback/manual": "cpu",
         "production.health/hourly": "cpu",
         "leave-one-out/manual": "gpu",
+        "score/manual": "cpu",
     }
     assert named["retrain", "weekly"]["schedules"][0]["cron"]
     assert named["production.health", "hourly"]["schedules"][0]["cron"]

@@ -12,6 +12,7 @@ import pytest
 from deepfake_core import devices
 from deepfake_core.detector import Detector
 from deepfake_core.devices import choose_precision
+from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
 from tests.test_training import stripes
 
@@ -82,7 +83,7 @@ def train(folder, architecture="cnn", count=1, before="", **environment):
         command, cwd=HERE, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
     losses = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("losses")]
-    return [float(loss) for loss in losses[0]] if losses else done.stderr
+    return [float(loss) for loss in losses[0]]
 
 
 @pytest.mark.slow
@@ -90,7 +91,11 @@ def test_two_devices_learn_as_one_does_from_the_same_batches(tmp_path):
     one = train(tmp_path / "one", before=TWO_CPUS)
     two = train(tmp_path / "two", count=2, before=TWO_CPUS)
     assert two == pytest.approx(one, rel=1e-4)
-    assert "must be no more than the devices" in train(tmp_path / "three", count=3, before=TWO_CPUS)
+
+
+def test_more_devices_than_there_are_are_said():
+    with pytest.raises(ConfigurationError, match="must be no more than the devices"), devices.spread_over(99):
+        pass
 
 
 @pytest.mark.slow

@@ -133,7 +133,7 @@ def check_run(run_id: str) -> dict:
 
 @needs_shared
 @pytest.mark.slow
-def test_retrain_on_real_images_twice(tracking, monkeypatch):
+def test_retrain_on_real_images(tracking):
     subprocess.run([sys.executable, SHARED / "build_archives.py", tracking / "kaggle", "--per-class", "60"], check=True)
     sources = [
         source.model_copy(update={"name": f"{tracking}/kaggle/{source.short_name}.zip"})
@@ -148,9 +148,6 @@ def test_retrain_on_real_images_twice(tracking, monkeypatch):
     metrics = check_run(registry.read_version(NAME, version).run_id)["metrics"]
     assert "test/140k-real-and-fake-faces/auc" in metrics
     assert "test/real-and-fake-face-detection/auc" in metrics
-
-    forbid_work(monkeypatch)
-    assert retrain(parameters(tracking, *sources), short, promotion=NO_FLOORS) == (dataset, "2")
 
 
 def test_a_retrain_that_failed_late_goes_on_with_what_was_trained(tracking, two_zips, monkeypatch):
