@@ -68,7 +68,7 @@ def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -
     if not (options.json or options.csv):
         _print_table(verdicts, counts, predictor.detector.threshold)
     if skipped:
-        print(f"{skipped} files of other kinds were passed over.", file=sys.stderr)
+        print(f"Passed over: {skipped} of other kinds.", file=sys.stderr)
     if options.fail_on and counts[options.fail_on]:
         return 1
     return 2 if counts["unreadable"] else 0
@@ -154,6 +154,7 @@ def _make_csv_printer() -> Callable[[Sequence[Verdict]], None]:
 
 def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: float) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Column, Table
 
     table = Table(Column("image", overflow="fold"), "face", "verdict", "P(fake)", Column("", overflow="fold"))
@@ -165,7 +166,7 @@ def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: f
         probability = "" if verdict.fake_probability is None else f"{verdict.fake_probability:.4f}"
         spread = f"{verdict.low:.2f} to {verdict.high:.2f}, {verdict.frames} frames" if verdict.frames else ""
         face = str(verdict.face or "")
-        table.add_row(image, face, f"[{style}]{outcome}", probability, verdict.error or spread)
+        table.add_row(escape(image), face, f"[{style}]{outcome}", probability, escape(verdict.error or spread))
     Console().print(table)
     print(
         f"{', '.join(f'{count:,} {outcome}' for outcome, count in counts.most_common())}; fake from {threshold:g} up."

@@ -228,9 +228,10 @@ def describe(verdict: Verdict) -> str:
 
 def _read(image: Encoded) -> bytes:
     if isinstance(image, bytes):
-        return image
-    with image.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
+        data = image
+    else:
+        with image.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise UnreadableImageError("too_large", f"may hold {MAX_BYTES:,} bytes at most")
     return data

@@ -77,6 +77,15 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
         deepfake("pull", "pulled")
         assert json.loads(deepfake("predict", "face.jpg", "--json", "--model", "pulled")) == from_registry
         assert from_registry["label"] in ("real", "fake")
+        deepfake("predict", "face.jpg", "--model", "pulled", "--explain", "explained")
+        assert Path("explained/face.explained.png").is_file()
+        Path("clip.mp4").write_bytes(b"a clip")
+        for command, extra in ((("predict", "clip.mp4"), "video"), (("serve",), "serve")):
+            lacking = subprocess.run(
+                [python.parent / "deepfake", *command, "--model", "pulled"], capture_output=True, text=True
+            )
+            assert lacking.returncode == 2
+            assert f"Install deepfake-retraining[{extra}]" in lacking.stderr
     finally:
         server.terminate()
         server.wait(30)

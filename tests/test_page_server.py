@@ -1,8 +1,11 @@
 """The page, in a real browser, with versions from a real registry."""
 
 import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 from PIL import Image
 
 from deepfake_core import page_server, registry
@@ -92,6 +95,30 @@ def test_what_is_no_image_shows_no_face_or_is_too_large_is_said(page, served, tm
     page.goto(served[0])
     (tmp_path / "large.jpg").write_bytes(jpeg(1) + bytes(2_000_000))
     drop(page, tmp_path / "large.jpg").get_by_text("exceed the maximum allowed size").first.wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["path", "url"])
+def test_a_request_can_name_no_file_and_no_address(served, tmp_path, how):
+    draw_portrait(1).save(tmp_path / "secret.png")
+    asked = []
+
+    class Witness(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Witness) as witness:
+        threading.Thread(target=witness.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{witness.server_port}/secret.png"
+        place = str(tmp_path / "secret.png") if how == "path" else address
+        data = {"path": place, "url": place, "meta": {"_type": "gradio.FileData"}}
+        api = f"{served[0]}/gradio_api/call/judge"
+        event = requests.post(api, json={"data": [data]}, timeout=30).json()["event_id"]
+        answer = requests.get(f"{api}/{event}", timeout=60).text
+        witness.shutdown()
+    assert "event: error" in answer
+    assert "P(fake)" not in answer
+    assert not asked
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys)
         ("/scene.png", 3),
         ("/wall.webp", None),
     ]
-    assert "1 files of other kinds were passed over" in err
+    assert "Passed over: 1 of other kinds" in err
     assert main(["predict", str(folder / "**" / "*.[jpw]*"), *model]) == 0
     assert read_json(capsys.readouterr().out) == rows
     files = [str(folder / name) for name in ("below/scene.jpg", "scene.png", "wall.webp")]
@@ -192,6 +192,25 @@ def test_the_table_names_an_image_once_and_counts_outcomes(candidate, folder, ca
     assert "no face was found" in out
     assert "1 no face" in out
     assert "fake from 0.5 up" in out
+
+
+def test_names_are_shown_as_they_are(candidate, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "[").mkdir()
+    names = ["[bold]face.png", "[/red].png"]  # rich would take these for markup
+    for name in names:
+        draw_portrait(1).save(tmp_path / name)
+    main(["predict", *(str(tmp_path / name) for name in names), "--model", str(candidate.folder)])
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
+
+
+def test_bytes_beyond_the_limit_are_refused(detector, monkeypatch, tmp_path):
+    monkeypatch.setattr("deepfake_core.predictor.MAX_BYTES", 100)
+    (tmp_path / "large.jpg").write_bytes(jpeg(1))
+    images = [("bytes", jpeg(1)), ("file", tmp_path / "large.jpg")]
+    for judged in Predictor(detector, detect=False).judge(images):
+        assert judged.verdicts[0].error == "may hold 100 bytes at most"
 
 
 def test_the_exit_status_tells_fakes_and_unreadable_images(candidate, folder, capsys):  # noqa: F811
