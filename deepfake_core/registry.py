@@ -4,6 +4,7 @@ MLflow is where `MLFLOW_TRACKING_URI` says, else `sqlite:///mlflow.db` in the cu
 """
 
 import getpass
+import hashlib
 import json
 import logging
 import os
@@ -40,6 +41,7 @@ PRODUCTION = "production"
 PREVIOUS = "previous"
 DETECTOR = "detector"
 NO_VERSION = "none"
+UNKNOWN_COMMIT = "unknown"
 SCORES = "evaluation/scores.csv"
 MOST_METRICS = 1000
 """What MLflow takes in one request."""
@@ -144,7 +146,7 @@ def read_git_commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return UNKNOWN_COMMIT
 
 
 def log_parameters(run_id: str, parameters: Mapping[str, Any]) -> None:
@@ -270,6 +272,24 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
             )
     registered = mlflow.register_model(model.model_uri, model_name, tags=dict(tags))
     return str(registered.version)
+
+
+def fingerprint_training(dataset_version: str, parameters: Mapping[str, Any]) -> str:
+    """Return a hash of what a training follows from: data, parameters, and code; empty if the code is uncommitted."""
+    commit = read_git_commit()
+    if commit == UNKNOWN_COMMIT or commit.endswith("-dirty"):
+        return ""
+    same = json.dumps([dataset_version, commit, dict(parameters)], sort_keys=True, default=str)
+    return hashlib.sha256(same.encode()).hexdigest()[:16]
+
+
+def find_same_training(model_name: str, fingerprint: str) -> ModelVersion | None:
+    """Return the newest version that a training with this fingerprint registered, or None."""
+    if not fingerprint:
+        return None
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{model_name}' and tags.fingerprint = '{fingerprint}'")
+    newest = max((int(version.version) for version in found), default=None)
+    return None if newest is None else read_version(model_name, str(newest))
 
 
 def find_production(model_name: str) -> str | None:

@@ -53,6 +53,7 @@ class RetrainSettings(BaseSettings):
     train_on: str = Field(
         default="", description="Name of the deployment that trains, such as train/gpu. Empty: train here."
     )
+    force: bool = Field(default=False, description="Train even if data, parameters and code are a version's already.")
 
     @classmethod
     def settings_customise_sources(

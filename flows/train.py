@@ -4,7 +4,7 @@ from prefect import flow, runtime
 
 from deepfake_core import registry
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
-from deepfake_core.manifest import open_dataset
+from deepfake_core.manifest import Dataset, open_dataset
 from tasks.model import (
     choose_best,
     discard_trainings,
@@ -16,6 +16,18 @@ from tasks.model import (
     train_candidate,
     write_report,
 )
+
+
+def fingerprint_training(
+    dataset: Dataset, training: TrainingParameters, evaluation: EvaluationParameters, promotion: PromotionParameters
+) -> str:
+    """Return what two trainings have in common only if they would be the same; empty for uncommitted code."""
+    parameters = {
+        "training": training.model_dump(mode="json"),
+        "evaluation": evaluation.model_dump(mode="json"),
+        "promotion": promotion.model_dump(mode="json"),
+    }
+    return registry.fingerprint_training(dataset.version, parameters)
 
 
 @flow(name="train")
@@ -48,7 +60,8 @@ def train(
         best = choose_best(trained)
         result = evaluate(best, published, evaluation, run_id)
         robustness = test_robustness(best, published, result, evaluation)
-        version = register(best, result, published, name)
+        fingerprint = fingerprint_training(published, training, evaluation, promotion)
+        version = register(best, result, published, name, fingerprint)
         verdict = promote(version, best, result, published, promotion)
         write_report(version, trained, best, published, result, robustness, verdict, name)
     discard_trainings(trained)

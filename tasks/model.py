@@ -189,7 +189,7 @@ def test_robustness(
 
 
 @task(name="register", tags=["mlflow"], cache_policy=NO_CACHE)
-def register(best: TrainedCandidate, result: TestResult, dataset: Dataset, model_name: str) -> str:
+def register(best: TrainedCandidate, result: TestResult, dataset: Dataset, model_name: str, fingerprint: str) -> str:
     """Register the best candidate as a new version, if it is served as it was trained; return its number."""
     difference = training.check_parity(best.candidate.folder, result.images)
     registry.log_metrics(best.run_id, {"parity_difference": difference})
@@ -204,6 +204,7 @@ def register(best: TrainedCandidate, result: TestResult, dataset: Dataset, model
             "dataset_version": dataset.version,
             "drawn_images": str(dataset.is_drawn).lower(),
             "flow_run_id": runtime.flow_run.id or "",
+            "fingerprint": fingerprint,
             "test_auc": str(result.evaluation.figures.get("auc", "one class")),
         },
     )

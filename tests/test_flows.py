@@ -52,6 +52,7 @@ def two_zips(tracking):
 
 
 def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
+    monkeypatch.setattr(registry, "read_git_commit", lambda: "c" * 40)  # committed, as on a worker
     with caplog.at_level(logging.INFO, "deepfake_core"):
         dataset, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
     assert version == "1"
@@ -60,7 +61,11 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     assert "160 usable images: 80 copy, 80 kept" in caplog.text
 
     forbid_work(monkeypatch)
-    again, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
+    same = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS, return_state=True)
+    assert same.is_completed()
+    assert same.message == "Nothing changed since version 1 (promoted); `force` trains all the same."
+    assert same.result() == (dataset, "1")
+    again, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS, force=True)
     assert (again, version) == (dataset, "2")
     second = registry.read_version(NAME, "2")
     assert second.tags["compared_with"] == "1"

@@ -151,3 +151,22 @@ def test_an_unreachable_server_is_said_at_once(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     with pytest.raises(ServiceError, match=rf"127.0.0.1:{port}.*correct\s+MLFLOW_TRACKING_URI"):
         registry.connect()
+
+
+@pytest.mark.usefixtures("tracking")
+def test_a_training_is_the_same_if_data_parameters_and_committed_code_are(monkeypatch):
+    client = registry.connect()
+    monkeypatch.setattr(registry, "read_git_commit", lambda: "c" * 40)
+    known = registry.fingerprint_training("d1", {"seed": 1})
+    assert registry.find_same_training(NAME, known) is None
+    client.create_registered_model(NAME)
+    with registry.open_run("cnn") as run_id:
+        pass
+    for fingerprint in (known, known, ""):
+        client.create_model_version(NAME, "file:///nowhere", run_id, tags={"fingerprint": fingerprint})
+    assert registry.find_same_training(NAME, known).version == "2"
+    for data, parameters in (("d2", {"seed": 1}), ("d1", {"seed": 2})):
+        assert registry.find_same_training(NAME, registry.fingerprint_training(data, parameters)) is None
+    for commit in ("e" * 40, "c" * 40 + "-dirty", "unknown"):
+        monkeypatch.setattr(registry, "read_git_commit", lambda commit=commit: commit)
+        assert registry.find_same_training(NAME, registry.fingerprint_training("d1", {"seed": 1})) is None
