@@ -109,20 +109,15 @@ def _find_local(source: Source) -> Archive:
 
 def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> Archive:
     owner, name = source.name.split("/")
-    folder = data_dir / "archives" / owner / name
+    folder = _find_folder(source, data_dir)
     if source.version and (here := _read_download(source, folder, source.version)):
         return here
     with _translate_kaggle_errors(source):
         api = _log_in()
         with api.build_kaggle_client() as kaggle:
-            from kagglesdk.datasets.types.dataset_api_service import (
-                ApiDownloadDatasetRequest,
-                ApiGetDatasetRequest,
-            )
+            from kagglesdk.datasets.types.dataset_api_service import ApiDownloadDatasetRequest
 
-            request = ApiGetDatasetRequest()
-            request.owner_slug, request.dataset_slug = owner, name
-            dataset = kaggle.datasets.dataset_api_client.get_dataset(request)
+            dataset = _describe_dataset(kaggle, source)
             version = source.version or dataset.current_version_number
             if here := _read_download(source, folder, version):
                 return here
@@ -166,6 +161,35 @@ def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> A
     partial.replace(archive.path)
     log.info("%s: version %d is here and verified, %.1f MB", source.name, version, archive.bytes / 1e6)
     return archive
+
+
+def find_new_version(source: Source, data_dir: Path) -> int | None:
+    """Return the version that Kaggle has of a source and this disk has not; None if there is none.
+
+    Only the version is asked for. A local source, or one whose version is fixed, has no news.
+
+    Raises:
+        CredentialsError, SourceError: a person has to act.
+        DownloadError: the network failed.
+    """
+    if source.is_local or source.version:
+        return None
+    with _translate_kaggle_errors(source), _log_in().build_kaggle_client() as kaggle:
+        version = int(_describe_dataset(kaggle, source).current_version_number)
+    return None if _read_download(source, _find_folder(source, data_dir), version) else version
+
+
+def _describe_dataset(kaggle: Any, source: Source) -> Any:
+    from kagglesdk.datasets.types.dataset_api_service import ApiGetDatasetRequest
+
+    request = ApiGetDatasetRequest()
+    request.owner_slug, request.dataset_slug = source.name.split("/")
+    return kaggle.datasets.dataset_api_client.get_dataset(request)
+
+
+def _find_folder(source: Source, data_dir: Path) -> Path:
+    owner, name = source.name.split("/")
+    return data_dir / "archives" / owner / name
 
 
 def _read_download(source: Source, folder: Path, version: int) -> Archive | None:

@@ -37,6 +37,20 @@ def download(source: Source, data_dir: Path) -> Archive:
         return archive.fetch_archive(source, data_dir, on_progress)
 
 
+@task(
+    name="ask for the version",
+    task_run_name="ask for the version of {source.short_name}",
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_condition_fn=retry_transient,
+    tags=["network"],
+    cache_policy=NO_CACHE,
+)
+def find_new_version(source: Source, data_dir: Path) -> int | None:
+    """Return the version that Kaggle has of a source and this disk has not."""
+    return archive.find_new_version(source, data_dir)
+
+
 @task(name="index", task_run_name="index {archive.source.short_name}", tags=["cpu"], cache_policy=NO_CACHE)
 def build_index(archive: Archive, data_dir: Path) -> pd.DataFrame:
     """Describe every file of an archive."""

@@ -39,6 +39,7 @@ def test_the_deployments_and_two_pools_are_there():
     assert pools == {
         "retrain/weekly": "cpu",
         "retrain/manual": "cpu",
+        "check-sources/daily": "cpu",
         "prepare/manual": "cpu",
         "train/gpu": "gpu",
         "promote/manual": "cpu",
@@ -49,7 +50,8 @@ def test_the_deployments_and_two_pools_are_there():
     }
     assert named["retrain", "weekly"]["schedules"][0]["cron"]
     assert named["production.health", "hourly"]["schedules"][0]["cron"]
-    quick = {"promote", "rollback", "production.health"}
+    assert named["check-sources", "daily"]["schedules"][0]["cron"]
+    quick = {"promote", "rollback", "production.health", "check-sources"}
     for (flow, _), deployment in named.items():
         assert flow in quick or deployment["concurrency_limit"]["limit"] == 1
 

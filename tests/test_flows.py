@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.deployments.runner import RunnerDeployment
 
 from deepfake_core import registry, training
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
 from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
 from deepfake_core.manifest import open_dataset
+from flows.check_sources import check_sources
 from flows.command_line import read_settings
 from flows.leave_one_out import leave_one_out
 from flows.prepare import prepare
@@ -301,6 +303,31 @@ def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(trackin
 
     assert prepare(data) == str(dataset.path)
     assert len(kaggle.downloads) == 3
+
+
+def test_news_at_kaggle_start_one_retrain(tracking, kaggle):
+    source = Source(name="owner/faces")
+    kaggle.add(source.name, write_zip(tracking / "faces.zip", faces(10)).read_bytes())
+    data = DataParameters(sources=(source, Source(name=str(tracking / "local.zip"))), data_dir=tracking / "data")
+    RunnerDeployment.from_flow(retrain, "manual").apply()
+
+    def check() -> tuple[dict[str, int], str]:
+        state = check_sources(data, return_state=True)
+        return state.result(), state.message
+
+    found, message = check()
+    assert found == {"owner/faces": 1}
+    with get_client(sync_client=True) as client:
+        (started,) = [run for run in client.read_flow_runs() if run.name in message]
+        assert started.state.is_scheduled()
+        assert started.parameters["data"]["sources"][0]["name"] == "owner/faces"
+        assert check() == (found, message)  # the retrain has not begun yet: no second one
+        assert not kaggle.downloads
+        download(source, data.data_dir)
+        assert check() == ({}, "Nothing new: the versions of 2 sources are on disk.")
+        client.delete_flow_run(started.id)
+    with pytest.raises(ConfigurationError, match="train/nowhere"):
+        check_sources(data, "train/nowhere")
 
 
 def test_what_a_person_must_act_on_is_not_retried(tracking, kaggle):
