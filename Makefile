@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check browser bench bench-data bench-training bench-serving lock deploy
+.PHONY: help demo test check browser bench bench-data bench-training bench-serving lock deploy up down
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,12 @@ deploy: .venv/installed  ## create the work pools and deployments on the Prefect
 	$(BIN)/prefect work-pool create cpu --type process --overwrite
 	$(BIN)/prefect work-pool create gpu --type process --overwrite
 	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
+
+up: .venv/installed  ## start Prefect, MLflow and both workers on loopback, and apply the deployments
+	@$(BIN)/python deployments/stack.py up
+
+down:  ## end what make up started
+	@$(BIN)/python deployments/stack.py down
 
 LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 	--no-header --python-version 3.11 --all-extras pyproject.toml

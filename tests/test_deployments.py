@@ -21,6 +21,7 @@ from prefect.states import Cancelled
 
 from deepfake_core import registry
 from deepfake_core.config import Architecture
+from deployments.stack import control, make_environment
 from tests.conftest import faces, free_port, wait_until, write_zip
 
 ROOT = Path(__file__).parents[1]
@@ -75,55 +76,39 @@ def test_the_form_shows_descriptions_bounds_and_choices():
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Start a Prefect server on loopback with all deployments applied; yield a function that starts a worker."""
-    port = free_port()
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
-        "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    started: list[subprocess.Popen] = []
-
-    def start(*command: str) -> None:
-        log = (tmp_path / f"{'-'.join(command[:4])}.log").open("w")
-        process = subprocess.Popen(
-            ["prefect", *command], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        started.append(process)
-
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", environment["MLFLOW_TRACKING_URI"])
-    monkeypatch.chdir(tmp_path)
+def stack(tmp_path, monkeypatch):
+    """Start the whole stack as `make up` does, and end it as `make down` does; yield supervisord's control."""
+    for name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("STACK", str(tmp_path / "stack"))
+    monkeypatch.setenv("PREFECT_PORT", str(free_port()))
+    monkeypatch.setenv("MLFLOW_PORT", str(free_port()))
+    environment = make_environment()
+    command = [sys.executable, ROOT / "deployments" / "stack.py"]
     try:
-        registry.connect().create_experiment(registry.EXPERIMENT, artifact_location=str(tmp_path / "mlruns"))
-        start("server", "start", "--port", str(port))
-        wait_until(lambda: is_healthy(environment["PREFECT_API_URL"]), 120)
-        make = ["make", "deploy", "--assume-old", ".venv/installed", f"BIN={Path(sys.executable).parent}"]
-        subprocess.run(make, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=180)
+        up = subprocess.run([*command, "up"], capture_output=True, text=True)
+        assert up.returncode == 0, up.stdout + up.stderr
+        assert up.stdout.count("RUNNING") == 4
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment["MLFLOW_TRACKING_URI"])
         with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}):
-            yield lambda pool: start("worker", "start", "--pool", pool)
+            yield lambda *arguments: control(environment, *arguments).stdout
     finally:
-        for process in reversed(started):
-            os.killpg(process.pid, signal.SIGTERM)
-        for process in started:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+        down = subprocess.run([*command, "down"], capture_output=True, text=True)
+    assert "has ended" in down.stdout
+    for port in (environment["PREFECT_PORT"], environment["MLFLOW_PORT"]):
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{port}")
 
 
-def is_healthy(api: str) -> bool:
+def answers(address: str) -> bool:
     try:
-        return httpx.get(f"{api}/health").is_success
+        return httpx.get(address).is_success
     except httpx.TransportError:
         return False
 
 
 @pytest.mark.slow
-def test_retrain_runs_on_two_workers_and_fails_with_its_child(server, tmp_path):
+def test_retrain_runs_on_two_workers_and_fails_with_its_child(stack, tmp_path):
     source = {"name": str(write_zip(tmp_path / "faces.zip", faces(40)))}
     parameters = {
         "data": {"sources": [source], "data_dir": str(tmp_path / "data")},
@@ -148,7 +133,7 @@ def test_retrain_runs_on_two_workers_and_fails_with_its_child(server, tmp_path):
             run = client.read_flow_run(run_id)
         return run if run.state and run.state.is_final() else None
 
-    server("cpu")
+    stack("stop", "worker-gpu")
     first = trigger()
     (child,) = wait_until(lambda: children("train/gpu"), 120)
     with get_client(sync_client=True) as client:
@@ -159,7 +144,12 @@ def test_retrain_runs_on_two_workers_and_fails_with_its_child(server, tmp_path):
     assert "ended as Cancelled" in failed.state.message
     assert registry.list_versions("deepfake-detector") == []
 
-    server("gpu")
+    pid = stack("pid", "mlflow-server").strip()
+    (server,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(server), signal.SIGKILL)  # a part that crashes is started again
+    wait_until(lambda: stack("pid", "mlflow-server").strip() not in (pid, "0"), 60)
+    wait_until(lambda: answers(f"{os.environ['MLFLOW_TRACKING_URI']}/health"), 120)
+    stack("start", "worker-gpu")
     second = trigger()
     completed = wait_until(lambda: ended(second), 240)
     assert completed.state.is_completed(), completed.state
