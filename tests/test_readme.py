@@ -215,6 +215,7 @@ def render_serving_results() -> str:
         ("images_per_second", "scoring"): "scoring alone, images/s",
         ("images_per_second", "predict_no_detect"): "predictor without detection, images/s",
         ("images_per_second", "of_slower"): "of the slower of the two",
+        ("images_per_second", "of_floor"): "of one after the other on the same cores",
         ("images_per_second", "predict"): "predictor with detection, images/s",
     }
     for (part, name), title in titles.items():
