@@ -1,10 +1,12 @@
 """On what, and in which precision, a network is computed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import keras
+import psutil
 
 from deepfake_core.config import Precision
 from deepfake_core.errors import ConfigurationError
@@ -27,6 +29,37 @@ def choose_precision(precision: Precision, model: keras.Model) -> Precision:
 
 def sees_only_cpus() -> bool:
     return all(name.startswith("cpu") for name in keras.distribution.list_devices())
+
+
+def describe_hardware() -> str:
+    """Return what there is to train on, in words: accelerators by model, CPU cores, and memory in GiB."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        details = [tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")]
+        models = [str(one.get("device_name", "GPU")) for one in details]
+    else:
+        import jax
+
+        models = [str(device.device_kind) for device in jax.devices() if device.platform != "cpu"]
+    accelerators = ", ".join(f"{models.count(model)} x {model}" for model in sorted(set(models))) or "no GPU"
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{accelerators}; {os.cpu_count()} CPU cores, {memory:.0f} GiB; {keras.backend.backend()}"
+
+
+def require_gpu(pool: str) -> None:
+    """Refuse a machine that is to train on a GPU and has none, which would train for days.
+
+    Raises:
+        ConfigurationError: if no GPU is seen, unless CUDA_VISIBLE_DEVICES hides all of them on purpose.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if sees_only_cpus() and not hidden:
+        raise ConfigurationError(
+            f"A worker of the pool {pool!r} must see a GPU. Received: {describe_hardware()}. Check the driver "
+            "(`nvidia-smi`), the container's GPU, and that TensorFlow's GPU libraries are installed; or start the "
+            "worker with CUDA_VISIBLE_DEVICES=-1 to train on its CPU on purpose."
+        )
 
 
 def _cpu_computes_bfloat16() -> bool:

@@ -131,6 +131,23 @@ def open_run(name: str, parent: str = "", tags: Mapping[str, str] | None = None)
     client.set_terminated(run_id, "FINISHED")
 
 
+@contextmanager
+def monitor_system(run_id: str) -> Iterator[None]:
+    """Log what the machine does meanwhile, as the run's `system/...` metrics, every ten seconds.
+
+    GPUs too. `MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL` sets another interval.
+    """
+    from mlflow.system_metrics import system_metrics_monitor  # needs psutil, no part of the base install
+
+    logging.getLogger(system_metrics_monitor.__name__).setLevel(logging.WARNING)  # it tells of each start and stop
+    monitor = system_metrics_monitor.SystemMetricsMonitor(run_id)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
 def read_git_commit() -> str:
     """Return the checkout's commit, with `-dirty` if files differ from it; `unknown` outside one."""
     command = [

@@ -33,6 +33,8 @@ def make_environment() -> dict[str, str]:
         "MLFLOW_ARTIFACTS_DESTINATION": str(stack / "artifacts"),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
+    if not has_gpu():
+        defaults["CUDA_VISIBLE_DEVICES"] = "-1"  # tells the gpu worker that it trains on the CPU on purpose
     fixed = {
         "STACK": str(stack),
         "BIN": str(BIN),
@@ -43,6 +45,13 @@ def make_environment() -> dict[str, str]:
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
     }
     return {**defaults, **os.environ, **fixed}
+
+
+def has_gpu() -> bool:
+    try:
+        return subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 def control(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -85,6 +94,8 @@ def up() -> None:
     for worker in ("worker-cpu", "worker-gpu"):
         control(environment, "start", worker)
     print(control(environment, "status").stdout, end="")
+    if environment.get("CUDA_VISIBLE_DEVICES") == "-1":
+        print("\nNo GPU is used: the gpu worker trains on this machine's CPU.")
     print(
         f"\nPrefect: {prefect}\nMLflow: {mlflow}\nLogs and data: {stack}\n"
         f"Here: export PREFECT_API_URL={prefect}/api MLFLOW_TRACKING_URI={mlflow}\nEnd it: make down"

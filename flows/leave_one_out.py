@@ -15,7 +15,7 @@ from deepfake_core.manifest import open_dataset
 from deepfake_core.metrics import Evaluation
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
-from tasks.model import choose_best, discard_trainings, evaluate, log_data, train_candidate
+from tasks.model import choose_best, discard_trainings, evaluate, log_data, state_hardware, train_candidate
 
 
 @flow(name="leave-one-out")
@@ -35,12 +35,13 @@ def leave_one_out(
         By source that was left out: on the test split of the others, and on it.
     """
     registry.connect()
+    hardware = state_hardware()
     dataset = open_dataset(prepare(data))
     manifest = dataset.manifest
     found = {}
     for source in sorted(set(manifest.loc[manifest["kept"], "source"])):
         testing = evaluation.model_copy(update={"holdout_sources": (source,)})
-        with registry.open_run(f"{runtime.flow_run.name} without {source}") as run_id:
+        with registry.open_run(f"{runtime.flow_run.name} without {source}", tags={"hardware": hardware}) as run_id:
             log_data(run_id, dataset, training, testing, PromotionParameters())
             trained = [train_candidate(name, dataset, training, testing, run_id) for name in training.candidates]
             result = evaluate(choose_best(trained), dataset, testing, run_id)

@@ -12,6 +12,7 @@ from tasks.model import (
     log_data,
     promote,
     register,
+    state_hardware,
     test_robustness,
     train_candidate,
     write_report,
@@ -48,9 +49,14 @@ def train(
     Returns:
         The number of the registered version.
     """
+    hardware = state_hardware()
     published = open_dataset(dataset)
     name = promotion.model_name
-    tags = {"prefect.flow_run_id": runtime.flow_run.id, "drawn_images": str(published.is_drawn).lower()}
+    tags = {
+        "prefect.flow_run_id": runtime.flow_run.id,
+        "drawn_images": str(published.is_drawn).lower(),
+        "hardware": hardware,
+    }
     with registry.open_run(runtime.flow_run.name, tags=tags) as run_id:
         log_data(run_id, published, training, evaluation, promotion)
         trained = [

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from prefect import runtime, task
+from prefect import get_run_logger, runtime, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.context import get_run_context
 
-from deepfake_core import batches, calibration, evaluation, model_report, plots, registry, training
+from deepfake_core import batches, calibration, devices, evaluation, model_report, plots, registry, training
 from deepfake_core.config import (
     CLASS_NAMES,
     Architecture,
@@ -39,6 +40,7 @@ from deepfake_core.promotion import (
 from tasks.data import retry_transient
 from tasks.progress import report_progress
 
+GPU_POOL = "gpu"
 PROBE_IMAGES = 16
 MOST_COMPARISONS = 5
 """How often production may move while a challenger is compared with it, before the task fails and is tried again."""
@@ -61,6 +63,16 @@ class Verdict:
     comparison: Comparison | None
     production: str | None
     cost: Cost
+
+
+def state_hardware() -> str:
+    """Say in the flow run's log what there is to train on; refuse a worker of the GPU pool without a GPU."""
+    hardware = devices.describe_hardware()
+    get_run_logger().info("hardware: %s", hardware)
+    pool = get_run_context().flow_run.work_pool_name  # type: ignore[union-attr] # called in a flow
+    if pool == GPU_POOL:
+        devices.require_gpu(pool)
+    return hardware
 
 
 @task(name="log data", cache_policy=NO_CACHE)
@@ -106,6 +118,7 @@ def train_candidate(
         )
     with (
         registry.open_run(architecture, parent_run) as run_id,
+        registry.monitor_system(run_id),
         report_progress(f"train {architecture}") as on_progress,
     ):
         settings = {**recipe.model_dump(), "seed": parameters.seed, "devices": parameters.devices}

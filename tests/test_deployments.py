@@ -22,6 +22,7 @@ from prefect.states import Cancelled
 from deepfake_core import registry
 from deepfake_core.config import Architecture
 from deployments.stack import control, make_environment
+from tasks.model import GPU_POOL
 from tests.conftest import faces, free_port, wait_until, write_zip
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,7 @@ def test_the_deployments_and_two_pools_are_there():
         "leave-one-out/manual": "gpu",
         "score/manual": "cpu",
     }
+    assert pools["train/gpu"] == GPU_POOL
     assert named["retrain", "weekly"]["schedules"][0]["cron"]
     assert named["production.health", "hourly"]["schedules"][0]["cron"]
     assert named["check-sources", "daily"]["schedules"][0]["cron"]

@@ -11,7 +11,7 @@ import pytest
 
 from deepfake_core import devices
 from deepfake_core.detector import Detector
-from deepfake_core.devices import choose_precision
+from deepfake_core.devices import choose_precision, describe_hardware, require_gpu
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
 from tests.test_training import stripes
@@ -107,3 +107,13 @@ def test_jax_trains_too_and_on_two_devices_as_on_one(tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
     scores = Detector(tmp_path / "one" / "detector").score(stripes(40, 2).pixels)  # exported by way of TensorFlow
     assert ((scores >= 0.5) == stripes(40, 2).labels).mean() > 0.9
+
+
+@pytest.mark.skipif(not devices.sees_only_cpus(), reason="a GPU is here")
+def test_a_machine_without_gpu_says_so_and_trains_for_a_gpu_pool_only_on_purpose(monkeypatch):
+    assert describe_hardware().startswith(f"no GPU; {os.cpu_count()} CPU cores, ")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ConfigurationError, match=r"'gpu' must see a GPU. Received: no GPU;.*CUDA_VISIBLE_DEVICES=-1"):
+        require_gpu("gpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    require_gpu("gpu")

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
+from prefect.flow_engine import run_flow
 
 from deepfake_core import registry, training
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
+from deepfake_core.devices import describe_hardware, sees_only_cpus
 from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
 from deepfake_core.manifest import open_dataset
 from flows.check_sources import check_sources
@@ -21,6 +24,7 @@ from flows.command_line import read_settings
 from flows.leave_one_out import leave_one_out
 from flows.prepare import prepare
 from flows.retrain import retrain
+from flows.train import train
 from tasks import model as model_tasks
 from tasks.data import download
 from tests.conftest import SHARED, faces, free_port, hold_data, jpeg, needs_shared, recode, write_zip
@@ -55,6 +59,7 @@ def two_zips(tracking):
 
 def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
     monkeypatch.setattr(registry, "read_git_commit", lambda: "c" * 40)  # committed, as on a worker
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with caplog.at_level(logging.INFO, "deepfake_core"):
         dataset, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
     assert version == "1"
@@ -113,6 +118,7 @@ def check_run(run_id: str) -> dict:
     assert {f"evaluation/{name}.csv" for name in ("figures", "scores", "robustness", "cross_sources")} <= artifacts
     for name in ("test/auc_low", "test/auc_high", "test/ece", "file_facts/auc", "latency_ms", "size_mb"):
         assert name in run.data.metrics
+    assert 0 < run.data.metrics["system/system_memory_usage_percentage"] <= 100
     assert float(run.data.params["temperature"]) > 0
     (version,) = client.search_model_versions(f"run_id='{run_id}'")
     assert "test images**, with 95 % intervals" in version.description
@@ -129,6 +135,7 @@ def check_run(run_id: str) -> dict:
         "figures/classes_train.png",
         "figures/training_batch.png",
     }
+    assert parent.data.tags["hardware"] == describe_hardware()
     assert parent.data.params["training.seed"] == "0"
     assert parent.data.params["data.test_fraction"] == "0.15"
     assert "@" in parent.data.params["data.sources"]
@@ -343,6 +350,17 @@ def test_mlflow_and_deployments_are_checked_before_any_work(tracking, two_zips, 
     with pytest.raises(ServiceError, match="must answer at the tracking URI"):
         retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS)
     assert not (tracking / "data").exists()
+
+
+@pytest.mark.skipif(not sees_only_cpus(), reason="a GPU is here")
+def test_a_gpu_pool_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with get_client(sync_client=True) as client:
+        client.create_work_pool(WorkPoolCreate(name=model_tasks.GPU_POOL, type="process"), overwrite=True)
+        deployment = RunnerDeployment.from_flow(train, "gpu", work_pool_name=model_tasks.GPU_POOL).apply()
+        started = client.create_flow_run_from_deployment(deployment, parameters={"dataset": "nowhere"})
+        with pytest.raises(ConfigurationError, match=r"'gpu' must see a GPU\. Received: no GPU"):
+            run_flow(train, flow_run=client.read_flow_run(started.id), parameters={"dataset": "nowhere"})
 
 
 def test_two_retrains_do_not_share_a_data_folder(tracking, two_zips):
