@@ -171,7 +171,7 @@ def print_next_steps(dataset: Dataset, version: registry.ModelVersion) -> None:
         "runs, figures and versions in a browser": f".venv/bin/mlflow ui --backend-store-uri {tracking}",
         "why each version was promoted or not": ".venv/bin/deepfake versions",
         "the production model's verdict on an image": f".venv/bin/deepfake predict {os.path.relpath(image)}",
-        "flow runs and forms in a browser (then `make deploy`)": ".venv/bin/prefect server start",
+        "schedules, forms and workers: the whole stack on this machine, in a browser": "make up",
     }
     print("\nTo look further:")
     for purpose, command in commands.items():
