@@ -49,10 +49,11 @@ bench-serving: .venv/installed  ## measure face detection and how fast predict a
 lock: .venv/installed  ## write requirements.lock anew from pyproject.toml
 	$(LOCK) --output-file requirements.lock
 
-deploy: .venv/installed  ## create the work pools and deployments on the Prefect server at PREFECT_API_URL
+deploy: .venv/installed  ## create work pools, deployments and alerts on the Prefect server at PREFECT_API_URL
 	$(BIN)/prefect work-pool create cpu --type process --overwrite
 	$(BIN)/prefect work-pool create gpu --type process --overwrite
 	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
+	$(BIN)/python deployments/alerts.py
 
 up: .venv/installed  ## start Prefect, MLflow and both workers on loopback, and apply the deployments
 	@$(BIN)/python deployments/stack.py up

@@ -466,6 +466,20 @@ def read_text(run_id: str, artifact: str) -> str | None:
             return None
 
 
+def find_pages(version: ModelVersion) -> dict[str, str]:
+    """Return the addresses of MLflow's pages about a version, by what they show; none if no server is tracking."""
+    uri = (os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI).rstrip("/")
+    if not uri.startswith(("http://", "https://")):
+        return {}
+    experiment = mlflow.MlflowClient().get_run(version.run_id).info.experiment_id
+    run = f"{uri}/#/experiments/{experiment}/runs/{version.run_id}"
+    return {
+        "version": f"{uri}/#/models/{version.name}/versions/{version.version}",
+        "figures and curves": run,
+        "report": f"{run}/artifacts/report.html",
+    }
+
+
 def find_local_artifact(run_id: str, artifact: str) -> Path | None:
     """Return where an artifact lies on this machine; None if it is elsewhere, or not there."""
     uri = f"{mlflow.MlflowClient().get_run(run_id).info.artifact_uri}/{artifact}"

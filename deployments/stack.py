@@ -91,6 +91,7 @@ def up() -> None:
     done = subprocess.run(deploy, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"The deployments must be applied. Received:\n{done.stdout}{done.stderr}")
+    print(done.stdout.splitlines()[-1])  # who is told of failures
     for worker in ("worker-cpu", "worker-gpu"):
         control(environment, "start", worker)
     print(control(environment, "status").stdout, end="")

@@ -5,6 +5,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from deepfake_core import registry
 from deepfake_core.errors import ModelError
+from tasks.announcement import announce
 
 MOST_DRIFT = 0.001
 
@@ -24,7 +25,9 @@ def promote(version: int, reason: str, force: bool = False, model_name: str = re
     """
     registry.connect()
     former = registry.promote_by_hand(model_name, str(version), reason, force)
-    return _report(f"Version {version} of {model_name} is in production instead of {former or 'none'}: {reason}")
+    done = f"Version {version} of {model_name} is in production instead of {former or 'none'}: {reason}"
+    announce("promoted", model_name, str(version), done)
+    return _report(done)
 
 
 @flow(name="rollback")
@@ -40,7 +43,9 @@ def roll_back(reason: str, model_name: str = registry.DEFAULT_MODEL) -> str:
     """
     registry.connect()
     restored, former = registry.roll_back(model_name, reason)
-    return _report(f"Version {restored} of {model_name} is back in production instead of {former}: {reason}")
+    done = f"Version {restored} of {model_name} is back in production instead of {former}: {reason}"
+    announce("rolled-back", model_name, restored, done)
+    return _report(done)
 
 
 @flow(name="production.health")

@@ -13,6 +13,7 @@ from deepfake_core.manifest import lock_folder, open_dataset
 from flows.command_line import check_prefect, print_next_steps, print_outcome, read_settings
 from flows.prepare import prepare
 from flows.train import fingerprint_training, train
+from tasks.model import report_outcome
 from tasks.remote import check_deployment, run_remotely
 
 
@@ -56,6 +57,7 @@ def retrain(
             version = registry.find_version(promotion.model_name, run)
         else:
             version = train(dataset, training, evaluation, promotion)
+        report_outcome(open_dataset(dataset), promotion.model_name, version)
     return dataset, version
 
 

@@ -16,6 +16,7 @@ from prefect.context import get_run_context
 from deepfake_core import batches, calibration, devices, evaluation, model_report, plots, registry, training
 from deepfake_core.config import (
     CLASS_NAMES,
+    SPLITS,
     Architecture,
     EvaluationParameters,
     PromotionParameters,
@@ -37,6 +38,7 @@ from deepfake_core.promotion import (
     decide_promotion,
     measure_cost,
 )
+from tasks.announcement import announce
 from tasks.data import retry_transient
 from tasks.progress import report_progress
 
@@ -251,9 +253,11 @@ def promote(
     if comparison:
         figures["probability_better"] = comparison.probability
     registry.log_metrics(best.run_id, figures)
+    text = decision.describe(name, version, current)
+    announce("promoted" if decision.promoted else "not-promoted", name, version, text)
     headline = "\n".join(f"- {title}: {result.evaluation.figures[key]}" for key, title in model_report.HEADLINE.items())
     create_markdown_artifact(
-        f"{decision.describe(name, version, current)}\nOn {len(result.images)} test images:\n\n{headline}\n",
+        f"{text}\nOn {len(result.images)} test images:\n\n{headline}\n",
         key="promotion",
         description=f"{name} version {version}",
     )
@@ -344,6 +348,30 @@ def write_report(
     registry.log_text(best.run_id, page, "report.html")
     card = model_report.write_model_card(facts, dataset, result, verdict.decision, robustness)
     registry.describe_version(model_name, version, card)
+
+
+def report_outcome(dataset: Dataset, name: str, number: str) -> None:
+    """Say in the flow run's artifacts what came out of a retrain, and where to look further."""
+    version = registry.read_version(name, number)
+    figures = "\n".join(
+        "| {} | {:.3f} ({:.3f} to {:.3f}) |".format(
+            title, *(version.metrics[f"test/{key}{end}"] for end in ("", "_low", "_high"))
+        )
+        for key, title in model_report.HEADLINE.items()
+        if f"test/{key}" in version.metrics
+    )
+    reasons = "\n".join(f"- {reason}" for reason in version.tags["reasons"].split("; "))
+    images = ", ".join(f"{split} {len(dataset.split(split)):,}" for split in SPLITS)
+    pages = " · ".join(f"[{title}]({address})" for title, address in registry.find_pages(version).items())
+    drawn = "\n**The images are drawn: the figures say nothing about real faces.**\n" if dataset.is_drawn else ""
+    create_markdown_artifact(
+        f"## {name} version {number}: {version.tags['decision']}\n\n{reasons}\n{drawn}\n"
+        f"| on the test split | 95 % interval |\n| --- | --- |\n{figures}\n\n"
+        f"Data set {dataset.version}: {images} images of {dataset.description['counts']['files']:,} files found.\n\n"
+        f"{f'In MLflow: {pages}' if pages else ''}\n",
+        key="retrain",
+        description=f"{name} version {number}",
+    )
 
 
 def _explain(folder: Path, result: TestResult) -> dict[str, plots.Figure]:

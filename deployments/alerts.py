@@ -1,0 +1,137 @@
+"""Who is told when a run fails or production changes: automations on the Prefect server at PREFECT_API_URL.
+
+    python deployments/alerts.py
+
+`make deploy` runs it. What is called is the block named deepfake-alerts, of any type that notifies: a webhook, Slack,
+Teams, mail and so on. docs/operations.md says what each alert means.
+"""
+
+from datetime import timedelta
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import BlockDocument, StateType
+from prefect.events.actions import ActionTypes, CallWebhook, ChangeFlowRunState, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+BLOCK = "deepfake-alerts"
+OURS = {"prefect.resource.id": "prefect.tag.deepfake", "prefect.resource.role": "tag"}
+"""All deployments of prefect.yaml have this tag."""
+
+LATE = timedelta(minutes=10)
+SILENT = timedelta(minutes=10)
+"""Three heartbeats of a flow run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY is 180 s), and some."""
+
+ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+RUN = "{{ flow.name }} run {{ flow_run.name }}"
+PAGE = "Its page: {{ flow_run|ui_url }}"
+
+
+def find_block(client: SyncPrefectClient) -> BlockDocument | None:
+    return next((block for block in client.read_block_documents(include_secrets=False) if block.name == BLOCK), None)
+
+
+def notify(block: BlockDocument, subject: str, body: str) -> ActionTypes:
+    """Return the action that sends a text; both parts are Prefect's templates."""
+    if block.block_type and block.block_type.slug == "webhook":
+        text = f"{{% set text %}}{subject}\n{body}{{% endset %}}"
+        return CallWebhook(block_document_id=block.id, payload=f'{text}{{"text": {{{{ text | tojson }}}}}}')
+    return SendNotification(block_document_id=block.id, subject=subject, body=body)
+
+
+def make_automations(block: BlockDocument | None, late: timedelta = LATE) -> list[AutomationCore]:
+    """Return the automations; without a block, only the one that tells nobody."""
+    silent = AutomationCore(
+        name="deepfake: a run that fell silent is crashed",
+        description="Its process or machine is gone. Crashed, it gives way to the next run.",
+        trigger=EventTrigger(
+            match_related=OURS,
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *ENDED},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            within=SILENT,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message="It fell silent: its process or machine is gone. Check the worker and run it again; a "
+                "training goes on from its last finished epoch.",
+            )
+        ],
+    )
+    if block is None:
+        return [silent]
+    failed = AutomationCore(
+        name="deepfake: a run failed",
+        trigger=EventTrigger(
+            match_related=OURS,
+            expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
+            for_each={"prefect.resource.id"},
+        ),
+        actions=[
+            notify(
+                block,
+                f"{RUN}: {{{{ flow_run.state.name }}}}",
+                "{{ flow_run.state.message }}\nIf this doesn't say what to do, the log does. Then run it again: "
+                f"nothing is left half done, and what is finished is not repeated. {PAGE}",
+            )
+        ],
+    )
+    waiting = AutomationCore(
+        name="deepfake: a run is late",
+        trigger=EventTrigger(
+            match_related=OURS,
+            after={"prefect.flow-run.Late"},
+            expect={"prefect.flow-run.Pending", "prefect.flow-run.Running", *ENDED},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            within=late,
+        ),
+        actions=[
+            notify(
+                block,
+                f"{RUN}: late",
+                f"No worker has taken it for {late.total_seconds() / 60:g} minutes. See whether a worker of its pool "
+                f"runs (Work Pools in Prefect; `make up` starts those of this machine). {PAGE}",
+            )
+        ],
+    )
+    decided = AutomationCore(
+        name="deepfake: a version was promoted, refused or rolled back",
+        trigger=EventTrigger(expect={"deepfake.version.*"}, for_each={"prefect.resource.id"}),
+        actions=[
+            notify(
+                block,
+                "{{ event.payload.model }} version {{ event.payload.version }}",
+                "{{ event.payload.text }}",
+            )
+        ],
+    )
+    return [silent, failed, waiting, decided]
+
+
+def apply(client: SyncPrefectClient, automations: list[AutomationCore]) -> None:
+    """Create the automations, or replace those of the same name."""
+    for automation in automations:
+        existing = client.read_automations_by_name(automation.name)
+        if existing:
+            client.update_automation(existing[0].id, automation)
+        else:
+            client.create_automation(automation)
+
+
+def main() -> None:
+    with get_client(sync_client=True) as client:
+        block = find_block(client)
+        apply(client, make_automations(block))
+        if block:
+            print(f"Failures, late runs and promotions go to the block {BLOCK}.")
+        else:
+            print(
+                f"Nobody is told of failures: no block is named {BLOCK}. Create one in Prefect ({client.api_url.host}: "
+                "Blocks, such as Slack Webhook or Webhook), then run `make deploy` again."
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Events about the production model, which automations listen to (deployments/alerts.py)."""
+
+from typing import Literal
+
+from prefect.events import emit_event
+
+Outcome = Literal["promoted", "not-promoted", "rolled-back"]
+
+
+def announce(outcome: Outcome, model: str, version: str, text: str) -> None:
+    """Emit `deepfake.version.<outcome>`; the text says what was decided and why."""
+    emit_event(
+        f"deepfake.version.{outcome}",
+        resource={"prefect.resource.id": f"deepfake.version.{model}.{version}", "prefect.resource.name": model},
+        payload={"model": model, "version": version, "text": text},
+    )
