@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check browser bench bench-data bench-training bench-serving lock deploy up down
+.PHONY: help demo test check browser pictures bench bench-data bench-training bench-serving lock deploy up down
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,9 @@ check: .venv/installed  ## check format, lint, types, import rules, and that the
 
 browser:  ## install Debian's chromium, in which the page is tested; without it that test is skipped
 	command -v chromium || (apt-get update -q && apt-get install -qy --no-install-recommends chromium)
+
+pictures: .venv/installed browser  ## take the pictures of Prefect's and MLflow's pages anew, by the test in a browser
+	PICTURES=docs/pictures $(BIN)/python -m pytest -n 0 tests/test_stack.py
 
 bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder of the three zips
 	$(BIN)/python benchmarks/retrain.py $(ARCHIVES)

@@ -4,8 +4,10 @@
 
 ARCHIVES holds the three zips. Every candidate trains on the same split by its own recipe; the checkpoint is chosen on
 val, and the figures are the test split's, at threshold 0.5. `cnn` is trained in float32 and in bfloat16, to show that
-precision costs no AUC. Results go into benchmarks/results/candidates.json after each training; what is there already
-for the same data set and recipe is not trained again, so a run that was stopped goes on.
+precision costs no AUC. `auc_lost` is what changes of the test images cost (deepfake_core/robustness.py); of the 140k
+images, whose traces of a generator they take away, also with forensic augmentation: a share of training images is
+recompressed, blurred and scaled. Results go into benchmarks/results/candidates.json after each training; what is there
+already for the same data set and recipe is not trained again, so a run that was stopped goes on.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from matplotlib.figure import Figure
 
 from deepfake_core.config import Architecture, DataParameters, Recipe
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation import load_seen
+from deepfake_core.evaluation import evaluate_on_test, load_seen, measure_robustness
 from deepfake_core.files import write_json
 from deepfake_core.manifest import Dataset, open_dataset
 from deepfake_core.metrics import Evaluation, evaluate_detector
@@ -34,12 +36,15 @@ from flows.prepare import prepare
 RESULTS = Path(__file__).parent / "results"
 
 
+FORENSIC_SHARE = 0.3
+"""Of training images that are recompressed, of those blurred, and of those scaled."""
+
 FACES_140K, CIPLAB = "140k-real-and-fake-faces", "real-and-fake-face-detection"
 
 
 def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
     """Name what is trained: each candidate by its recipe, `cnn` in both precisions, and the pretrained one on each
-    source alone, ciplab's larger images at a larger input too. The last is the sources that are left out."""
+    source alone: 140k with forensic augmentation too, ciplab at a larger input. The last is the sources left out."""
     variants: dict[str, tuple[Architecture, Recipe, tuple[str, ...]]] = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE
@@ -51,6 +56,9 @@ def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
             variants[name] = architecture, recipe.model_copy(update={"precision": precision}), ()
     recipe = CANDIDATES["efficientnet_lite0"].RECIPE
     variants["efficientnet_lite0, 140k alone"] = "efficientnet_lite0", recipe, (CIPLAB,)
+    forensic = recipe.augmentation.model_copy(update=dict.fromkeys(("recompression", "blur", "resize"), FORENSIC_SHARE))
+    changed = recipe.model_copy(update={"augmentation": forensic})
+    variants["efficientnet_lite0, 140k alone, forensic augmentation"] = "efficientnet_lite0", changed, (CIPLAB,)
     large = recipe.model_copy(update={"image_size": 448})
     variants["efficientnet_lite0, ciplab alone, 448 pixels"] = "efficientnet_lite0", large, (FACES_140K,)
     return variants
@@ -59,13 +67,15 @@ def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
 def measure(
     dataset: Dataset, architecture: Architecture, recipe: Recipe, left_out: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    train, val, test = (load_seen(dataset, split, recipe.image_size, left_out) for split in ("train", "val", "test"))
+    train, val = (load_seen(dataset, split, recipe.image_size, left_out) for split in ("train", "val"))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         candidate = train_candidate(architecture, train, val, recipe, Path(folder), seed)
         seconds = time.perf_counter() - start
         detector = Detector(candidate.folder)
-        results = {split: evaluate_detector(detector, images)[0] for split, images in (("val", val), ("test", test))}
+        validation, _ = evaluate_detector(detector, val)
+        test = evaluate_on_test(candidate.folder, dataset, left_out)
+        changed = measure_robustness(candidate.folder, dataset, test, len(test.images))
     epochs = candidate.history["seconds"].iloc[1:] if len(candidate.history) > 1 else candidate.history["seconds"]
     return {
         "trained_in": detector.description["trained_in"],
@@ -73,7 +83,9 @@ def measure(
         "epochs": len(candidate.history),
         "best_epoch": candidate.best_epoch,
         "images_per_second": len(train) / float(epochs.median()),
-        **{split: describe(evaluation) for split, evaluation in results.items()},
+        "auc_lost": changed.groupby("change", sort=False)["auc_lost"].max().to_dict(),
+        "val": describe(validation),
+        "test": describe(test.evaluation),
     }
 
 

@@ -36,7 +36,8 @@ MAX_EXPANSION = 100
 
 CREDENTIALS_HELP = (
     "Create a token at https://www.kaggle.com/settings (API, Create New Token) and set KAGGLE_API_TOKEN, "
-    "or KAGGLE_USERNAME and KAGGLE_KEY, or save it as ~/.kaggle/kaggle.json. "
+    "or KAGGLE_USERNAME and KAGGLE_KEY, or save it as ~/.kaggle/kaggle.json, or as Prefect's Secret block "
+    "kaggle-api-token. "
     "`make demo` and local zips or folders need no credentials."
 )
 

@@ -133,7 +133,7 @@ def open_run(name: str, parent: str = "", tags: Mapping[str, str] | None = None)
 
 @contextmanager
 def monitor_system(run_id: str) -> Iterator[None]:
-    """Log what the machine does meanwhile, as the run's `system/...` metrics, every ten seconds.
+    """Log what the machine does meanwhile, as the run's `system/...` metrics, every ten seconds and at the end.
 
     GPUs too. `MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL` sets another interval.
     """
@@ -146,6 +146,9 @@ def monitor_system(run_id: str) -> Iterator[None]:
         yield
     finally:
         monitor.finish()
+        monitor.collect_metrics()  # it drops what it has not logged, which is all of a run shorter than its interval
+        monitor.publish_metrics(monitor.aggregate_metrics())
+        monitor.mlflow_logger.flush()
 
 
 def read_git_commit() -> str:

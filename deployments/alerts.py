@@ -38,7 +38,9 @@ def notify(block: BlockDocument, subject: str, body: str) -> ActionTypes:
     return SendNotification(block_document_id=block.id, subject=subject, body=body)
 
 
-def make_automations(block: BlockDocument | None, late: timedelta = LATE) -> list[AutomationCore]:
+def make_automations(
+    block: BlockDocument | None, late: timedelta = LATE, silent_for: timedelta = SILENT
+) -> list[AutomationCore]:
     """Return the automations; without a block, only the one that tells nobody."""
     silent = AutomationCore(
         name="deepfake: a run that fell silent is crashed",
@@ -49,7 +51,7 @@ def make_automations(block: BlockDocument | None, late: timedelta = LATE) -> lis
             expect={"prefect.flow-run.heartbeat", *ENDED},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
-            within=SILENT,
+            within=silent_for,
         ),
         actions=[
             ChangeFlowRunState(
@@ -67,6 +69,7 @@ def make_automations(block: BlockDocument | None, late: timedelta = LATE) -> lis
             match_related=OURS,
             expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
             for_each={"prefect.resource.id"},
+            posture=Posture.Reactive,  # a default, which the client leaves out when it updates, and the server misses
         ),
         actions=[
             notify(
@@ -82,7 +85,7 @@ def make_automations(block: BlockDocument | None, late: timedelta = LATE) -> lis
         trigger=EventTrigger(
             match_related=OURS,
             after={"prefect.flow-run.Late"},
-            expect={"prefect.flow-run.Pending", "prefect.flow-run.Running", *ENDED},
+            expect={f"prefect.flow-run.{state}" for state in ("Pending", "Running", "AwaitingConcurrencySlot")} | ENDED,
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             within=late,
@@ -98,7 +101,7 @@ def make_automations(block: BlockDocument | None, late: timedelta = LATE) -> lis
     )
     decided = AutomationCore(
         name="deepfake: a version was promoted, refused or rolled back",
-        trigger=EventTrigger(expect={"deepfake.version.*"}, for_each={"prefect.resource.id"}),
+        trigger=EventTrigger(expect={"deepfake.version.*"}, for_each={"prefect.resource.id"}, posture=Posture.Reactive),
         actions=[
             notify(
                 block,

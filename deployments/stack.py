@@ -32,6 +32,7 @@ def make_environment() -> dict[str, str]:
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{stack}/mlflow.db",
         "MLFLOW_ARTIFACTS_DESTINATION": str(stack / "artifacts"),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     if not has_gpu():
         defaults["CUDA_VISIBLE_DEVICES"] = "-1"  # tells the gpu worker that it trains on the CPU on purpose

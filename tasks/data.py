@@ -1,11 +1,13 @@
 """The stages from Kaggle to split folders."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from prefect import State, Task, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import TaskRun
 
@@ -16,10 +18,24 @@ from deepfake_core.errors import TransientError
 from deepfake_core.manifest import Dataset
 from tasks.progress import report_progress
 
+KAGGLE_BLOCK = "kaggle-api-token"
+"""Name of the Secret block in Prefect that holds Kaggle's token, where no variable does."""
+
 
 def retry_transient(task: Task, task_run: TaskRun, state: State) -> bool:  # noqa: ARG001 - Prefect's signature
     """Retry what can heal, such as a network; a person has to act on anything else."""
     return isinstance(state.result(raise_on_failure=False), TransientError)
+
+
+def use_kaggle_token(source: Source) -> None:
+    """Take Kaggle's token from its Secret block, unless the usual variables hold credentials."""
+    if source.is_local or os.environ.keys() & {"KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"}:
+        return
+    try:
+        secret = Secret.load(KAGGLE_BLOCK)
+    except ValueError:  # there is none; the client may find its files
+        return
+    os.environ["KAGGLE_API_TOKEN"] = str(secret.get())
 
 
 @task(
@@ -33,6 +49,7 @@ def retry_transient(task: Task, task_run: TaskRun, state: State) -> bool:  # noq
 )
 def download(source: Source, data_dir: Path) -> Archive:
     """Bring a source's archive to this disk, verified."""
+    use_kaggle_token(source)
     with report_progress(f"download {source.short_name}") as on_progress:
         return archive.fetch_archive(source, data_dir, on_progress)
 
@@ -48,6 +65,7 @@ def download(source: Source, data_dir: Path) -> Archive:
 )
 def find_new_version(source: Source, data_dir: Path) -> int | None:
     """Return the version that Kaggle has of a source and this disk has not."""
+    use_kaggle_token(source)
     return archive.find_new_version(source, data_dir)
 
 

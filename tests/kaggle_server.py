@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Self
 
 import trustme
+
+from deepfake_core.config import KAGGLE_SOURCES
+from tests.conftest import write_zip
 
 API, STORAGE = "api.kaggle.com", "storage.googleapis.com"
 CHUNK = 1 << 16
@@ -77,6 +81,21 @@ class KaggleServer:
             content = path
         known = self.datasets.get(slug, Dataset())
         self.datasets[slug] = Dataset(licence, private, {**known.versions, version: content})
+
+    def add_the_three(self, images: Mapping[str, bytes], others: Mapping[str, bytes]) -> None:
+        """Add the three data sets, laid out as Kaggle serves them: one picture three times, and the 140k set's.
+
+        Args:
+            images, others: bytes by name, such as real/1.jpg, of the first two and of the last.
+        """
+        places = ("real_and_fake_face", "real_and_fake_face_detection/real_and_fake_face")
+        twice = {f"{place}/training_{name}": data for place in places for name, data in images.items()}
+        portraits = {f"real_vs_fake/real-vs-fake/train/{name}": data for name, data in others.items()}
+        rows = [f"{i},p,i,{int('/real/' in name)},s,{name[26:]}" for i, name in enumerate(portraits)]
+        portraits["train.csv"] = "\n".join([",original_path,id,label,label_str,path", *rows]).encode()
+        for source, content in zip(KAGGLE_SOURCES, (twice, images, portraits), strict=True):
+            path = write_zip(self.folder / "archives" / f"{source.short_name}.zip", content)
+            self.add(source.name, path)
 
     @property
     def accepted(self) -> tuple[str, str]:

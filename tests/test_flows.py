@@ -287,18 +287,7 @@ def kaggle(tmp_path, monkeypatch):
 
 
 def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(tracking, kaggle, caplog):
-    members = faces(30)
-    photographs = {
-        f"{top}/training_{name}": data
-        for top in ("real_and_fake_face", "real_and_fake_face_detection/real_and_fake_face")
-        for name, data in members.items()
-    }
-    portraits = {f"real_vs_fake/real-vs-fake/train/{name}": data for name, data in faces(30, start=100).items()}
-    rows = [f"{i},p,i,{int('/real/' in name)},s,{name[26:]}" for i, name in enumerate(portraits)]
-    portraits["train.csv"] = "\n".join([",original_path,id,label,label_str,path", *rows]).encode()
-    contents = (photographs, members, portraits)
-    for source, content in zip(DataParameters().sources, contents, strict=True):
-        kaggle.add(source.name, write_zip(tracking / "zips" / f"{source.short_name}.zip", content).read_bytes())
+    kaggle.add_the_three(faces(30), faces(30, start=100))
     kaggle.statuses = [503]
     data = DataParameters(data_dir=tracking / "data")
     with caplog.at_level(logging.INFO, "deepfake_core"):

@@ -1,0 +1,293 @@
+"""What `make up` starts, in use: two workers, alerts, Prefect's and MLflow's pages in a browser, and no secret left."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import mlflow
+import pytest
+from prefect.blocks.system import Secret
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import FlowRun
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.events import emit_event
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Running
+
+from deepfake_core import registry
+from deployments import alerts
+from deployments.stack import control, make_environment
+from tasks.data import KAGGLE_BLOCK
+from tests.conftest import faces, free_port, wait_until
+from tests.kaggle_server import HIDDEN, KaggleServer
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+NAME = registry.DEFAULT_MODEL
+TOKEN = "KGAT_5e1f0c3a9b7d"
+PICTURES = os.environ.get("PICTURES")
+"""Folder for the README's pictures; `make pictures` sets it."""
+
+
+@dataclass
+class Stack:
+    """What `make up` started, and what its alerts told."""
+
+    folder: Path
+    prefect: str
+    mlflow: str
+    control: Callable[..., str]
+    told: list[str] = field(default_factory=list)
+
+    def was_told(self, *words: str) -> bool:
+        return any(all(word in text for word in words) for text in self.told)
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Start the whole stack as `make up` does, beside a Kaggle on loopback, and end it as `make down` does.
+
+    `retrain/manual` has small parameters, Kaggle's token is in a Secret block, and alerts go to a receiver here.
+    """
+    folder = tmp_path_factory.mktemp("stack")
+    (folder / "kaggle").mkdir()
+    with pytest.MonkeyPatch.context() as patch, KaggleServer(folder / "kaggle", token=TOKEN) as kaggle:
+        for name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_")) or name in HIDDEN]:
+            patch.delenv(name)
+        for name, value in kaggle.environment.items():
+            patch.setenv(name, value)
+        patch.delenv("KAGGLE_API_TOKEN")
+        patch.setenv("STACK", str(folder / "stack"))
+        patch.setenv("PREFECT_PORT", str(free_port()))
+        patch.setenv("MLFLOW_PORT", str(free_port()))
+        kaggle.add_the_three(faces(30), faces(30, start=100))
+        environment = make_environment()
+        command = [sys.executable, ROOT / "deployments" / "stack.py"]
+        try:
+            up = subprocess.run([*command, "up"], capture_output=True, text=True)
+            assert up.returncode == 0, up.stdout + up.stderr
+            assert up.stdout.count("RUNNING") == 4
+            assert f"no block is named {alerts.BLOCK}" in up.stdout
+            patch.setenv("MLFLOW_TRACKING_URI", environment["MLFLOW_TRACKING_URI"])
+            started = Stack(
+                folder,
+                environment["PREFECT_API_URL"].removesuffix("/api"),
+                environment["MLFLOW_TRACKING_URI"],
+                lambda *arguments: control(environment, *arguments).stdout,
+            )
+            with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), receive(started.told) as url:
+                Secret(value=TOKEN).save(KAGGLE_BLOCK)
+                Webhook(url=url).save(alerts.BLOCK)
+                apply_alerts(late=timedelta(seconds=10))
+                with get_client(sync_client=True) as client:
+                    manual = client.read_deployment_by_name("retrain/manual")
+                    small: dict[str, Any] = {
+                        "data": {"data_dir": str(folder / "data")},
+                        "training": {"candidates": ["cnn"], "image_size": 32, "augmentation": {"zoom": 0.2}},
+                        "promotion": {"min_precision": 0, "min_recall": 0},
+                    }
+                    client.update_deployment(manual.id, DeploymentUpdate(parameters=manual.parameters | small))
+                yield started
+        finally:
+            down = subprocess.run([*command, "down"], capture_output=True, text=True)
+        assert "has ended" in down.stdout
+        for port in (environment["PREFECT_PORT"], environment["MLFLOW_PORT"]):
+            with pytest.raises(httpx.TransportError):
+                httpx.get(f"http://127.0.0.1:{port}")
+
+
+@contextmanager
+def receive(told: list[str]) -> Iterator[str]:
+    """Collect on loopback what a webhook sends; yield its address."""
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def apply_alerts(**spans: timedelta) -> None:
+    with get_client(sync_client=True) as client:
+        alerts.apply(client, alerts.make_automations(alerts.find_block(client), **spans))
+
+
+def find_runs(name: str) -> list[FlowRun]:
+    """Return a deployment's flow runs, the newest first."""
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(name)
+        runs = [run for run in client.read_flow_runs() if run.deployment_id == deployment.id]
+    return sorted(runs, key=lambda run: run.created, reverse=True)
+
+
+def find_ended(run_id: UUID) -> FlowRun | None:
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(run_id)
+    return run if run.state and run.state.is_final() else None
+
+
+def answers(address: str) -> bool:
+    try:
+        return httpx.get(address).is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_a_run_that_waits_is_late_and_one_that_fails_says_why(stack):
+    stack.control("stop", "worker-gpu")
+    with get_client(sync_client=True) as client:
+        manual = client.read_deployment_by_name("retrain/manual")
+    started = httpx.post(f"{stack.prefect}/api/deployments/{manual.id}/create_flow_run", json={}).json()
+    (child,) = wait_until(lambda: find_runs("train/gpu"), 180)
+    wait_until(lambda: stack.was_told("train run", ": late", "No worker has taken it"), 180)
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(child.id, Cancelled(), force=True)
+    failed = wait_until(lambda: find_ended(started["id"]), 180)
+    assert failed.state.is_failed()
+    assert "train/gpu" in failed.state.message
+    assert "ended as Cancelled" in failed.state.message
+    assert registry.list_versions(NAME) == []
+    words = (f"retrain run {failed.name}: Failed", "ended as Cancelled", "run again", f"/runs/flow-run/{failed.id}")
+    wait_until(lambda: stack.was_told(*words), 60)
+
+
+def test_a_part_that_crashes_is_started_again(stack):
+    pid = stack.control("pid", "mlflow-server").strip()
+    (server,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    os.kill(int(server), signal.SIGKILL)
+    wait_until(lambda: stack.control("pid", "mlflow-server").strip() not in (pid, "0"), 60)
+    wait_until(lambda: answers(f"{stack.mlflow}/health"), 120)
+    stack.control("start", "worker-gpu")
+
+
+def test_a_run_that_falls_silent_is_crashed_and_told(stack):
+    apply_alerts(late=timedelta(minutes=1), silent_for=timedelta(seconds=10))
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("check-sources/daily")
+        run = client.create_flow_run_from_deployment(deployment.id, state=Running())
+    emit_event(
+        "prefect.flow-run.heartbeat",
+        resource={"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
+        related=[alerts.OURS],
+    )
+    crashed = wait_until(lambda: find_ended(run.id), 120)
+    apply_alerts()
+    assert crashed.state.is_crashed()
+    assert "fell silent" in crashed.state.message
+    wait_until(lambda: stack.was_told(f"check-sources run {run.name}: Crashed", "fell silent"), 60)
+
+
+@pytest.mark.browser
+def test_a_person_retrains_in_the_browser(stack, chromium):
+    """From the form to the artifacts in Prefect, and from there to the run and the version in MLflow."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with get_client(sync_client=True) as client:
+        manual = client.read_deployment_by_name("retrain/manual")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(120_000)
+
+        page.goto(f"{stack.prefect}/deployments/deployment/{manual.id}")
+        page.get_by_role("button", name="Run", exact=True).click()
+        page.get_by_text("Custom run").click()
+        epochs = page.locator(".schema-form-property", has=page.get_by_text("Epochs (Optional)", exact=True)).last
+        epochs.get_by_text("(at least 1, at most 10,000)").wait_for()
+        epochs.get_by_role("button", name="int").click()
+        epochs.locator("input").fill("2")
+        epochs.scroll_into_view_if_needed()
+        take_picture(page, "form")
+        before = len(find_runs("retrain/manual"))
+        page.get_by_role("button", name="Submit").click()
+        run = wait_until(lambda: find_runs("retrain/manual")[: -before or None], 60)[0]
+
+        page.goto(f"{stack.prefect}/runs/flow-run/{run.id}")
+        page.locator(".state-badge", has_text="Running").first.wait_for()
+        ended = wait_until(lambda: find_ended(run.id), 300)
+        assert ended.state.is_completed(), ended.state
+        assert ended.parameters["training"]["epochs"] == 2
+        page.locator(".state-badge", has_text="Completed").first.wait_for()
+        page.get_by_text("80 usable images").first.wait_for()
+        take_picture(page, "run")
+        page.get_by_text("Artifacts", exact=True).first.click()
+        page.locator("a[href*='artifacts/artifact']").last.click()
+        page.get_by_role("heading", name=f"{NAME} version 1: promoted").wait_for()
+        take_picture(page, "outcome")
+
+        page.goto(page.get_by_role("link", name="figures and curves").get_attribute("href"))
+        page.get_by_role("button", name="Close").click()  # of the assistant that MLflow opens at first
+        page.get_by_text("test/auc", exact=True).first.wait_for()
+        take_picture(page, "mlflow-run")
+        page.goto(f"{stack.mlflow}/#/models/{NAME}/versions/1")
+        page.get_by_text("@ production").first.wait_for()
+        take_picture(page, "mlflow-version")
+        browser.close()
+    wait_until(lambda: stack.was_told(f"{NAME} version 1", "is now in production"), 60)
+    assert mlflow.MlflowClient().get_run(registry.read_version(NAME, "1").run_id).data.params["training.epochs"] == "2"
+
+
+def take_picture(page: Any, name: str) -> None:
+    if PICTURES:
+        page.wait_for_timeout(2000)  # charts are drawn bit by bit
+        page.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+
+def test_the_command_line_retrains_on_two_workers(stack):
+    """What the browser trained is not trained again, unless the checkout has uncommitted changes."""
+    before = registry.list_versions(NAME)
+    parameters = json.dumps(
+        {"training": {"candidates": ["cnn"], "image_size": 32, "epochs": 2, "augmentation": {"zoom": 0.2}}}
+    )
+    command = ["prefect", "deployment", "run", "retrain/manual", "--params", parameters, "--watch"]
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(command[0])), *command[1:]],
+        env={**os.environ, "PREFECT_API_URL": f"{stack.prefect}/api"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = find_runs("retrain/manual")[0]
+    assert run.state.is_completed(), run.state
+    if before and not registry.read_git_commit().endswith("-dirty"):
+        assert run.state.message.startswith("Nothing changed since version 1 (promoted)")
+        assert len(registry.list_versions(NAME)) == len(before)
+    trained = find_runs("train/gpu")[0]
+    assert trained.work_pool_name == "gpu"
+    assert trained.state.is_completed()
+    newest = registry.list_versions(NAME)[0]
+    assert newest.tags["flow_run_id"] == str(trained.id)
+    logged = mlflow.MlflowClient().get_run(newest.run_id).data.params
+    assert logged["training.augmentation.zoom"] == "0.2"  # what was set reached the other worker, and nothing else did
+    assert logged["training.augmentation.rotation"] == "20.0"
+
+
+def test_no_secret_is_left_behind(stack):
+    """Whatever runs, logs, databases, artifacts and alerts keep: Kaggle's token is nowhere, in no encoding of it."""
+    files = {path: path.read_bytes() for path in stack.folder.rglob("*") if path.is_file()}
+    assert any(b"usable images" in content for content in files.values()), "the logs must be among what is searched"
+    secrets = (TOKEN.encode(), base64.b64encode(TOKEN.encode()).rstrip(b"="))
+    assert not [path for path, content in files.items() if any(secret in content for secret in secrets)]
+    assert not [text for text in stack.told if TOKEN in text]
