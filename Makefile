@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check browser bench bench-data bench-training bench-serving lock deploy up down
+.PHONY: help demo test check docs browser bench bench-data bench-training bench-serving lock deploy up down
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -23,6 +23,9 @@ check: .venv/installed  ## check format, lint, types, import rules, and that the
 	cp requirements.lock .venv/fresh.lock
 	$(LOCK) --output-file .venv/fresh.lock
 	diff requirements.lock .venv/fresh.lock || (echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1)
+
+docs: .venv/installed  ## build the documentation into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 browser:  ## install Debian's chromium, in which the page is tested; without it that test is skipped
 	command -v chromium || (apt-get update -q && apt-get install -qy --no-install-recommends chromium)
