@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check browser pictures bench bench-data bench-training bench-serving lock deploy up down
+.PHONY: help demo test check docs browser pictures bench bench-data bench-training bench-serving lock deploy up down
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -24,6 +24,9 @@ check: .venv/installed  ## check format, lint, types, import rules, and that the
 	$(LOCK) --output-file .venv/fresh.lock
 	diff requirements.lock .venv/fresh.lock || (echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1)
 
+docs: .venv/installed  ## build the documentation into site/; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 browser:  ## install Debian's chromium, in which the page is tested; without it that test is skipped
 	command -v chromium || (apt-get update -q && apt-get install -qy --no-install-recommends chromium)
 
@@ -32,22 +35,22 @@ pictures: .venv/installed browser  ## take the pictures of Prefect's and MLflow'
 
 bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder of the three zips
 	$(BIN)/python benchmarks/retrain.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_readme
+	$(BIN)/python -m tests.test_results
 
 bench-data: .venv/installed  ## measure near copies and the speed of preparing data: make bench-data ARCHIVES=folder
 	$(BIN)/python benchmarks/near_copies.py $(ARCHIVES)
 	$(BIN)/python benchmarks/data_speed.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_readme
+	$(BIN)/python -m tests.test_results
 
 bench-training: .venv/installed  ## measure candidates and training speed, hours: make bench-training ARCHIVES=folder
 	$(BIN)/python benchmarks/training_speed.py $(ARCHIVES)
 	$(BIN)/python benchmarks/candidates.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_readme
+	$(BIN)/python -m tests.test_results
 
 bench-serving: .venv/installed  ## measure face detection and how fast predict answers: make bench-serving ARCHIVES=folder
 	$(BIN)/python benchmarks/face_detection.py $(ARCHIVES)
 	$(BIN)/python benchmarks/serving_speed.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_readme
+	$(BIN)/python -m tests.test_results
 
 lock: .venv/installed  ## write requirements.lock anew from pyproject.toml
 	$(LOCK) --output-file requirements.lock

@@ -57,7 +57,7 @@ def _build_parser() -> argparse.ArgumentParser:
     versions.set_defaults(run=_list_versions)
 
     compare = commands.add_parser("compare", help="compare two versions on the same images")
-    compare.add_argument("versions", nargs=2, metavar=("A", "B"), help="numbers of versions")
+    compare.add_argument("versions", nargs=2, metavar="N", help="numbers of versions")
     compare.add_argument(
         "--split",
         type=Path,
