@@ -1,6 +1,6 @@
 """The command line of whoever uses or answers for the production model.
 
-`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`.
+`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`, `gc`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 
 from deepfake_core import predict_command
 from deepfake_core.detector import Detector
-from deepfake_core.errors import DeepfakeError, ModelError
+from deepfake_core.errors import ConfigurationError, DeepfakeError, ModelError
 from deepfake_core.predictor import Predictor
 
 DEFAULT_MODEL = "deepfake-detector"
@@ -81,6 +81,21 @@ def _build_parser() -> argparse.ArgumentParser:
     pull.add_argument("folder", type=Path, metavar="DIR", help="folder to write, empty or new")
     pull.add_argument("--model", default=PRODUCTION_URI, help=MODEL_HELP)
     pull.set_defaults(run=_pull)
+
+    gc = commands.add_parser("gc", help="remove old data sets, archives, caches and model files that nothing needs")
+    gc.add_argument(
+        "--keep",
+        type=int,
+        default=3,
+        metavar="N",
+        help="newest data sets, archives of each source, and versions' model files that stay, besides those in use "
+        "(default: 3)",
+    )
+    gc.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="data folder (default: data)")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would go, why, and how much")
+    gc.add_argument("--yes", action="store_true", help="don't ask for confirmation")
+    gc.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
+    gc.set_defaults(run=_clean)
     return parser
 
 
@@ -139,6 +154,8 @@ def _tell_history(tags: Mapping[str, str]) -> list[str]:
             lines.append(tags["production_because"])
     if "replaced_by" in tags:
         lines.append(f"replaced {tags['production_until']} by version {tags['replaced_by']}")
+    if "files_removed" in tags:
+        lines.append(f"model files removed {tags['files_removed']}")
     return lines
 
 
@@ -274,6 +291,38 @@ def _pull(options: argparse.Namespace) -> int:
         raise ModelError(f"DIR must be an empty or new folder. Received: {options.folder}, which holds files.")
     registry.pull_detector(options.model, options.folder)
     print(f"{options.model} is in {options.folder}. Try: deepfake predict FACE.jpg --model {options.folder}")
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    try:
+        from deepfake_core import housekeeping
+    except ImportError as exc:
+        raise ModelError(
+            "Housekeeping needs what retrains are made with. Received: an installation without. Install "
+            "deepfake-retraining[train]."
+        ) from exc
+    if not options.data_dir.is_dir():
+        raise ConfigurationError(f"--data-dir must be the data folder of a retrain. Received: {options.data_dir}")
+    goes = housekeeping.clean(options.data_dir, options.model_name, options.keep, dry_run=True)
+    if not goes:
+        print("Nothing goes.")
+        return 0
+    table = Table(Column("what", overflow="fold"), "why", Column("MB", justify="right"))
+    for removal in goes:
+        table.add_row(removal.what, removal.why, f"{removal.bytes / 1e6:,.1f}")
+    Console().print(table)
+    total = f"{len(goes)} things, {sum(removal.bytes for removal in goes) / 1e6:,.1f} MB"
+    if options.dry_run:
+        print(f"{total}; none was removed.")
+        return 0
+    if not _confirm(options, f"Remove {total}?"):
+        return 1
+    gone = housekeeping.clean(options.data_dir, options.model_name, options.keep, agreed=goes)
+    print(f"Removed: {len(gone)} things, {sum(removal.bytes for removal in gone) / 1e6:,.1f} MB.")
     return 0
 
 

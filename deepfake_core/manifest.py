@@ -230,7 +230,8 @@ def publish_dataset(
     """Write the split folders; a version that is there already is not copied again.
 
     The version is a hash of every kept image's bytes, label and split, and of `normalise`: same images, same version,
-    in whatever order they came. The folder is written beside and renamed into place.
+    in whatever order they came. The folder is written beside and renamed into place. Its modification time says when it
+    was last asked for.
     """
     data_dir, normalise = parameters.data_dir, parameters.normalise
     manifest = rows[COLUMNS].sort_values(["source", "member", "sha256"], ignore_index=True)
@@ -247,6 +248,7 @@ def publish_dataset(
     target = data_dir / "splits" / version
     if target.is_dir():
         log.info("data set %s is published already, nothing to copy", version)
+        target.touch()
         if description != Dataset(target).description:  # same images, found in other archives or places
             _write_manifest(target, manifest, description)
         return Dataset(target)

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.entities import PagedList
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
 from deepfake_core.errors import ModelError, ProductionMovedError, ServiceError
@@ -40,6 +43,10 @@ DEFAULT_MODEL = "deepfake-detector"
 PRODUCTION = "production"
 PREVIOUS = "previous"
 DETECTOR = "detector"
+CHECKPOINT_FOLDER = "checkpoint"
+FILES_REMOVED = "files_removed"
+"""Tag of versions, and of runs, whose model files were removed: when."""
+
 NO_VERSION = "none"
 UNKNOWN_COMMIT = "unknown"
 SCORES = "evaluation/scores.csv"
@@ -50,6 +57,9 @@ MOST_DESCRIPTION = 5000
 
 LOCK_SECONDS = 60
 """After which a lock on the aliases was left by a process that died; moving them takes a second."""
+
+IN_PROGRESS_DAYS = 14
+"""How long a run may take; one that has been running for longer was killed."""
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
@@ -65,6 +75,22 @@ class ModelVersion:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     created: str
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The model files that MLflow stores of one run: the checkpoint, and what versions of it serve.
+
+    Attributes:
+        versions: those that were registered from the run, in ascending order; none for a candidate that did not win.
+        folders: pairs of an artifact store's URI and a path in it.
+    """
+
+    run_id: str
+    run_name: str
+    versions: tuple[str, ...]
+    folders: tuple[tuple[str, str], ...]
+    bytes: int
 
 
 def connect() -> mlflow.MlflowClient:
@@ -342,9 +368,11 @@ def move_production(model_name: str, version: str, expected: str | None, reason:
 
     Raises:
         ProductionMovedError: if something else is in production by now.
+        ModelError: if the version's model files were removed.
     """
     client = mlflow.MlflowClient()
     with _hold_aliases(client, model_name):
+        _require_files(client.get_model_version(model_name, version))
         current = find_production(model_name)
         if current != expected:
             raise ProductionMovedError(
@@ -392,8 +420,11 @@ def promote_by_hand(model_name: str, version: str, reason: str, force: bool = Fa
 def roll_back(model_name: str, reason: str) -> tuple[str, str]:
     """Put the version back into production that production replaced; return it and the one it replaces.
 
+    Housekeeping keeps the files of the version that the next rollback leads to. Rollbacks beyond that one reach those
+    among the newest versions that it keeps.
+
     Raises:
-        ModelError: if there is none to go back to.
+        ModelError: if there is none to go back to, or if its model files were removed.
         ProductionMovedError: if another process moves production meanwhile.
     """
     current, previous = find_production(model_name), find_previous(model_name)
@@ -541,9 +572,10 @@ def pull_detector(model_uri: str, folder: Path) -> Path:
         model_uri: such as `models:/deepfake-detector@production` or `models:/deepfake-detector/3`.
 
     Raises:
-        ModelError: if MLflow has no such version.
+        ModelError: if MLflow has no such version, or its model files were removed.
     """
     connect()
+    _require_files(_look_up(model_uri))
     with tempfile.TemporaryDirectory() as temporary:
         try:
             copied = mlflow.artifacts.download_artifacts(
@@ -564,14 +596,30 @@ def resolve(model_uri: str) -> tuple[str, str]:
     Raises:
         ModelError: if MLflow has no such version.
     """
+    found = _look_up(model_uri)
+    return str(found.name), str(found.version)
+
+
+def _look_up(model_uri: str) -> Any:
+    client = mlflow.MlflowClient()
     name, at, alias = model_uri.removeprefix("models:/").partition("@")
     try:
         if at:
-            return name, str(mlflow.MlflowClient().get_model_version_by_alias(name, alias).version)
+            return client.get_model_version_by_alias(name, alias)
         name, _, number = name.partition("/")
-        return name, read_version(name, number).version
+        return client.get_model_version(name, number)
     except MlflowException as exc:
         raise ModelError(_explain_uri(model_uri, exc)) from exc
+
+
+def _require_files(version: Any) -> None:
+    removed = version.tags.get(FILES_REMOVED)
+    if removed:
+        raise ModelError(
+            f"A version's model files must still be there. Received: version {version.version} of {version.name}, "
+            f"whose files were removed {removed}; figures and report are kept. Choose another version "
+            f"(`deepfake versions`), or train it again with `force`: run {version.run_id} says from what."
+        )
 
 
 def _explain_uri(model_uri: str, failure: Exception) -> str:
@@ -631,3 +679,130 @@ def find_version(model_name: str, flow_run_id: str) -> str:
             f"flow run {flow_run_id} at {mlflow.get_tracking_uri()}. Set the same MLFLOW_TRACKING_URI on all workers."
         )
     return found[0].version
+
+
+def has_versions(model_name: str) -> bool:
+    return bool(mlflow.MlflowClient().search_model_versions(f"name = '{model_name}'", max_results=1))
+
+
+def find_needed_datasets(model_name: str) -> set[str]:
+    """Return the data sets that versions with an alias, of any name, were trained on, and those that runs are at.
+
+    Raises:
+        ModelError: if a version of `model_name` that is needed doesn't say what it was trained on.
+    """
+    client = mlflow.MlflowClient()
+    running = [run for run in _search_runs("attributes.status = 'RUNNING'") if _is_in_progress(run)]
+    needed = {run.data.tags["dataset_version"] for run in running if "dataset_version" in run.data.tags}
+    for model in _list_all(client.search_registered_models):
+        for version in _find_needed_versions(model):
+            dataset = client.get_model_version(model.name, version).tags.get("dataset_version")
+            if dataset:
+                needed.add(dataset)
+            elif model.name == model_name:
+                raise ModelError(
+                    "A version that is needed must say what it was trained on, so that its data set is kept. Received: "
+                    f"version {version} of {model_name} without the tag dataset_version. Set that tag in MLflow."
+                )
+    return needed
+
+
+def find_unneeded_files(model_name: str, keep: int) -> list[ModelFiles]:
+    """Return the model files that neither production, a rollback nor a run in progress needs, oldest first.
+
+    These are the files of versions that have no alias and are not among the newest, and the checkpoints of candidates
+    that did not win. A run that serves a version of another name as well is left as it is.
+
+    Args:
+        keep: number of newest versions whose files stay.
+    """
+    client = mlflow.MlflowClient()
+    versions = _list_all(client.search_model_versions)
+    mine = sorted((version for version in versions if version.name == model_name), key=lambda one: int(one.version))
+    kept = {str(one.version) for one in mine[-keep:]} | _find_needed_versions(client.get_registered_model(model_name))
+    needed = {version.run_id for version in versions if version.name != model_name or str(version.version) in kept}
+    runs = {run.info.run_id: run for run in _search_runs()}
+    found = []
+    for run_id, run in sorted(runs.items(), key=lambda item: item[1].info.start_time):
+        parent = runs.get(run.data.tags.get("mlflow.parentRunId", ""))
+        served = [str(version.version) for version in mine if version.run_id == run_id]
+        if run_id in needed or FILES_REMOVED in run.data.tags or not (served or parent):
+            continue
+        if _is_in_progress(run) or (parent and _is_in_progress(parent)):
+            continue
+        stores = sorted({client.get_model_version_download_uri(model_name, version) for version in served})
+        folders = [(run.info.artifact_uri, CHECKPOINT_FOLDER), *((uri, f"artifacts/{DETECTOR}") for uri in stores)]
+        size = 0
+        for uri, path in folders:
+            with _open_artifacts(uri) as store:
+                size += _measure_artifacts(store, path)
+        if size:
+            found.append(ModelFiles(run_id, run.info.run_name, tuple(served), tuple(folders), size))
+    return found
+
+
+def remove_model_files(model_name: str, files: ModelFiles) -> bool:
+    """Remove a run's model files; parameters, figures, reports and tags stay.
+
+    Versions are tagged before their files go, while no alias can move: wherever this is killed, no version without
+    files looks as if it had some, and the next call removes the rest.
+
+    Returns:
+        False, with nothing removed, if a version has got an alias meanwhile.
+    """
+    client = mlflow.MlflowClient()
+    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    if files.versions:
+        with _hold_aliases(client, model_name):
+            if _find_needed_versions(client.get_registered_model(model_name)) & set(files.versions):
+                return False
+            for version in files.versions:
+                tag_version(model_name, version, {FILES_REMOVED: now})
+    for uri, path in files.folders:
+        with _open_artifacts(uri) as store:
+            store.delete_artifacts(path)
+    client.set_tag(files.run_id, FILES_REMOVED, now)
+    return True
+
+
+def _find_needed_versions(model: Any) -> set[str]:
+    """Return the versions that have an alias, and the one that a rollback leads to."""
+    previous = find_previous(model.name)
+    return {str(version) for version in model.aliases.values()} | ({previous} if previous else set())
+
+
+def _search_runs(filter_string: str = "") -> list[Any]:
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    ids = [experiment.experiment_id] if experiment else []
+    return _list_all(client.search_runs, experiment_ids=ids, filter_string=filter_string)
+
+
+def _list_all(search: Callable[..., PagedList], **arguments: Any) -> list[Any]:
+    page = search(**arguments)
+    found = list(page)
+    while page.token:
+        page = search(**arguments, page_token=page.token)
+        found += page
+    return found
+
+
+def _is_in_progress(run: Any) -> bool:
+    age = time.time() - run.info.start_time / 1000
+    return run.info.status == "RUNNING" and age < IN_PROGRESS_DAYS * 24 * 3600
+
+
+@contextmanager
+def _open_artifacts(uri: str) -> Iterator[ArtifactRepository]:
+    try:
+        yield get_artifact_repository(uri)
+    except (MlflowException, OSError) as exc:
+        raise ServiceError(
+            f"Model files must be within reach, and may be removed. Received: {uri}, from {mlflow.get_tracking_uri()} "
+            f"({exc}). Set MLFLOW_TRACKING_URI as on the machine that trains, or allow removing."
+        ) from exc
+
+
+def _measure_artifacts(store: ArtifactRepository, path: str) -> int:
+    found = store.list_artifacts(path)
+    return sum(_measure_artifacts(store, file.path) if file.is_dir else file.file_size or 0 for file in found)

@@ -82,12 +82,15 @@ def find_folder(
     parameters: TrainingParameters,
     holdout_sources: Sequence[str] = (),
 ) -> Path:
-    """Return where a training keeps its state: a folder that two trainings share only if they would be the same."""
+    """Return where a training keeps its state: a folder that two trainings share only if they would be the same.
+
+    Its name begins with the data set's version, so that it goes when that goes.
+    """
     network = Path(str(CANDIDATES[architecture].__file__)).read_text()
     same = [dataset.version, network, recipe.model_dump(mode="json"), parameters.seed, parameters.devices]
     same += sorted(holdout_sources)
     name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
-    return dataset.path.parent.parent / "training" / f"{architecture}-{name}"
+    return dataset.path.parent.parent / "training" / f"{dataset.version}-{architecture}-{name}"
 
 
 def train_candidate(

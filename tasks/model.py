@@ -150,7 +150,7 @@ def train_candidate(
             {name: detector.description[name] for name in ("trained_in", "temperature", "threshold")},
         )
         registry.log_text(run_id, candidate.summarise(), "model_summary.txt")
-        registry.log_file(run_id, candidate.folder / training.CHECKPOINT, "checkpoint")
+        registry.log_file(run_id, candidate.folder / training.CHECKPOINT, registry.CHECKPOINT_FOLDER)
         registry.log_figures(run_id, {"history": plots.plot_history(candidate.history, candidate.best_epoch)})
         chosen = np.linspace(0, len(val) - 1, min(PROBE_IMAGES, len(val))).astype(int)
         probe = [(dataset.path / val.rows["path"].iloc[position]).read_bytes() for position in chosen]

@@ -80,12 +80,28 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
         deepfake("predict", "face.jpg", "--model", "pulled", "--explain", "explained")
         assert Path("explained/face.explained.png").is_file()
         Path("clip.mp4").write_bytes(b"a clip")
-        for command, extra in ((("predict", "clip.mp4"), "video"), (("serve",), "serve")):
-            lacking = subprocess.run(
-                [python.parent / "deepfake", *command, "--model", "pulled"], capture_output=True, text=True
-            )
+        for command, extra in (
+            (("predict", "clip.mp4", "--model", "pulled"), "video"),
+            (("serve", "--model", "pulled"), "serve"),
+            (("gc",), "train"),
+        ):
+            lacking = subprocess.run([python.parent / "deepfake", *command], capture_output=True, text=True)
             assert lacking.returncode == 2
             assert f"Install deepfake-retraining[{extra}]" in lacking.stderr
+
+        for _ in range(2):
+            with registry.open_run("cnn") as run_id:
+                registry.log_file(run_id, candidate.folder / "checkpoint.keras", registry.CHECKPOINT_FOLDER)
+            registry.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
+        (unneeded,) = registry.find_unneeded_files("deepfake-detector", keep=1)
+        assert unneeded.versions == ("2",)  # 1 is in production
+        stored = measure(tmp_path)
+        assert registry.remove_model_files("deepfake-detector", unneeded)
+        assert stored - measure(tmp_path) == unneeded.bytes > 0
+        model = ("--model", "models:/deepfake-detector/2")
+        removed = subprocess.run([python.parent / "deepfake", "pull", "second", *model], capture_output=True, text=True)
+        assert "version 2 of deepfake-detector, whose files were removed" in removed.stderr
+        deepfake("pull", "first")
     finally:
         server.terminate()
         server.wait(30)
@@ -93,6 +109,10 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
     refused = subprocess.run([python.parent / "deepfake", "versions"], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "needs the whole of MLflow" in refused.stderr
+
+
+def measure(folder: Path) -> int:
+    return sum(file.stat().st_size for file in (folder / "mlartifacts").rglob("*") if file.is_file())
 
 
 LOAD = """

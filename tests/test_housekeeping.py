@@ -1,0 +1,347 @@
+"""Years of retrains, then housekeeping: real data sets, archives and caches, and a real MLflow on SQLite."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+import pytest
+from prefect.client.orchestration import get_client
+
+from deepfake_core import housekeeping, registry, training
+from deepfake_core.archive import fetch_archive
+from deepfake_core.batches import load_images
+from deepfake_core.cli import _build_parser, main
+from deepfake_core.config import DataParameters, Source, TrainingParameters
+from deepfake_core.duplicates import find_links, mark_duplicates
+from deepfake_core.errors import ConfigurationError, LockedError, ModelError, ServiceError
+from deepfake_core.files import hash_file
+from deepfake_core.housekeeping import clean
+from deepfake_core.index import build_index
+from deepfake_core.manifest import Dataset, assign_splits, open_dataset, publish_dataset, read_memory
+from flows.clean import clean as clean_flow
+from tests.conftest import draw_portrait, faces, hold_data, jpeg, write_zip
+from tests.test_training import RECIPE, candidate  # noqa: F401 - a fixture
+
+NAME = "deepfake-detector"
+SOURCE = "owner/faces"
+DAY = 24 * 3600
+
+
+def prepare(data_dir: Path, version: int) -> Dataset:
+    """Publish a data set of a Kaggle version that was downloaded before; each holds more images than the last."""
+    zipped = write_zip(data_dir / "archives" / SOURCE / f"{version}.zip", faces(18 + 2 * version))
+    provenance = {"sha256": hash_file(zipped), "bytes": zipped.stat().st_size, "version": version}
+    zipped.with_suffix(".json").write_text(json.dumps(provenance))
+    data = DataParameters(
+        sources=(Source(name=SOURCE, version=version),), data_dir=data_dir, test_fraction=0.25, val_fraction=0.25
+    )
+    archives = [fetch_archive(data.sources[0], data_dir)]
+    index = build_index(archives[0], data_dir)
+    links = find_links(index)
+    rows = assign_splits(mark_duplicates(index, links), links, read_memory(data_dir), 0.25, 0.25)
+    return publish_dataset(rows, archives, data)
+
+
+def find_state(dataset: Dataset) -> Path:
+    return training.find_folder(dataset, "cnn", RECIPE, TrainingParameters())
+
+
+def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
+    """Leave behind what a retrain does, with a candidate that did not win, but train nothing."""
+    dataset = prepare(data_dir, number)
+    load_images(dataset, "val", 32)
+    find_state(dataset).mkdir(parents=True)
+    (find_state(dataset) / "history.csv").write_text("epoch\n")
+    with registry.open_run(f"retrain {number}", tags={"dataset_version": dataset.version}) as parent:
+        for name in ("cnn", "loser"):
+            with registry.open_run(name, parent) as run_id:
+                registry.log_file(run_id, detector / training.CHECKPOINT, registry.CHECKPOINT_FOLDER)
+                registry.log_metrics(run_id, {"test/auc": 0.9})
+            if name == "cnn":
+                tags = {"decision": "promoted", "dataset_version": dataset.version}
+                registry.register_detector(run_id, detector, NAME, jpeg(1), tags)
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def years_once(candidate, tmp_path_factory):  # noqa: F811
+    """Leave behind five retrains: the second is in production, the first is what a rollback leads to."""
+    folder = tmp_path_factory.mktemp("years")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        versions = [retrain(folder / "data", number, candidate.folder).version for number in range(1, 6)]
+        registry.move_production(NAME, "1", None, "first")
+        registry.move_production(NAME, "2", "1", "better")
+    shutil.copytree(folder, folder.with_name("before"))
+    return folder, versions
+
+
+@pytest.fixture
+def years(years_once, monkeypatch, tmp_path):
+    """Give the data folder and the data sets' versions, oldest first, as they were at the beginning."""
+    folder, versions = years_once
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("before"), folder)
+    shutil.copy(folder / "mlflow.db", tmp_path / "mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("COLUMNS", "200")
+    registry.connect()
+    return folder / "data", versions
+
+
+def list_sizes(folder: Path) -> dict[str, int]:
+    files = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
+    return {str(file): file.stat().st_size for file in files}
+
+
+def list_datasets(data_dir: Path) -> set[str]:
+    return {path.name for path in (data_dir / "splits").iterdir() if path.is_dir()}
+
+
+def pull(version: str, folder: Path) -> set[str]:
+    return {file.name for file in registry.pull_detector(f"models:/{NAME}/{version}", folder).iterdir()}
+
+
+def find_run(version: str) -> mlflow.entities.Run:
+    return mlflow.MlflowClient().get_run(registry.read_version(NAME, version).run_id)
+
+
+def test_what_production_and_a_rollback_need_stays_whatever_is_kept(years, tmp_path, capsys):
+    data_dir, (first, second, third, fourth, fifth) = years
+    memory = (data_dir / "splits" / "memory.parquet").read_bytes()
+    clean(data_dir, keep=1)
+    assert list_datasets(data_dir) == {first, second, fifth}
+    assert (data_dir / "splits" / "memory.parquet").read_bytes() == memory
+    for version in (first, second, fifth):
+        dataset = open_dataset(data_dir / "splits" / version)
+        assert all((dataset.path / path).is_file() for path in dataset.manifest["path"] if path)
+        assert find_state(dataset).is_dir()
+    assert {path.name for path in (data_dir / "batches").iterdir()} == {f"{one}-32px" for one in (first, second, fifth)}
+    assert len(list((data_dir / "training").iterdir())) == 3
+    archives = {path.name for path in (data_dir / "archives" / SOURCE).iterdir()}
+    assert archives == {f"{number}.{suffix}" for number in (1, 2, 5) for suffix in ("zip", "json")}
+    assert len(list((data_dir / "indexes").iterdir())) == 1
+
+    files = {"model.onnx", "detector.json", "checkpoint.keras"}
+    assert all(pull(version, tmp_path / version) == files for version in "125")
+    model = mlflow.pyfunc.load_model(f"models:/{NAME}@production")
+    assert model.predict(pd.DataFrame({"image": [jpeg(1)]}))["label"][0] in ("real", "fake")
+    draw_portrait(1).save(tmp_path / "face.jpg")
+    assert main(["predict", str(tmp_path / "face.jpg")]) == 0
+    assert main(["rollback", "--reason", "misjudges night shots", "--yes"]) == 0
+    assert "Version 1 is back in production" in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "face.jpg")]) == 0
+    assert {third, fourth}.isdisjoint(list_datasets(data_dir))
+
+
+def test_of_a_version_whose_files_went_the_history_stays_and_all_else_says_so(years, tmp_path, capsys):
+    data_dir, _ = years
+    clean(data_dir, keep=1)
+    client = mlflow.MlflowClient()
+    run = find_run("3")
+    assert run.data.metrics == {"test/auc": 0.9}
+    assert registry.read_version(NAME, "3").tags["decision"] == "promoted"
+    assert time.strptime(run.data.tags["files_removed"], "%Y-%m-%d %H:%M:%S %z")
+    assert client.list_artifacts(run.info.run_id, "checkpoint") == []
+    message = "Received: version 3 of deepfake-detector, whose files were removed 2"
+    with pytest.raises(ModelError, match=message):
+        pull("3", tmp_path / "pulled")
+    with pytest.raises(ModelError, match=message):
+        registry.promote_by_hand(NAME, "3", "why not")
+    assert registry.find_production(NAME) == "2"
+    (tmp_path / "faces" / "real").mkdir(parents=True)
+    (tmp_path / "faces" / "fake").mkdir()
+    for label in ("real", "fake"):
+        (tmp_path / "faces" / label / "1.jpg").write_bytes(jpeg(1))
+    assert main(["compare", "2", "3", "--split", str(tmp_path / "faces")]) == 2
+    assert message in capsys.readouterr().err
+    assert main(["versions"]) == 0
+    assert capsys.readouterr().out.count("model files removed 2") == 2
+
+
+def test_of_candidates_that_did_not_win_no_checkpoint_stays(years):
+    data_dir, _ = years
+    losers = [
+        run
+        for run in mlflow.MlflowClient().search_runs([find_run("1").info.experiment_id])
+        if run.info.run_name == "loser"
+    ]
+    assert len(losers) == 5
+    gone = clean(data_dir, keep=9)
+    assert [(one.what, one.why) for one in gone] == [
+        (f"checkpoint of run loser ({run.info.run_id[:8]})", "a candidate that did not win") for run in losers[::-1]
+    ]
+    assert all(mlflow.MlflowClient().list_artifacts(run.info.run_id, "checkpoint") == [] for run in losers)
+    assert len(list_datasets(data_dir)) == 5
+
+
+def test_a_dry_run_removes_nothing_and_says_what_the_real_one_frees(years, monkeypatch, capsys):
+    data_dir, versions = years
+    before = list_sizes(data_dir.parent)
+    command = ["gc", "--data-dir", str(data_dir), "--keep", "1"]
+    assert main([*command, "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert list_sizes(data_dir.parent) == before | {str(data_dir / ".lock"): 0}
+    assert find_run("3").data.tags.get("files_removed") is None
+    for words in (
+        f"data set {versions[2]}",
+        "archive owner/faces version 3",
+        "model files of deepfake-detector version 4",
+    ):
+        assert words in planned
+
+    monkeypatch.setattr("builtins.input", lambda question: print(question) or "n")
+    assert main(command) == 1
+    assert list_sizes(data_dir.parent).keys() == before.keys() | {str(data_dir / ".lock")}
+    expected = clean(data_dir, keep=1, dry_run=True)
+    total = f"{len(expected)} things, {sum(removal.bytes for removal in expected) / 1e6:,.1f} MB"
+    assert f"Remove {total}? [y/N]" in capsys.readouterr().out
+    assert f"{total}; none was removed." in planned
+
+    assert main([*command, "--yes"]) == 0
+    assert f"Removed: {total}." in capsys.readouterr().out
+    after = list_sizes(data_dir.parent)
+    assert sum(before.values()) - sum(after.values()) == sum(removal.bytes for removal in expected)
+    assert main([*command, "--yes"]) == 0
+    assert capsys.readouterr().out == "Nothing goes.\n"
+    assert list_sizes(data_dir.parent) == after
+
+
+def test_what_a_killed_call_left_half_done_goes_with_the_next(years, tmp_path):
+    data_dir, (_, _, third, fourth, _) = years
+    registry.tag_version(NAME, "3", {registry.FILES_REMOVED: "2030-01-01 00:00:00 +0000"})
+    (data_dir / "splits" / third).rename(data_dir / "splits" / f".{third}.partial")
+    shutil.rmtree(data_dir / "splits" / f".{third}.partial" / "train")
+    (data_dir / "archives" / SOURCE / "4.zip").unlink()
+    shutil.rmtree(data_dir / "splits" / fourth)
+    with pytest.raises(ModelError, match="were removed 2030-01-01"):
+        pull("3", tmp_path / "pulled")
+    clean(data_dir, keep=1)
+    assert len(list_datasets(data_dir)) == len(list((data_dir / "batches").iterdir())) == 3
+    assert not (data_dir / "archives" / SOURCE / "4.json").exists()
+    assert "files_removed" in find_run("3").data.tags
+    assert clean(data_dir, keep=1) == []
+
+
+def test_unfinished_files_go_when_nobody_writes_to_them_any_more(years):
+    data_dir, versions = years
+    archives, kept = data_dir / "archives" / SOURCE, data_dir / "splits" / versions[4]
+    abandoned = [archives / ".5.json.77", kept / ".report.html.77", data_dir / "splits" / ".memory.parquet.77"]
+    written = [archives / ".6.json.77", data_dir / "batches" / f"{versions[4]}-32px" / ".train.npy.77"]
+    for path in (*abandoned, *written, archives / "4.zip.partial", archives / "6.zip.partial"):
+        path.write_bytes(b"half")
+    for path in abandoned:
+        os.utime(path, (time.time() - 2 * DAY,) * 2)
+    gone = {path for removal in clean(data_dir, keep=1) for path in removal.paths}
+    assert {*abandoned, archives / "4.zip.partial"} <= gone
+    assert all(path.exists() for path in (*written, archives / "6.zip.partial"))
+    assert not any(path.exists() for path in gone)
+
+
+def test_what_a_run_is_at_stays_until_it_must_have_been_killed(years):
+    data_dir, versions = years
+    client = mlflow.MlflowClient()
+    parent = find_run("3").data.tags["mlflow.parentRunId"]
+    client.update_run(parent, "RUNNING")
+    clean(data_dir, keep=1)
+    assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 2, 4)}
+    assert client.list_artifacts(find_run("3").info.run_id, "checkpoint")
+    assert "files_removed" not in registry.read_version(NAME, "3").tags
+
+    experiment = find_run("3").info.experiment_id
+    client.update_run(parent, "FAILED")
+    tags = {"dataset_version": versions[2]}
+    client.create_run(experiment, start_time=int((time.time() - 15 * DAY) * 1000), tags=tags)
+    clean(data_dir, keep=1)
+    assert versions[2] not in list_datasets(data_dir)
+
+
+def test_a_version_that_another_name_or_alias_needs_keeps_its_files(years, tmp_path):
+    data_dir, versions = years
+    client = mlflow.MlflowClient()
+    client.copy_model_version(f"models:/{NAME}/3", "other")
+    client.set_registered_model_alias("other", "champion", "1")
+    planned = registry.find_unneeded_files(NAME, keep=1)
+    (fourth,) = [files for files in planned if files.versions]
+    assert fourth.versions == ("4",)
+    client.set_registered_model_alias(NAME, "canary", "4")  # between planning and removing
+    assert not registry.remove_model_files(NAME, fourth)
+    clean(data_dir, keep=1)
+    assert pull("3", tmp_path / "3") == pull("4", tmp_path / "4")
+    assert list_datasets(data_dir) == set(versions)
+
+
+def test_the_newest_data_set_is_the_one_last_asked_for(years):
+    data_dir, versions = years
+    assert prepare(data_dir, 3).version == versions[2]
+    clean(data_dir, keep=1)
+    assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 2)}
+
+
+def test_nothing_goes_where_it_cannot_be_told_what_production_needs(years, caplog):
+    data_dir, _ = years
+    client = mlflow.MlflowClient()
+    client.delete_model_version_tag(NAME, "1", "dataset_version")
+    with pytest.raises(ModelError, match="version 1 of deepfake-detector without the tag dataset_version"):
+        clean(data_dir, keep=1)
+    client.delete_registered_model(NAME)
+    with caplog.at_level(logging.WARNING):
+        assert clean(data_dir, keep=1) == []
+    assert "can't tell what is needed: nothing goes" in caplog.text
+    assert len(list_datasets(data_dir)) == 5
+
+
+def test_a_folder_that_a_run_holds_is_refused(years):
+    data_dir, _ = years
+    before = list_sizes(data_dir)
+    with (
+        hold_data(data_dir, "flow run busy-bee"),
+        pytest.raises(LockedError, match=r"busy-bee.*Wait until it ends, or stop that process"),
+    ):
+        clean(data_dir, keep=1)
+    assert list_sizes(data_dir).items() >= before.items()
+
+
+def test_wrong_options_are_refused(years, capsys):
+    data_dir, _ = years
+    with pytest.raises(ConfigurationError, match=r"At least 1 of each must be kept.*Received: 0"):
+        clean(data_dir, keep=0)
+    assert main(["gc", "--data-dir", str(data_dir / "typo")]) == 2
+    assert "must be the data folder of a retrain" in capsys.readouterr().err
+    assert not (data_dir / "typo").exists()
+    assert _build_parser().parse_args(["gc"]).keep == housekeeping.KEEP
+
+
+def test_model_files_out_of_reach_are_said(years):
+    assert years
+    stored_by_a_server = "mlflow-artifacts:/1"  # whose database is asked directly
+    with (
+        pytest.raises(
+            ServiceError, match=r"mlflow-artifacts:/1.*Set MLFLOW_TRACKING_URI as on the machine that trains"
+        ),
+        registry._open_artifacts(stored_by_a_server),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_the_same_as_a_flow(years):
+    data_dir, versions = years
+    planned = housekeeping.clean(data_dir, dry_run=True)
+    done = f"{len(planned)} things, {sum(removal.bytes for removal in planned) / 1e6:,.1f} MB"
+    assert clean_flow(data_dir=data_dir, dry_run=True) == f"{done}, would go"
+    assert len(list_datasets(data_dir)) == 5
+    assert clean_flow(2, data_dir=data_dir).endswith("removed")
+    assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 3, 4)}
+    with get_client(sync_client=True) as client:
+        artifact = max(
+            (one for one in client.read_artifacts(limit=200) if one.key == "clean"), key=lambda one: one.created
+        )
+    assert any(row["what"] == f"data set {versions[2]}" and row["MB"] >= 0 for row in json.loads(artifact.data))
