@@ -315,6 +315,7 @@ def test_urls_that_are_refused(address, message):
     assert "sec/ret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_store_that_can_not_be_used_is_said_before_any_work(url, endpoint, tmp_path, monkeypatch):
     s3 = fsspec.get_filesystem_class("s3")
     with pytest.raises(ConfigurationError, match=f"bucket .* must exist.*s3://nothing/x at {endpoint}"):
@@ -337,6 +338,7 @@ def test_a_store_that_can_not_be_used_is_said_before_any_work(url, endpoint, tmp
     assert list_visible(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api", "tracking")
 def test_one_machine_prepares_and_another_trains(url, go_to, kaggle):
     data = DataParameters(sources=(SOURCE,), data_dir=url, test_fraction=0.25, val_fraction=0.25)
