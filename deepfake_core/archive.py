@@ -1,4 +1,4 @@
-"""Sources become verified archives on this disk: downloaded from Kaggle, or found locally.
+"""Sources become verified archives on this disk: downloaded from Kaggle, fetched from where data is shared, or local.
 
 The one module that imports kaggle. Nothing is ever unpacked by name: members are listed and read.
 """
@@ -10,11 +10,10 @@ import logging
 import os
 import shutil
 import stat
-import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -24,12 +23,10 @@ import requests
 from deepfake_core.config import Source
 from deepfake_core.detector import MAX_BYTES
 from deepfake_core.errors import ArchiveError, CredentialsError, DownloadError, SourceError
-from deepfake_core.files import hash_file, write_json
+from deepfake_core.files import Progress, hash_file, watch_progress, write_json
+from deepfake_core.store import Store, open_store
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all, both in one unit (bytes, images, epochs)."""
 
 MAX_EXPANSION = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
@@ -70,6 +67,10 @@ class Archive:
         }
 
 
+PROVENANCE = tuple(field.name for field in fields(Archive) if field.name not in ("source", "path"))
+"""What the JSON file beside a downloaded zip holds."""
+
+
 @dataclass(frozen=True)
 class Member:
     """One file of an archive. `problem` is a reason not to read it, or empty."""
@@ -80,8 +81,10 @@ class Member:
     handle: Any = None
 
 
-def fetch_archive(source: Source, data_dir: Path, on_progress: Progress | None = None) -> Archive:
+def fetch_archive(source: Source, data_dir: str | Path, on_progress: Progress | None = None) -> Archive:
     """Return the source's archive, verified; download it if Kaggle has a version that is not here yet.
+
+    Where `data_dir` is a URL, a version that another machine has shared is fetched from there instead.
 
     Raises:
         CredentialsError, SourceError, ArchiveError: a person has to act.
@@ -89,7 +92,22 @@ def fetch_archive(source: Source, data_dir: Path, on_progress: Progress | None =
     """
     if source.is_local:
         return _find_local(source)
-    return _download(source, data_dir, on_progress)
+    return _download(source, open_store(data_dir), on_progress)
+
+
+def share_archive(archive: Archive, data_dir: str | Path, on_progress: Progress | None = None) -> None:
+    """Publish a downloaded archive where `data_dir` is a URL, unless it is there. Local sources are not shared.
+
+    Its provenance is written last: without it, the zip doesn't count.
+    """
+    store = open_store(data_dir)
+    if archive.source.is_local or not store.url:
+        return
+    name = f"{_name_folder(archive.source)}/{archive.version}"
+    if store.read(f"{name}.json") is None:
+        store.publish(f"{name}.zip", on_progress=on_progress)
+        store.publish(f"{name}.json")
+        log.info("%s: version %d is published at %s", archive.source.name, archive.version, store.url)
 
 
 def _find_local(source: Source) -> Archive:
@@ -108,10 +126,10 @@ def _find_local(source: Source) -> Archive:
     return Archive(source, path.absolute(), hash_file(path), path.stat().st_size)
 
 
-def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> Archive:
+def _download(source: Source, store: Store, on_progress: Progress | None) -> Archive:
     owner, name = source.name.split("/")
-    folder = _find_folder(source, data_dir)
-    if source.version and (here := _read_download(source, folder, source.version)):
+    folder = store.folder / _name_folder(source)
+    if source.version and (here := _find_version(source, store, source.version, on_progress)):
         return here
     with _translate_kaggle_errors(source):
         api = _log_in()
@@ -120,7 +138,7 @@ def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> A
 
             dataset = _describe_dataset(kaggle, source)
             version = source.version or dataset.current_version_number
-            if here := _read_download(source, folder, version):
+            if here := _find_version(source, store, version, on_progress):
                 return here
 
             wanted = ApiDownloadDatasetRequest()
@@ -131,7 +149,7 @@ def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> A
             partial = folder / f"{version}.zip.partial"
             _check_free_space(folder, total - (partial.stat().st_size if partial.exists() else 0), source)
             log.info("%s: downloading version %d, %.1f MB", source.name, version, total / 1e6)
-            with _watch_file(partial, total, on_progress):
+            with watch_progress(lambda: partial.stat().st_size if partial.exists() else 0, total, on_progress):
                 client = kaggle.http_client()
                 # One retry at once; the task that calls this decides on further ones and their delays.
                 try:
@@ -157,15 +175,14 @@ def _download(source: Source, data_dir: Path, on_progress: Progress | None) -> A
         licence=dataset.license_name or None,
         downloaded_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    provenance = {k: v for k, v in asdict(archive).items() if k not in ("source", "path")}
-    write_json(folder / f"{version}.json", provenance)
+    write_json(folder / f"{version}.json", {name: getattr(archive, name) for name in PROVENANCE})
     partial.replace(archive.path)
     log.info("%s: version %d is here and verified, %.1f MB", source.name, version, archive.bytes / 1e6)
     return archive
 
 
-def find_new_version(source: Source, data_dir: Path) -> int | None:
-    """Return the version that Kaggle has of a source and this disk has not; None if there is none.
+def find_new_version(source: Source, data_dir: str | Path) -> int | None:
+    """Return the version that Kaggle has of a source and `data_dir` has not; None if there is none.
 
     Only the version is asked for. A local source, or one whose version is fixed, has no news.
 
@@ -177,7 +194,10 @@ def find_new_version(source: Source, data_dir: Path) -> int | None:
         return None
     with _translate_kaggle_errors(source), _log_in().build_kaggle_client() as kaggle:
         version = int(_describe_dataset(kaggle, source).current_version_number)
-    return None if _read_download(source, _find_folder(source, data_dir), version) else version
+    store = open_store(data_dir)
+    if store.url:
+        return None if store.read(f"{_name_folder(source)}/{version}.json") else version
+    return None if _read_download(source, store, version) else version
 
 
 def _describe_dataset(kaggle: Any, source: Source) -> Any:
@@ -188,13 +208,41 @@ def _describe_dataset(kaggle: Any, source: Source) -> Any:
     return kaggle.datasets.dataset_api_client.get_dataset(request)
 
 
-def _find_folder(source: Source, data_dir: Path) -> Path:
-    owner, name = source.name.split("/")
-    return data_dir / "archives" / owner / name
+def _name_folder(source: Source) -> str:
+    return f"archives/{source.name}"
 
 
-def _read_download(source: Source, folder: Path, version: int) -> Archive | None:
-    path, provenance = folder / f"{version}.zip", folder / f"{version}.json"
+def _find_version(source: Source, store: Store, version: int, on_progress: Progress | None) -> Archive | None:
+    """Return a version that is on this disk, or that is shared; fetch it then."""
+    if here := _read_download(source, store, version):
+        return here
+    name = f"{_name_folder(source)}/{version}"
+    content = store.read(f"{name}.json") if store.url else None
+    if content is None:
+        return None
+    try:
+        provenance = json.loads(content)
+        if set(provenance) != set(PROVENANCE):
+            raise ValueError(f"it holds {sorted(provenance)}")
+    except (ValueError, TypeError) as exc:
+        raise ArchiveError(
+            f"{store.url}/{name}.json must hold {', '.join(PROVENANCE)}. Received: {content[:80]!r} ({exc}). "
+            "Delete it: the next download publishes it anew."
+        ) from exc
+    path = store.folder / f"{name}.zip"
+    store.fetch(f"{name}.zip", path, provenance["sha256"], f"{name}.json", on_progress)
+    try:
+        verify_zip(path)
+    except ArchiveError:
+        path.unlink()
+        raise
+    write_json(path.with_suffix(".json"), provenance)
+    log.info("%s: version %d was fetched from %s", source.name, version, store.url)
+    return _read_download(source, store, version)
+
+
+def _read_download(source: Source, store: Store, version: int) -> Archive | None:
+    path, provenance = (store.folder / _name_folder(source) / f"{version}.{end}" for end in ("zip", "json"))
     if not (path.exists() and provenance.exists()):
         return None
     log.info("%s: version %d is on disk already, nothing to download", source.name, version)
@@ -253,29 +301,6 @@ def _check_free_space(folder: Path, needed: int, source: Source) -> None:
             f"{source.name} needs {needed / 1e9:.2f} GB more on the disk of {folder}, which has "
             f"{free / 1e9:.2f} GB free. Make room, or set `data.data_dir` to another disk."
         )
-
-
-@contextlib.contextmanager
-def _watch_file(path: Path, total: int, on_progress: Progress | None) -> Iterator[None]:
-    """Report the size of a growing file every second; Kaggle's client reports to a terminal only."""
-    if on_progress is None or not total:
-        yield
-        return
-    done = threading.Event()
-
-    def report() -> None:
-        while not done.wait(1.0):
-            if path.exists():
-                on_progress(path.stat().st_size, total)
-
-    watcher = threading.Thread(target=report, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-    on_progress(total, total)
 
 
 def verify_zip(path: Path) -> None:

@@ -91,7 +91,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="newest data sets, archives of each source, and versions' model files that stay, besides those in use "
         "(default: 3)",
     )
-    gc.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="data folder (default: data)")
+    gc.add_argument("--data-dir", default="data", metavar="DIR", help="data folder, or its URL (default: data)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go, why, and how much")
     gc.add_argument("--yes", action="store_true", help="don't ask for confirmation")
     gc.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
@@ -300,12 +300,13 @@ def _clean(options: argparse.Namespace) -> int:
 
     try:
         from deepfake_core import housekeeping
+        from deepfake_core.store import open_store
     except ImportError as exc:
         raise ModelError(
             "Housekeeping needs what retrains are made with. Received: an installation without. Install "
             "deepfake-retraining[train]."
         ) from exc
-    if not options.data_dir.is_dir():
+    if not open_store(options.data_dir).folder.is_dir():
         raise ConfigurationError(f"--data-dir must be the data folder of a retrain. Received: {options.data_dir}")
     goes = housekeeping.clean(options.data_dir, options.model_name, options.keep, dry_run=True)
     if not goes:

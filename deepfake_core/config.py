@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 CLASS_NAMES = ("real", "fake")
 """A label is the position here: fake is 1, the positive class, everywhere."""
@@ -120,8 +120,11 @@ class DataParameters(Parameters):
         min_length=1,
         description="Data sets to merge. Where two hold the same picture equally large, the one listed first keeps it.",
     )
-    data_dir: Path = Field(
-        default=Path("data"), description="Folder that holds archives, image indexes and split folders."
+    data_dir: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)] = Field(
+        default="data",
+        min_length=1,
+        description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
+        "without credentials, such as s3://bucket/deepfake.",
     )
     test_fraction: float = Field(
         default=0.15,

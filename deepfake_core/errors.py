@@ -2,13 +2,13 @@
 
 DeepfakeError
 ├── TransientError          trying again may help; tasks retry these and nothing else
-│   ├── DownloadError       the network or Kaggle's servers failed
+│   ├── DownloadError       the network, Kaggle's servers or the store of shared data failed
 │   └── ProductionMovedError  another version went into production while two were compared
 └── PermanentError          trying again won't help; a person has to act
     ├── ConfigurationError  a parameter, a flag or a file of parameters
-    ├── CredentialsError    Kaggle's credentials are missing or refused
+    ├── CredentialsError    Kaggle's or the store's credentials are missing or refused
     ├── SourceError         a source does not exist, or is not ours to read
-    ├── ArchiveError        an archive is not a zip, or is damaged
+    ├── ArchiveError        an archive is not a zip, or what was fetched is damaged
     ├── DatasetError        the images can't make a data set: a class without images, labels that disagree
     ├── LockedError         another run holds the data folder
     ├── ModelError          a model can't be found, loaded or built
@@ -28,7 +28,7 @@ class TransientError(DeepfakeError):
 
 
 class DownloadError(TransientError):
-    """The network or Kaggle's servers failed."""
+    """The network, Kaggle's servers or the store of shared data failed."""
 
 
 class ProductionMovedError(TransientError):
@@ -44,7 +44,7 @@ class ConfigurationError(PermanentError):
 
 
 class CredentialsError(PermanentError):
-    """Kaggle's credentials are missing or refused."""
+    """Kaggle's or the store's credentials are missing or refused."""
 
 
 class SourceError(PermanentError):
@@ -52,7 +52,7 @@ class SourceError(PermanentError):
 
 
 class ArchiveError(PermanentError):
-    """An archive is not a zip, or is damaged."""
+    """An archive is not a zip, or what was fetched is damaged."""
 
 
 class DatasetError(PermanentError):

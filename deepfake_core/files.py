@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all, both in one unit (bytes, images, epochs)."""
 
 
 @contextmanager
@@ -31,3 +35,25 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def watch_progress(measure: Callable[[], int], total: int, on_progress: Progress | None) -> Iterator[None]:
+    """Report every second what a library has done that tells it in no other way, and the total at the end."""
+    if on_progress is None or not total:
+        yield
+        return
+    done = threading.Event()
+
+    def report() -> None:
+        while not done.wait(1.0):
+            on_progress(measure(), total)
+
+    watcher = threading.Thread(target=report, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+    on_progress(total, total)

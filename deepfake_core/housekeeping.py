@@ -16,6 +16,7 @@ from pathlib import Path
 from deepfake_core import registry
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.manifest import Dataset, lock_folder
+from deepfake_core.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Removal:
 
 
 def clean(
-    data_dir: Path,
+    data_dir: str | Path,
     model_name: str = registry.DEFAULT_MODEL,
     keep: int = KEEP,
     dry_run: bool = False,
@@ -54,6 +55,7 @@ def clean(
     Killed half way, it leaves nothing that looks whole, and the next call removes the rest.
 
     Args:
+        data_dir: of a URL, this machine's cache is cleaned; nothing goes from the store.
         keep: number of newest data sets, archives and indexes per source, and versions' model files, that stay.
         dry_run: remove nothing; return what would go.
         agreed: from an earlier call; nothing else goes.
@@ -63,9 +65,9 @@ def clean(
         LockedError: if a run holds the data folder.
         ServiceError: if MLflow or its artifacts can't be reached.
     """
-    data_dir = data_dir.expanduser().resolve()
-    with lock_folder(data_dir, "housekeeping", way_out="stop that process"):
-        goes = plan_removals(data_dir, model_name, keep)
+    folder = open_store(data_dir).folder
+    with lock_folder(folder, "housekeeping", way_out="stop that process"):
+        goes = plan_removals(folder, model_name, keep)
         if agreed is not None:
             goes = [removal for removal in goes if removal in agreed]
         if not dry_run:

@@ -31,6 +31,7 @@ from deepfake_core.detector import MAX_PIXELS, UnreadableImageError, decode_imag
 from deepfake_core.errors import ArchiveError, DatasetError
 from deepfake_core.files import write_beside
 from deepfake_core.hashes import hash_thumbnails, shrink_images
+from deepfake_core.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ Contents = dict[str, Content]
 """What images tell, by the SHA-256 of their bytes."""
 
 
-def build_index(archive: Archive, data_dir: Path, on_progress: Progress | None = None) -> pd.DataFrame:
+def build_index(archive: Archive, data_dir: str | Path, on_progress: Progress | None = None) -> pd.DataFrame:
     """Describe every file of an archive; an archive that was indexed before is not read again.
 
     Of a changed archive, only images whose bytes were not in the source's last index are decoded.
@@ -93,7 +94,7 @@ def build_index(archive: Archive, data_dir: Path, on_progress: Progress | None =
     source = archive.source
     rule = source.model_dump_json(include={"real_folder", "fake_folder", "csv_real_label"})
     key = hashlib.sha256(f"{archive.sha256} {rule}".encode()).hexdigest()[:16]
-    folder, stem = data_dir / "indexes", f"{source.short_name}-v{INDEX_FORMAT}-"
+    folder, stem = open_store(data_dir).folder / "indexes", f"{source.short_name}-v{INDEX_FORMAT}-"
     cached = folder / f"{stem}{key}.parquet"
     if cached.exists():
         log.info("%s: unchanged, its index is on disk already", source.short_name)

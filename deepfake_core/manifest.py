@@ -5,11 +5,14 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, Normalisat
 from deepfake_core.detector import decode_image
 from deepfake_core.duplicates import connect, find_ends
 from deepfake_core.errors import ArchiveError, DatasetError, LockedError
-from deepfake_core.files import write_beside, write_json
+from deepfake_core.files import hash_file, write_beside, write_json
+from deepfake_core.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +44,19 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
 @dataclass(frozen=True)
 class Dataset:
-    """A published split folder: images, `manifest.parquet` and `dataset.json`."""
+    """A published split folder: images, `manifest.parquet` and `dataset.json`.
+
+    Attributes:
+        path: the folder on this disk.
+        url: where other machines find it; empty where nothing is shared.
+    """
 
     path: Path
+    url: str = ""
+
+    @property
+    def address(self) -> str:
+        return self.url or str(self.path)
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -75,19 +89,64 @@ class Dataset:
         return manifest[manifest["kept"] & (manifest["split"] == name)].sort_values("sha256", ignore_index=True)
 
 
-def open_dataset(path: str | Path) -> Dataset:
-    """Open a published split folder.
+def open_dataset(address: str | Path, on_progress: Progress | None = None) -> Dataset:
+    """Open a published split folder; of a URL, fetch it to this disk unless it is here.
 
     Raises:
         DatasetError: if it is none.
+        ArchiveError: if what is fetched is damaged.
     """
-    path = Path(path)
-    if not (path / "dataset.json").is_file() or not (path / "manifest.parquet").is_file():
+    root, _, version = str(address).rpartition("/splits/")
+    store = open_store(root or address)
+    if not store.url:
+        path = Path(address)
+        if not (path / "dataset.json").is_file() or not (path / "manifest.parquet").is_file():
+            raise DatasetError(
+                "A data set must be a folder that the prepare flow published, with dataset.json and manifest.parquet. "
+                f"Received: {path}. Run `prepare`, or check that this machine shares the data folder."
+            )
+        return Dataset(path)
+    name = f"splits/{version}"
+    if not re.fullmatch(r"[0-9a-f]{16}", version) or not store.fetch_folder(
+        name, lambda folder: _list_images(folder, version), on_progress
+    ):
         raise DatasetError(
-            "A data set must be a folder that the prepare flow published, with dataset.json and "
-            f"manifest.parquet. Received: {path}. Run `prepare`, or check that this machine shares the data folder."
+            "A data set must be one that the prepare flow published whole, at <data_dir>/splits/<dataset version>. "
+            f"Received: {address}. Run `prepare` again: it publishes what is missing."
         )
-    return Dataset(path)
+    return Dataset(store.folder / name, f"{store.url}/{name}")
+
+
+def share_dataset(dataset: Dataset, data_dir: str | Path, on_progress: Progress | None = None) -> None:
+    """Publish a data set, and what was remembered with it, for other machines. `data_dir` is a URL."""
+    store = open_store(data_dir)
+    _share_memory(store)
+    members = _list_images(dataset.path, dataset.version)
+    store.publish_folder(f"splits/{dataset.version}", members, on_progress)
+
+
+def _list_images(folder: Path, version: str) -> dict[str, str]:
+    """Return a data set's images: path, and SHA-256 of the bytes, or "" where they were encoded anew.
+
+    Raises:
+        ArchiveError: if the manifest does not hold the images that the version is the hash of, or leads elsewhere.
+    """
+    dataset = Dataset(folder)
+    try:
+        normalise = dataset.description["parameters"]["normalise"]
+        kept = dataset.manifest[dataset.manifest["kept"]]
+        stem = kept["split"] + "/" + kept["label"] + "/" + kept["sha256"]
+        pattern = rf"({'|'.join(SPLITS)})/({'|'.join(CLASS_NAMES)})/[0-9a-f]{{64}}({'|'.join(SUFFIXES.values())})"
+        in_place = kept["path"].str.fullmatch(pattern) & (kept["path"].str.rsplit(".", n=1).str[0] == stem)
+        is_right = _hash_content(kept, normalise) == dataset.version == version and bool(in_place.all())
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ArchiveError(f"A data set must have a readable manifest. Received: {version} ({exc!r}).") from exc
+    if not is_right:
+        raise ArchiveError(
+            "A manifest must list the images that its version is the hash of, as split/label/SHA-256. Received: "
+            f"another one for {version}. Nothing was taken over; remove that data set and run `prepare` again."
+        )
+    return dict(zip(kept["path"], kept["sha256"] if normalise == "none" else [""] * len(kept), strict=True))
 
 
 def find_trained_on(rows: pd.DataFrame, manifest: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
@@ -197,16 +256,56 @@ def _resolve_conflicts(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[
     return rows
 
 
-def read_memory(data_dir: Path) -> dict[str, str]:
+def read_memory(data_dir: str | Path) -> dict[str, str]:
     """Return the split of every image that any version in this data folder held, by SHA-256.
 
     Images of a group that were left out as copies are remembered too: should the kept one go, they take its place.
+    Of a URL, what other machines remembered is fetched first.
     """
-    path = data_dir / "splits" / "memory.parquet"
+    store = open_store(data_dir)
+    memory = _read_table(store.folder / "splits" / "memory.parquet")
+    return memory | _fetch_memory(store) if store.url else memory
+
+
+def _read_table(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     memory = pd.read_parquet(path)
     return dict(zip(memory["sha256"], memory["split"], strict=True))
+
+
+def _write_table(memory: Mapping[str, str], path: Path) -> None:
+    pd.DataFrame(sorted(memory.items()), columns=["sha256", "split"]).to_parquet(path, index=False)
+
+
+def _fetch_memory(store: Store) -> dict[str, str]:
+    """Return what all machines remember.
+
+    Each adds files, named by time and SHA-256. Of two splits of an image, the earlier counts.
+    """
+    memory: dict[str, str] = {}
+    for name in store.list_names("memory"):
+        if found := re.fullmatch(r"\d{8}T\d{6}Z-([0-9a-f]{64})\.parquet", name, re.ASCII):
+            file = store.folder / "memory" / name
+            if not file.exists():
+                store.fetch(f"memory/{name}", file, found[1], marker=f"memory/{name}")
+            memory = _read_table(file) | memory
+    return memory
+
+
+def _share_memory(store: Store) -> None:
+    """Add what this machine remembers and the store does not. Nothing is overwritten, so nothing can be lost."""
+    known = _fetch_memory(store)
+    new = {image: split for image, split in read_memory(store.folder).items() if image not in known}
+    if not new:
+        return
+    folder = store.folder / "memory"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        path = Path(file.name)
+        _write_table(new, path)
+        store.publish(f"memory/{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{hash_file(path)}.parquet", path)
+    log.info("the splits of %d new images are published at %s", len(new), store.url)
 
 
 def _remember(rows: pd.DataFrame, data_dir: Path) -> None:
@@ -217,8 +316,7 @@ def _remember(rows: pd.DataFrame, data_dir: Path) -> None:
     memory = dict(zip(rows["sha256"][now.notna()], now.dropna(), strict=True)) | memory
     if len(memory) > known:
         with write_beside(data_dir / "splits" / "memory.parquet") as beside:
-            table = pd.DataFrame(sorted(memory.items()), columns=["sha256", "split"])
-            table.to_parquet(beside, index=False)
+            _write_table(memory, beside)
 
 
 def publish_dataset(
@@ -230,10 +328,11 @@ def publish_dataset(
     """Write the split folders; a version that is there already is not copied again.
 
     The version is a hash of every kept image's bytes, label and split, and of `normalise`: same images, same version,
-    in whatever order they came. The folder is written beside and renamed into place. Its modification time says when it
-    was last asked for.
+    in whatever order they came. The folder is written beside and renamed into place; its modification time says when it
+    was last asked for. Where `data_dir` is a URL, that is in its cache on this disk; `share_dataset` publishes it for
+    other machines.
     """
-    data_dir, normalise = parameters.data_dir, parameters.normalise
+    store, normalise = open_store(parameters.data_dir), parameters.normalise
     manifest = rows[COLUMNS].sort_values(["source", "member", "sha256"], ignore_index=True)
     if normalise == "reencode":
         manifest["path"] = manifest["path"].str.replace(r"\.\w+$", ".jpg", regex=True)
@@ -244,14 +343,15 @@ def publish_dataset(
         "sources": [archive.describe() for archive in archives],
         "counts": _count(manifest, [archive.source.short_name for archive in archives]),
     }
-    _remember(rows, data_dir)
-    target = data_dir / "splits" / version
+    _remember(rows, store.folder)
+    target = store.folder / "splits" / version
+    url = f"{store.url}/splits/{version}" if store.url else ""
     if target.is_dir():
         log.info("data set %s is published already, nothing to copy", version)
         target.touch()
         if description != Dataset(target).description:  # same images, found in other archives or places
             _write_manifest(target, manifest, description)
-        return Dataset(target)
+        return Dataset(target, url)
     beside = target.with_name(f".{version}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # left by a run that was killed: the lock is ours
     try:
@@ -262,7 +362,7 @@ def publish_dataset(
         shutil.rmtree(beside, ignore_errors=True)
         raise
     log.info("data set %s published: %s", version, description["counts"]["splits"])
-    return Dataset(target)
+    return Dataset(target, url)
 
 
 def _hash_content(manifest: pd.DataFrame, normalise: Normalisation) -> str:

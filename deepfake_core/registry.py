@@ -217,7 +217,7 @@ def log_dataset(run_id: str, dataset: "Dataset") -> None:
     with warnings.catch_warnings():  # advice on schemas of training tables, which a manifest is not
         warnings.simplefilter("ignore", UserWarning)
         manifest = from_pandas(
-            dataset.manifest, source=str(dataset.path / "manifest.parquet"), name="manifest", digest=dataset.version
+            dataset.manifest, source=f"{dataset.address}/manifest.parquet", name="manifest", digest=dataset.version
         )
         tags = [mlflow.entities.InputTag("mlflow.data.context", "training")]
         dataset_input = mlflow.entities.DatasetInput(manifest._to_mlflow_entity(), tags)

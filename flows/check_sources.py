@@ -14,22 +14,22 @@ from tasks.remote import check_deployment
 
 @flow(name="check-sources")
 def check_sources(data: DataParameters = DataParameters(), deployment: str = "retrain/manual") -> dict[str, int]:
-    """Ask Kaggle for versions alone, and start a retrain if a source has one that is not on this disk.
+    """Ask Kaggle for versions alone, and start a retrain if a source has one that is not in the data folder.
 
     The same news start one retrain, however often they are found.
 
     Args:
-        data: Whose sources, and the folder in which they would be.
+        data: Whose sources, and the folder or URL at which they would be.
         deployment: Name of the deployment that retrains.
 
     Returns:
         The new versions, by source.
     """
     check_deployment(deployment)
-    found = {source.name: find_new_version(source, data.data_dir.expanduser()) for source in data.sources}
+    found = {source.name: find_new_version(source, data.data_dir) for source in data.sources}
     new = {name: version for name, version in found.items() if version is not None}
     if not new:
-        message = f"Nothing new: the versions of {len(found)} sources are on disk."
+        message = f"Nothing new: {data.data_dir} has the versions of {len(found)} sources."
         return Completed(message=message, data=new)  # type: ignore[return-value] # Prefect unwraps it
     news = ", ".join(f"{name} version {version}" for name, version in sorted(new.items()))
     parameters = {"data": data.model_dump(mode="json", exclude_unset=True)} if data.model_fields_set else {}

@@ -1,7 +1,5 @@
 """Housekeeping: what years of retrains leave behind."""
 
-from pathlib import Path
-
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
@@ -12,7 +10,7 @@ from tasks.housekeeping import remove_unneeded
 @flow(name="clean")
 def clean(
     keep: int = housekeeping.KEEP,
-    data_dir: Path = Path("data"),
+    data_dir: str = "data",
     model_name: str = registry.DEFAULT_MODEL,
     dry_run: bool = False,
 ) -> str:
@@ -20,7 +18,7 @@ def clean(
 
     Args:
         keep: Number of newest data sets, archives of each source, and versions' model files that stay (at least 1).
-        data_dir: Folder that holds archives, image indexes and split folders.
+        data_dir: Folder that holds archives, image indexes and split folders; of a URL, this machine's cache.
         model_name: Name in MLflow's model registry.
         dry_run: Only say what would go.
 

@@ -25,6 +25,7 @@ from deepfake_core.config import (
 from deepfake_core.errors import ConfigurationError, ServiceError
 from deepfake_core.manifest import Dataset
 from deepfake_core.sample import draw_archives
+from deepfake_core.store import open_store
 
 SAMPLE_DEFAULTS: dict[str, Any] = {"training": {"candidates": ["cnn"], "epochs": 12}}
 
@@ -91,7 +92,7 @@ def read_settings(arguments: Sequence[str]) -> RetrainSettings:
     Console(stderr=True).print(
         "[bold]The images of this run are drawn, not photographs: its figures say nothing about real faces."
     )
-    sources = draw_archives(settings.data.data_dir.expanduser().absolute() / "sample")
+    sources = draw_archives(open_store(settings.data.data_dir).folder / "sample")
     return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": sources})})
 
 

@@ -10,6 +10,7 @@ from deepfake_core import registry
 from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.manifest import lock_folder, open_dataset
+from deepfake_core.store import open_store
 from flows.command_line import check_prefect, print_next_steps, print_outcome, read_settings
 from flows.prepare import prepare
 from flows.train import fingerprint_training, train
@@ -39,11 +40,11 @@ def retrain(
         force: Train even if nothing changed.
 
     Returns:
-        The folder of the data set, and the registered version.
+        The folder or URL of the data set, and the registered version.
     """
     registry.connect()
     check_deployment(train_on)
-    with lock_folder(data.data_dir, holder=f"flow run {runtime.flow_run.name}"):
+    with lock_folder(open_store(data.data_dir).folder, holder=f"flow run {runtime.flow_run.name}"):
         dataset = prepare(data)
         fingerprint = fingerprint_training(open_dataset(dataset), training, evaluation, promotion)
         same = None if force else registry.find_same_training(promotion.model_name, fingerprint)

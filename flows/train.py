@@ -4,7 +4,8 @@ from prefect import flow, runtime
 
 from deepfake_core import registry
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
-from deepfake_core.manifest import Dataset, open_dataset
+from deepfake_core.manifest import Dataset
+from tasks.data import open_dataset
 from tasks.model import (
     choose_best,
     discard_trainings,
@@ -41,7 +42,7 @@ def train(
     """Train the candidates, evaluate the best on the test split, register it, promote it if it is better.
 
     Args:
-        dataset: Folder of a data set that the prepare flow published.
+        dataset: Folder or URL of a data set that the prepare flow published.
         training: What is trained, and for how long.
         evaluation: How scores are made comparable, and on what they are tested.
         promotion: What a model must reach before it goes into production.

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 from prefect import State, Task, task
@@ -32,10 +33,10 @@ def use_kaggle_token(source: Source) -> None:
     if source.is_local or os.environ.keys() & {"KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"}:
         return
     try:
-        secret = Secret.load(KAGGLE_BLOCK)
+        secret = cast("Secret[str]", Secret.load(KAGGLE_BLOCK))
     except ValueError:  # there is none; the client may find its files
         return
-    os.environ["KAGGLE_API_TOKEN"] = str(secret.get())
+    os.environ["KAGGLE_API_TOKEN"] = secret.get()
 
 
 @task(
@@ -47,11 +48,14 @@ def use_kaggle_token(source: Source) -> None:
     tags=["network"],
     cache_policy=NO_CACHE,
 )
-def download(source: Source, data_dir: Path) -> Archive:
-    """Bring a source's archive to this disk, verified."""
+def download(source: Source, data_dir: str | Path) -> Archive:
+    """Bring a source's archive to this disk, verified; share it where `data_dir` is a URL."""
     use_kaggle_token(source)
     with report_progress(f"download {source.short_name}") as on_progress:
-        return archive.fetch_archive(source, data_dir, on_progress)
+        found = archive.fetch_archive(source, data_dir, on_progress)
+    with report_progress(f"share {source.short_name}") as on_progress:
+        archive.share_archive(found, data_dir, on_progress)
+    return found
 
 
 @task(
@@ -63,14 +67,14 @@ def download(source: Source, data_dir: Path) -> Archive:
     tags=["network"],
     cache_policy=NO_CACHE,
 )
-def find_new_version(source: Source, data_dir: Path) -> int | None:
-    """Return the version that Kaggle has of a source and this disk has not."""
+def find_new_version(source: Source, data_dir: str | Path) -> int | None:
+    """Return the version that Kaggle has of a source and `data_dir` has not."""
     use_kaggle_token(source)
     return archive.find_new_version(source, data_dir)
 
 
 @task(name="index", task_run_name="index {archive.source.short_name}", tags=["cpu"], cache_policy=NO_CACHE)
-def build_index(archive: Archive, data_dir: Path) -> pd.DataFrame:
+def build_index(archive: Archive, data_dir: str | Path) -> pd.DataFrame:
     """Describe every file of an archive."""
     with report_progress(f"index {archive.source.short_name}") as on_progress:
         return index.build_index(archive, data_dir, on_progress)
@@ -104,7 +108,7 @@ def merge(rows: pd.DataFrame, archives: Sequence[Archive], data: DataParameters)
     create_table_artifact(
         [{"source": source, **reasons} for source, reasons in counts.items()],
         key="data-set",
-        description=f"Files per source and what became of them; data set {dataset.version} at {dataset.path}",
+        description=f"Files per source and what became of them; data set {dataset.version} at {dataset.address}",
     )
     return dataset
 
@@ -114,5 +118,36 @@ def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archi
     """Write the data set's report beside its images, and link it."""
     path = data_report.write_report(dataset, links, archives)
     create_link_artifact(
-        path.as_uri(), key="data-report", link_text=f"report of data set {dataset.version}", description=str(path)
+        path.as_uri(),
+        key="data-report",
+        link_text=f"report of data set {dataset.version}",
+        description=f"{dataset.address}/{path.name}",
     )
+
+
+@task(
+    name="share",
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_condition_fn=retry_transient,
+    tags=["network"],
+    cache_policy=NO_CACHE,
+)
+def share(dataset: Dataset, data_dir: str) -> None:
+    """Publish a data set for other machines, whole or not at all."""
+    with report_progress("share") as on_progress:
+        manifest.share_dataset(dataset, data_dir, on_progress)
+
+
+@task(
+    name="open data set",
+    retries=3,
+    retry_delay_seconds=[10, 60, 300],
+    retry_condition_fn=retry_transient,
+    tags=["network"],
+    cache_policy=NO_CACHE,
+)
+def open_dataset(address: str) -> Dataset:
+    """Open a published split folder; bring it to this disk first where it is shared."""
+    with report_progress("fetch data set") as on_progress:
+        return manifest.open_dataset(address, on_progress)

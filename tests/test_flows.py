@@ -170,7 +170,7 @@ def test_a_retrain_that_failed_late_goes_on_with_what_was_trained(tracking, two_
         broken.setattr(registry, "register_detector", None)
         with pytest.raises(TypeError):
             retrain(data, TINY, promotion=NO_FLOORS)
-    (folder,) = (data.data_dir / "training").iterdir()
+    (folder,) = (Path(data.data_dir) / "training").iterdir()
     assert folder.name.startswith("cnn-")
     with monkeypatch.context() as untrained:
         untrained.setattr(training, "_fit", None)
@@ -320,7 +320,7 @@ def test_news_at_kaggle_start_one_retrain(tracking, kaggle):
         assert check() == (found, message)  # the retrain has not begun yet: no second one
         assert not kaggle.downloads
         download(source, data.data_dir)
-        assert check() == ({}, "Nothing new: the versions of 2 sources are on disk.")
+        assert check() == ({}, f"Nothing new: {data.data_dir} has the versions of 2 sources.")
         client.delete_flow_run(started.id)
     with pytest.raises(ConfigurationError, match="train/nowhere"):
         check_sources(data, "train/nowhere")

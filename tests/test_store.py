@@ -1,0 +1,363 @@
+"""Data that crosses machines: the real s3fs, and an S3 server on loopback. A machine is a cache folder of its own."""
+
+import hashlib
+import io
+import itertools
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import pandas as pd
+import pytest
+import requests
+from moto.server import ThreadedMotoServer
+
+from deepfake_core import registry
+from deepfake_core.archive import fetch_archive, find_new_version, share_archive
+from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, Source, TrainingParameters
+from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DatasetError, DownloadError
+from deepfake_core.manifest import open_dataset, read_memory, share_dataset
+from deepfake_core.store import PACKED, SUMS, Store, open_store
+from flows.check_sources import check_sources
+from flows.prepare import prepare as prepare_flow
+from flows.train import train
+from tests.conftest import faces, free_port, write_zip
+from tests.kaggle_server import HIDDEN, KaggleServer
+from tests.test_manifest import prepare
+
+SOURCE = Source(name="owner/some-faces")
+names = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def url(endpoint, tmp_path, monkeypatch):
+    """Make a bucket, and let this process see it with credentials."""
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "XDG_CACHE_HOME": str(tmp_path / "a"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # each holds the endpoint and credentials of its first use
+    bucket = f"faces-{next(names)}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}/deepfake"
+
+
+@pytest.fixture
+def go_to(url, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Move to another machine; return its cache folder."""
+
+    def go(machine: str) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        return open_store(url).folder
+
+    return go
+
+
+@pytest.fixture
+def kaggle(tmp_path, monkeypatch):
+    folder = tmp_path / "kaggle"
+    folder.mkdir()
+    for name in HIDDEN:
+        monkeypatch.delenv(name, raising=False)
+    with KaggleServer(folder) as server:
+        server.add(SOURCE.name, write_zip(tmp_path / "faces.zip", faces(20)).read_bytes())
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def share(url: str, *zips: Path, **more: object):
+    dataset = prepare(url, *zips, **more)
+    share_dataset(dataset, url)
+    return dataset
+
+
+def read_object(url: str) -> bytes:
+    return fsspec.filesystem("s3").cat_file(url)
+
+
+def write_object(url: str, content: bytes) -> None:
+    fsspec.filesystem("s3").pipe_file(url, content)
+
+
+def replace_object(address: str, name: str, content: bytes) -> None:
+    """Replace an object of a data set, and its SHA-256 in the sums, as one who can write to the store may."""
+    write_object(f"{address}/{name}", content)
+    lines = read_object(f"{address}/{SUMS}").decode().splitlines()
+    lines = [line for line in lines if not line.endswith(f"  {name}")]
+    lines.append(f"{hashlib.sha256(content).hexdigest()}  {name}")
+    write_object(f"{address}/{SUMS}", "".join(f"{line}\n" for line in lines).encode())
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def list_visible(folder: Path) -> list[str]:
+    """Return the files below a folder, less those of locks."""
+    return [name for name in read_folder(folder) if not name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("normalise", ["none", "reencode"])
+def test_another_machine_gets_the_same_bytes_once(url, go_to, tmp_path, monkeypatch, normalise):
+    first = share(url, write_zip(tmp_path / "a.zip", faces(20)), normalise=normalise)
+    here = go_to("b")
+    seen = []
+    second = open_dataset(first.address, lambda done, total: seen.append((done, total)))
+    assert second.address == f"{url}/splits/{first.version}"
+    assert second.path == here / "splits" / first.version
+    assert read_folder(second.path) == read_folder(first.path)
+    assert seen[-1] == (len(read_object(f"{second.address}/{PACKED}")),) * 2
+    pd.testing.assert_frame_equal(second.manifest, first.manifest)
+    monkeypatch.setattr(Store, "fetch", None)  # any fetching would fail
+    assert open_dataset(first.address) == second
+
+
+def test_what_is_published_is_not_published_again_and_news_about_it_are_fetched(url, go_to, tmp_path, monkeypatch):
+    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+    go_to("b")
+    open_dataset(first.address)
+    monkeypatch.setattr("deepfake_core.store._pack", None)  # publishing images again would fail,
+    monkeypatch.setattr("deepfake_core.store._unpack", None)  # and fetching them
+    go_to("a")
+    again = write_zip(tmp_path / "b.zip", {"real/again.jpg": faces(1)["real/0.jpg"]})
+    second = share(url, tmp_path / "a.zip", again)
+    assert second.version == first.version
+    go_to("b")
+    assert open_dataset(first.address).manifest["reason"].value_counts()["duplicate"] == 1
+
+
+def test_an_archive_is_downloaded_from_kaggle_once(url, go_to, kaggle):
+    first = fetch_archive(SOURCE, url)
+    share_archive(first, url)
+    here = go_to("b")
+    assert find_new_version(SOURCE, url) is None
+    assert not here.exists()
+    second = fetch_archive(SOURCE, url)
+    assert len(kaggle.downloads) == 1
+    assert second.path == here / "archives" / "owner" / "some-faces" / "1.zip"
+    assert second.path.read_bytes() == first.path.read_bytes()
+    assert second.describe() == first.describe()
+    go_to("c")
+    kaggle.requests.clear()
+    assert fetch_archive(Source(name=SOURCE.name, version=1), url).sha256 == first.sha256
+    assert kaggle.requests == []  # a fixed version that is shared needs no Kaggle at all
+
+
+@pytest.mark.parametrize("name", [PACKED, "manifest.parquet", "dataset.json"])
+def test_a_damaged_object_is_refused_and_published_anew_once_the_sums_are_deleted(url, go_to, tmp_path, name):
+    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+    content = bytearray(read_object(f"{first.address}/{name}"))
+    content[len(content) // 2] ^= 1
+    write_object(f"{first.address}/{name}", bytes(content))
+    here = go_to("b")
+    with pytest.raises(ArchiveError, match=f"{name} must be there with the SHA-256.*Delete {first.address}/{SUMS} and"):
+        open_dataset(first.address)
+    assert list_visible(here) == []
+    fsspec.filesystem("s3").rm_file(f"{first.address}/{SUMS}")
+    go_to("a")
+    share_dataset(first, url)
+    go_to("b")
+    assert len(open_dataset(first.address).split("train")) == len(first.split("train"))
+
+
+@pytest.mark.usefixtures("kaggle")
+def test_a_damaged_archive_is_refused(url, go_to):
+    share_archive(fetch_archive(SOURCE, url), url)
+    shared = f"{url}/archives/owner/some-faces/1.zip"
+    content = bytearray(read_object(shared))
+    content[100] ^= 1
+    write_object(shared, bytes(content))
+    here = go_to("b")
+    with pytest.raises(ArchiveError, match=r"1\.zip must be there with the SHA-256.*Delete .*1\.json"):
+        fetch_archive(SOURCE, url)
+    assert list_visible(here) == []
+    write_object(shared.replace(".zip", ".json"), b'{"sha256": "half')
+    with pytest.raises(ArchiveError, match=r"1\.json must hold sha256, bytes"):
+        fetch_archive(SOURCE, url)
+    assert list_visible(here) == []
+
+
+@pytest.mark.parametrize("hostile", ["../../../evil.jpg", "/tmp/evil.jpg", "train/real/evil.jpg"])
+def test_a_name_that_leads_elsewhere_is_refused(url, go_to, tmp_path, hostile):
+    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+    with zipfile.ZipFile(io.BytesIO(read_object(f"{first.address}/{PACKED}"))) as packed:
+        images = {name: packed.read(name) for name in packed.namelist()}
+    images[hostile] = images.pop(next(iter(images)))
+    replace_object(first.address, PACKED, write_zip(tmp_path / "hostile.zip", images).read_bytes())
+    before = read_folder(tmp_path)
+    here = go_to("b")
+    with pytest.raises(ArchiveError, match=r"must be those of its manifest.*evil"):
+        open_dataset(first.address)
+    assert list_visible(here) == []
+    assert {name for name in read_folder(tmp_path) if not name.endswith(".lock")} == set(before)
+
+    manifest = first.manifest
+    manifest.loc[manifest["kept"].idxmax(), "path"] = hostile
+    manifest.to_parquet(tmp_path / "manifest.parquet")
+    replace_object(first.address, "manifest.parquet", (tmp_path / "manifest.parquet").read_bytes())
+    with pytest.raises(ArchiveError, match="must list the images that its version is the hash of"):
+        open_dataset(first.address)
+    assert list_visible(here) == []
+
+
+def test_an_image_that_is_not_the_manifests_is_refused(url, go_to, tmp_path):
+    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+    with zipfile.ZipFile(io.BytesIO(read_object(f"{first.address}/{PACKED}"))) as packed:
+        images = {name: packed.read(name) for name in packed.namelist()}
+    one, other = list(images)[:2]
+    images[one] = images[other]
+    replace_object(first.address, PACKED, write_zip(tmp_path / "swapped.zip", images).read_bytes())
+    here = go_to("b")
+    with pytest.raises(ArchiveError, match=f"must have the bytes that the manifest names. Received: {one}"):
+        open_dataset(first.address)
+    replace_object(first.address, PACKED, b"no zip")
+    with pytest.raises(ArchiveError, match="must be a whole zip"):
+        open_dataset(first.address)
+    assert list_visible(here) == []
+
+
+def test_an_upload_that_was_killed_is_not_taken_for_whole(url, go_to, tmp_path, monkeypatch, kaggle):
+    """Whatever the object before which it is killed; the next one publishes the rest."""
+    dataset = prepare(url, write_zip(tmp_path / "a.zip", faces(20)))
+    archive = fetch_archive(SOURCE, url)
+    publish = Store.publish
+
+    def kill_at(last: str):
+        def publish_until(store, name, *arguments, **named):
+            if name.endswith(last):
+                raise KeyboardInterrupt
+            publish(store, name, *arguments, **named)
+
+        return publish_until
+
+    for last in ("dataset.json", PACKED, SUMS):
+        with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+            killed.setattr(Store, "publish", kill_at(last))
+            share_dataset(dataset, url)
+        here = go_to("b")
+        with pytest.raises(DatasetError, match="published whole"):
+            open_dataset(dataset.address)
+        assert list_visible(here) == []
+        go_to("a")
+    share_dataset(dataset, url)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(Store, "publish", kill_at("1.json"))
+        share_archive(archive, url)
+    go_to("b")
+    assert len(open_dataset(dataset.address).manifest) == len(dataset.manifest)
+    assert find_new_version(SOURCE, url) == 1
+    assert fetch_archive(SOURCE, url) != archive
+    assert len(kaggle.downloads) == 2
+
+
+def test_memory_loses_nothing_when_two_machines_publish_at_once(url, go_to, tmp_path):
+    """Both split before either publishes; some images are in both, and with other shares, in another split."""
+    zips = [write_zip(tmp_path / name / "a.zip", faces(40, start)) for name, start in (("x", 0), ("y", 20))]
+    datasets, memories = {}, {}
+    for machine, path, test_fraction in (("a", zips[0], 0.25), ("b", zips[1], 0.5)):
+        here = go_to(machine)
+        datasets[machine] = prepare(url, path, test_fraction=test_fraction)
+        memories[machine] = read_memory(here)
+    both = memories["a"].keys() & memories["b"].keys()
+    assert any(memories["a"][image] != memories["b"][image] for image in both)
+    for machine in ("b", "a"):
+        go_to(machine)
+        share_dataset(datasets[machine], url)
+    go_to("c")
+    union = read_memory(url)
+    assert union == memories["a"] | memories["b"]  # b was first
+    for machine in ("a", "b"):
+        go_to(machine)
+        assert read_memory(url) == union
+    assert len(open_store(url).list_names("memory")) == 2
+
+    go_to("a")
+    again = share(url, zips[0])
+    assert dict(again.manifest.set_index("sha256")["split"].items()).items() <= union.items()
+    assert len(open_store(url).list_names("memory")) == 2  # nothing new was learned
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("s3://AKIA:sec/ret@bucket/x", r"Received: s3://\.\.\.@bucket/x\. Set AWS_ACCESS_KEY_ID"),
+        ("s3://bucket/x?secret=sec/ret", r"Received: s3://bucket/x\. Set AWS_ACCESS_KEY_ID"),
+        ("s3:/bucket/x", "such as s3://bucket/deepfake"),
+        ("simplecache::s3://bucket/x", "such as s3://bucket/deepfake"),
+        ("s3://", "such as s3://bucket/deepfake"),
+        ("nothing://bucket/x", "a kind that fsspec knows"),
+    ],
+)
+def test_urls_that_are_refused(address, message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        open_store(address).check()
+    assert "sec/ret" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_store_that_can_not_be_used_is_said_before_any_work(url, endpoint, tmp_path, monkeypatch):
+    s3 = fsspec.get_filesystem_class("s3")
+    with pytest.raises(ConfigurationError, match=f"bucket .* must exist.*s3://nothing/x at {endpoint}"):
+        open_store("s3://nothing/x").check()
+    with monkeypatch.context() as elsewhere, pytest.raises(DownloadError, match=r"must answer.*EndpointConn"):
+        elsewhere.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        s3.clear_instance_cache()
+        open_store(url).check()
+    s3.clear_instance_cache()
+    requests.post(f"{endpoint}/moto-api/reset-auth", data=b"0", timeout=10)  # from now on it wants to know who asks
+    try:
+        with pytest.raises(CredentialsError, match=r"must let this account in.*AWS_ACCESS_KEY_ID"):
+            open_store(url).check()
+    finally:
+        requests.post(f"{endpoint}/moto-api/reset-auth", data=b"1000000000", timeout=10)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    s3.clear_instance_cache()
+    with pytest.raises(CredentialsError, match="needs credentials"):
+        open_store(url).check()
+    assert list_visible(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api", "tracking")
+def test_one_machine_prepares_and_another_trains(url, go_to, kaggle):
+    data = DataParameters(sources=(SOURCE,), data_dir=url, test_fraction=0.25, val_fraction=0.25)
+    address = prepare_flow(data)
+    assert address.startswith(f"{url}/splits/")
+    assert check_sources(data, deployment="") == {}
+    here = go_to("b")
+    version = train(
+        address,
+        TrainingParameters(candidates=("cnn",), image_size=32, epochs=1),
+        EvaluationParameters(robustness_images=0),
+        PromotionParameters(min_precision=0, min_recall=0),
+    )
+    assert {path.name for path in here.iterdir()} == {"splits", "batches", "training"}
+    tags = registry.read_version("deepfake-detector", version).tags
+    assert tags["dataset_version"] == open_dataset(address).version
+    run = registry.connect().get_run(registry.read_version("deepfake-detector", version).run_id)
+    parent = registry.connect().get_run(run.data.tags["mlflow.parentRunId"])
+    (logged,) = parent.inputs.dataset_inputs
+    assert json.loads(logged.dataset.source) == {"uri": f"{address}/manifest.parquet"}
+    assert prepare_flow(data) == address  # on a machine that only fetched
+    assert len(kaggle.downloads) == 1
