@@ -799,7 +799,7 @@ def _open_artifacts(uri: str) -> Iterator[ArtifactRepository]:
     except (MlflowException, OSError) as exc:
         raise ServiceError(
             f"Model files must be within reach, and may be removed. Received: {uri}, from {mlflow.get_tracking_uri()} "
-            f"({exc}). Set MLFLOW_TRACKING_URI as on the machine that trains, or allow removing."
+            f"({str(exc).splitlines()[0]}). Set MLFLOW_TRACKING_URI as on the machine that trains, or allow removing."
         ) from exc
 
 

@@ -336,9 +336,9 @@ def test_the_same_as_a_flow(years):
     data_dir, versions = years
     planned = housekeeping.clean(data_dir, dry_run=True)
     done = f"{len(planned)} things, {sum(removal.bytes for removal in planned) / 1e6:,.1f} MB"
-    assert clean_flow(data_dir=data_dir, dry_run=True) == f"{done}, would go"
+    assert clean_flow(data_dir=str(data_dir), dry_run=True) == f"{done}, would go"
     assert len(list_datasets(data_dir)) == 5
-    assert clean_flow(2, data_dir=data_dir).endswith("removed")
+    assert clean_flow(2, data_dir=str(data_dir)).endswith("removed")
     assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 3, 4)}
     with get_client(sync_client=True) as client:
         artifact = max(
