@@ -83,7 +83,7 @@ def stack(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("PREFECT_", "MLFLOW_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("STACK", str(tmp_path / "stack"))
-    monkeypatch.setenv("PREFECT_PORT", str(free_port()))
+    monkeypatch.setenv("PREFECT_SERVER_API_PORT", str(free_port()))
     monkeypatch.setenv("MLFLOW_PORT", str(free_port()))
     environment = make_environment()
     command = [sys.executable, ROOT / "deployments" / "stack.py"]
@@ -97,7 +97,7 @@ def stack(tmp_path, monkeypatch):
     finally:
         down = subprocess.run([*command, "down"], capture_output=True, text=True)
     assert "has ended" in down.stdout
-    for port in (environment["PREFECT_PORT"], environment["MLFLOW_PORT"]):
+    for port in (environment["PREFECT_SERVER_API_PORT"], environment["MLFLOW_PORT"]):
         with pytest.raises(httpx.TransportError):
             httpx.get(f"http://127.0.0.1:{port}")
 
