@@ -4,10 +4,11 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs browser pictures bench bench-data bench-training bench-serving lock deploy up down
+.PHONY: help demo test check docs browser pictures bench bench-data bench-training bench-serving lock deploy up down \
+	image containers
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no GPU; under 5 minutes
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
@@ -20,9 +21,11 @@ check: .venv/installed  ## check format, lint, types, import rules, and that the
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	cp requirements.lock .venv/fresh.lock
-	$(LOCK) --output-file .venv/fresh.lock
-	diff requirements.lock .venv/fresh.lock || (echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1)
+	cp requirements.lock .venv/fresh.lock && cp deployments/gpu.lock .venv/fresh-gpu.lock
+	$(LOCK) --all-extras --output-file .venv/fresh.lock
+	$(LOCK) $(IMAGE_EXTRAS) --output-file .venv/fresh-gpu.lock
+	diff requirements.lock .venv/fresh.lock && diff deployments/gpu.lock .venv/fresh-gpu.lock || \
+		(echo "The locks do not fit pyproject.toml: run make lock"; exit 1)
 
 docs: .venv/installed  ## build the documentation into site/; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -52,14 +55,12 @@ bench-serving: .venv/installed  ## measure face detection and how fast predict a
 	$(BIN)/python benchmarks/serving_speed.py $(ARCHIVES)
 	$(BIN)/python -m tests.test_results
 
-lock: .venv/installed  ## write requirements.lock anew from pyproject.toml
-	$(LOCK) --output-file requirements.lock
+lock: .venv/installed  ## write requirements.lock, and the image's deployments/gpu.lock, anew from pyproject.toml
+	$(LOCK) --all-extras --output-file requirements.lock
+	$(LOCK) $(IMAGE_EXTRAS) --output-file deployments/gpu.lock
 
 deploy: .venv/installed  ## create work pools, deployments and alerts on the Prefect server at PREFECT_API_URL
-	$(BIN)/prefect work-pool create cpu --type process --overwrite
-	$(BIN)/prefect work-pool create gpu --type process --overwrite
-	$(BIN)/prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml
-	$(BIN)/python deployments/alerts.py
+	$(BIN)/python deployments/deploy.py
 
 up: .venv/installed  ## start Prefect, MLflow and both workers on loopback, and apply the deployments
 	@$(BIN)/python deployments/stack.py up
@@ -67,8 +68,17 @@ up: .venv/installed  ## start Prefect, MLflow and both workers on loopback, and 
 down:  ## end what make up started
 	@$(BIN)/python deployments/stack.py down
 
-LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
-	--no-header --python-version 3.11 --all-extras pyproject.toml
+image:  ## build the container image of all parts; IMAGE=registry/name:tag gives it another name
+	docker build --file deployments/Dockerfile --tag $(IMAGE) \
+		--build-arg GIT_COMMIT=$$(git describe --always --dirty --abbrev=40 --exclude='*') .
+
+containers: image  ## start what make up starts in containers, on PostgreSQL; POSTGRES_PASSWORD must be set
+	docker compose --env-file deployments/stack.env --file deployments/compose.yaml up --detach
+
+IMAGE ?= $(shell sed -n 's/^IMAGE=//p' deployments/stack.env)
+LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
+	pyproject.toml
+IMAGE_EXTRAS = --extra train --extra flows --extra remote --group cuda --constraint requirements.lock
 
 # uv comes from the lock too, by pip with its hashes; then uv installs the rest.
 .venv/installed: requirements.lock pyproject.toml

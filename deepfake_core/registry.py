@@ -178,7 +178,10 @@ def monitor_system(run_id: str) -> Iterator[None]:
 
 
 def read_git_commit() -> str:
-    """Return the checkout's commit, with `-dirty` if files differ from it; `unknown` outside one."""
+    """Return the checkout's commit, with `-dirty` if files differ from it; outside one GIT_COMMIT, else `unknown`.
+
+    An image has no checkout: building it sets GIT_COMMIT.
+    """
     command = [
         "git",
         "-C",
@@ -192,7 +195,7 @@ def read_git_commit() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return UNKNOWN_COMMIT
+        return os.environ.get("GIT_COMMIT") or UNKNOWN_COMMIT
 
 
 def log_parameters(run_id: str, parameters: Mapping[str, Any]) -> None:

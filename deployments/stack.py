@@ -3,8 +3,9 @@
     python deployments/stack.py up|down
 
 Prefect's server, MLflow's server, a worker on each pool, and all deployments, kept running by supervisord. What they
-keep lies in the folder STACK (default: stack/). Ports: PREFECT_PORT (4200), MLFLOW_PORT (5000). Other databases and
-artifact stores: PREFECT_SERVER_DATABASE_CONNECTION_URL, MLFLOW_BACKEND_STORE_URI, MLFLOW_ARTIFACTS_DESTINATION.
+keep lies in the folder STACK (default: stack/). Ports: PREFECT_SERVER_API_PORT, MLFLOW_PORT; stack.env holds their
+defaults. Other databases and artifact stores: PREFECT_SERVER_DATABASE_CONNECTION_URL, MLFLOW_BACKEND_STORE_URI,
+MLFLOW_ARTIFACTS_DESTINATION.
 """
 
 import argparse
@@ -16,8 +17,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from dotenv import dotenv_values
+
 ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "deployments" / "supervisord.conf"
+SHARED = ROOT / "deployments" / "stack.env"
 BIN = Path(sys.executable).parent
 MOST_SECONDS = 180
 """How long a part may take until it answers."""
@@ -26,26 +30,25 @@ MOST_SECONDS = 180
 def make_environment() -> dict[str, str]:
     """Return the environment of all parts: what is set already counts."""
     stack = Path(os.environ.get("STACK", ROOT / "stack")).absolute()
-    prefect, mlflow = os.environ.get("PREFECT_PORT", "4200"), os.environ.get("MLFLOW_PORT", "5000")
     defaults = {
+        **dotenv_values(SHARED),
         "PREFECT_HOME": str(stack / "prefect"),
         "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{stack}/mlflow.db",
         "MLFLOW_ARTIFACTS_DESTINATION": str(stack / "artifacts"),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
     }
     if not has_gpu():
         defaults["CUDA_VISIBLE_DEVICES"] = "-1"  # tells the gpu worker that it trains on the CPU on purpose
-    fixed = {
+    environment = {**defaults, **os.environ}
+    return {
+        **environment,
         "STACK": str(stack),
         "BIN": str(BIN),
         "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PREFECT_PORT": prefect,
-        "MLFLOW_PORT": mlflow,
-        "PREFECT_API_URL": f"http://127.0.0.1:{prefect}/api",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow}",
+        "PREFECT_SERVER_API_HOST": "127.0.0.1",
+        "PREFECT_API_URL": f"http://127.0.0.1:{environment['PREFECT_SERVER_API_PORT']}/api",
+        "MLFLOW_HOST": "127.0.0.1",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{environment['MLFLOW_PORT']}",
     }
-    return {**defaults, **os.environ, **fixed}
 
 
 def has_gpu() -> bool:

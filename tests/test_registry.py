@@ -153,6 +153,15 @@ def test_an_unreachable_server_is_said_at_once(monkeypatch):
         registry.connect()
 
 
+def test_an_image_knows_its_commit_by_a_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIT_COMMIT", "c" * 40)
+    assert registry.read_git_commit() != "c" * 40  # a checkout is asked itself
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, as in the image
+    assert registry.read_git_commit() == "c" * 40
+    monkeypatch.setenv("GIT_COMMIT", "")
+    assert registry.read_git_commit() == "unknown"
+
+
 @pytest.mark.usefixtures("tracking")
 def test_a_training_is_the_same_if_data_parameters_and_committed_code_are(monkeypatch):
     client = registry.connect()

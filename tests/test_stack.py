@@ -73,7 +73,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             patch.setenv(name, value)
         patch.delenv("KAGGLE_API_TOKEN")
         patch.setenv("STACK", str(folder / "stack"))
-        patch.setenv("PREFECT_PORT", str(free_port()))
+        patch.setenv("PREFECT_SERVER_API_PORT", str(free_port()))
         patch.setenv("MLFLOW_PORT", str(free_port()))
         kaggle.add_the_three(faces(30), faces(30, start=100))
         environment = make_environment()
@@ -106,7 +106,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         finally:
             down = subprocess.run([*command, "down"], capture_output=True, text=True)
         assert "has ended" in down.stdout
-        for port in (environment["PREFECT_PORT"], environment["MLFLOW_PORT"]):
+        for port in (environment["PREFECT_SERVER_API_PORT"], environment["MLFLOW_PORT"]):
             with pytest.raises(httpx.TransportError):
                 httpx.get(f"http://127.0.0.1:{port}")
 
