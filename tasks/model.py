@@ -351,8 +351,9 @@ def write_report(
 
 
 def report_outcome(dataset: Dataset, name: str, number: str) -> None:
-    """Say in the flow run's artifacts what came out of a retrain, and where to look further."""
+    """Say in the flow run's log and artifacts what came out of a retrain, and where to look further."""
     version = registry.read_version(name, number)
+    get_run_logger().info("%s version %s: %s: %s", name, number, version.tags["decision"], version.tags["reasons"])
     figures = "\n".join(
         "| {} | {:.3f} ({:.3f} to {:.3f}) |".format(
             title, *(version.metrics[f"test/{key}{end}"] for end in ("", "_low", "_high"))

@@ -205,12 +205,7 @@ def test_a_training_becomes_a_job_with_one_gpu_and_the_data_folder():
     deployments = yaml.safe_load((FOLDER / "prefect.yaml").read_text())["deployments"]
     (train,) = [deployment for deployment in deployments if deployment["entrypoint"].startswith("flows/train.py")]
     variables = {"data_claim": "faces", "secret": "credentials", "memory_limit": "16Gi"}
-    filled = KubernetesWorkerJobConfiguration.from_template_and_values(
-        TEMPLATE, train["work_pool"]["job_variables"] | variables
-    )
-    configuration = asyncio.run(filled)
-    configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="training"))
-    job = configuration.job_manifest
+    job = asyncio.run(render_job(train["work_pool"]["job_variables"] | variables))
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": "1"}
@@ -224,9 +219,18 @@ def test_a_training_becomes_a_job_with_one_gpu_and_the_data_folder():
 
     # Kubernetes' own classes know every field: what they don't would get lost here.
     del pod["completions"], pod["parallelism"]  # Prefect's template has them in the wrong place
-    with kubernetes.ApiClient() as api:
-        known = api.sanitize_for_serialization(api.deserialize(job, "V1Job"))
-    assert known == job
+    assert asyncio.run(keep_known_fields(job)) == job
+
+
+async def render_job(variables: dict) -> dict:
+    configuration = await KubernetesWorkerJobConfiguration.from_template_and_values(TEMPLATE, variables)
+    configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="training"))
+    return configuration.job_manifest
+
+
+async def keep_known_fields(job: dict) -> dict:
+    async with kubernetes.ApiClient() as api:
+        return api.sanitize_for_serialization(api.deserialize(job, "V1Job"))
 
 
 @pytest.mark.slow

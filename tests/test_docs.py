@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shlex
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from prefect.cli import deployment as prefect_deployment
+from prefect.cli import worker as prefect_worker
 from prefect.client.schemas.objects import BlockDocument
 from prefect.flows import load_flow_from_entrypoint
 
@@ -90,6 +92,9 @@ def test_a_command_exists_and_takes_its_arguments(words, flows):
         else:
             assert "sample" in RetrainSettings.model_fields
             read_settings([flag for flag in arguments[2:] if flag != "--sample"])  # it would draw hundreds of images
+    elif program == "python" and arguments[0].startswith("deployments/"):
+        known = subprocess.run([sys.executable, ROOT / arguments[0], "--help"], capture_output=True, text=True).stdout
+        assert set(arguments[1:]) <= set(re.findall(r"[\w-]+", known))
     elif program == "python":
         assert arguments[:2] == ["-m", "pytest"]
         assert (ROOT / arguments[2]).is_file()
@@ -100,11 +105,25 @@ def test_a_command_exists_and_takes_its_arguments(words, flows):
         if "-d" in arguments:
             flows["retrain/manual"].validate_parameters(json.loads(arguments[-1])["parameters"])
     else:
-        assert program in {"export", "git", "mlflow", "pg_dump", "pip", "rm", "tar", "uv"} or program.startswith("id=")
+        assert program in {
+            "export",
+            "git",
+            "kubectl",
+            "mlflow",
+            "pg_dump",
+            "pip",
+            "rm",
+            "tar",
+            "uv",
+        } or program.startswith("id=")
 
 
 def check_prefect(arguments, flows):
     """Hold a command to the signature of Prefect's, and a deployment's parameters to its flow."""
+    if arguments[:2] == ["worker", "start"]:
+        source = inspect.getsource(prefect_worker.start)
+        assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
+        return
     *group, command = (word for word in arguments[:3] if word in {"deployment", "schedule", "run", "pause", "resume"})
     function = getattr(prefect_deployment, "_".join([command, *group[1:]]))
     known = [name.strip("_").replace("_", "-") for name in inspect.signature(function).parameters] + ["param"]

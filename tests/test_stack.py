@@ -230,7 +230,7 @@ def test_a_person_retrains_in_the_browser(stack, chromium):
         assert ended.state.is_completed(), ended.state
         assert ended.parameters["training"]["epochs"] == 2
         page.locator(".state-badge", has_text="Completed").first.wait_for()
-        page.get_by_text("80 usable images").first.wait_for()
+        page.get_by_text(f"{NAME} version 1: promoted").first.wait_for()
         take_picture(page, "run")
         page.get_by_text("Artifacts", exact=True).first.click()
         page.locator("a[href*='artifacts/artifact']").last.click()
