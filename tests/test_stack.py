@@ -31,6 +31,7 @@ from prefect.states import Cancelled, Running
 from deepfake_core import registry
 from deployments import alerts
 from deployments.stack import control, make_environment
+from tasks.announcement import announce
 from tasks.data import KAGGLE_BLOCK
 from tests.conftest import faces, free_port, wait_until
 from tests.kaggle_server import HIDDEN, KaggleServer
@@ -198,6 +199,14 @@ def test_a_run_that_falls_silent_is_crashed_and_told(stack):
     assert crashed.state.is_crashed()
     assert "fell silent" in crashed.state.message
     wait_until(lambda: stack.was_told(f"check-sources run {run.name}: Crashed", "fell silent"), 60)
+
+
+def test_what_becomes_of_versions_is_told(stack):
+    """What is promoted tells so by itself, in the next test; a refusal and a rollback take more runs than one."""
+    announce("not-promoted", NAME, "7", f"{NAME} version 7 was not promoted")
+    announce("rolled-back", NAME, "5", f"Version 5 of {NAME} is back in production")
+    wait_until(lambda: stack.was_told(f"{NAME} version 7", "was not promoted"), 60)
+    wait_until(lambda: stack.was_told(f"{NAME} version 5", "is back in production"), 60)
 
 
 @pytest.mark.browser
