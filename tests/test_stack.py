@@ -249,7 +249,6 @@ def test_a_person_retrains_in_the_browser(stack, chromium):
         page.goto(page.get_by_role("link", name="figures and curves").get_attribute("href"))
         page.get_by_role("button", name="Close").click()  # of the assistant that MLflow opens at first
         page.get_by_text("test/auc", exact=True).first.wait_for()
-        take_picture(page, "mlflow-run")
         page.goto(f"{stack.mlflow}/#/models/{NAME}/versions/1")
         page.get_by_text("@ production").first.wait_for()
         take_picture(page, "mlflow-version")
