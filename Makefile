@@ -14,7 +14,7 @@ demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
 
 test: .venv/installed  ## run the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 check: .venv/installed  ## check format, lint, types, import rules, and that the lock fits pyproject.toml
 	$(BIN)/ruff format --check .

@@ -29,6 +29,14 @@ needs_shared = pytest.mark.skipif(
 )
 
 
+LONGEST = ("test_stack.py", "test_flows.py", "test_training.py", "test_production.py", "test_devices.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def draw_image(seed: int, size: int = 48, cells: int = 6) -> Image.Image:
     """Draw a random picture of so many smooth cells a side; other seeds give other pictures."""
     coarse = np.random.default_rng(seed).integers(0, 256, (cells, cells, 3), dtype=np.uint8)

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from uuid import uuid4
 
 import pytest
@@ -230,7 +231,8 @@ async def render_job(variables: dict) -> dict:
 
 async def keep_known_fields(job: dict) -> dict:
     async with kubernetes.ApiClient() as api:
-        return api.sanitize_for_serialization(api.deserialize(job, "V1Job"))
+        response = SimpleNamespace(data=json.dumps(job))
+        return api.sanitize_for_serialization(api.deserialize(response, "V1Job"))
 
 
 @pytest.mark.slow
