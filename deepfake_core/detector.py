@@ -40,6 +40,8 @@ def decode_image(data: bytes) -> Image.Image:
         UnreadableImageError: if `data` is none of these, is truncated or damaged, or declares more
             than `MAX_PIXELS`.
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise UnreadableImageError("not_an_image", "must be the bytes of an image, not a path, an address or nothing")
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError as exc:

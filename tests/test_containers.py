@@ -21,7 +21,6 @@ from mlflow.server.security_utils import is_allowed_host_header
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
 from prefect.server.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_API_URL
 from prefect_kubernetes import KubernetesWorker
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
@@ -235,10 +234,20 @@ async def keep_known_fields(job: dict) -> dict:
         return api.sanitize_for_serialization(api.deserialize(response, "V1Job"))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api")
-def test_the_image_has_all_that_deploying_and_every_flow_need(tmp_path):
-    """From the files that .dockerignore lets through, deploy to a real server with a Kubernetes pool."""
+def test_the_gpu_pool_takes_the_template_and_keeps_its_type():
+    with get_client(sync_client=True) as client:
+        apply_pool(client, "gpu-of-a-cluster", "kubernetes")
+        apply_pool(client, "gpu-of-a-cluster")  # as `make deploy` does
+        pool = client.read_work_pool("gpu-of-a-cluster")
+        assert (pool.type, pool.base_job_template) == ("kubernetes", TEMPLATE)
+        with pytest.raises(SystemExit, match=r"must be process\. Received: kubernetes"):
+            apply_pool(client, "gpu-of-a-cluster", "process")
+
+
+@pytest.mark.slow
+def test_the_image_has_the_files_that_deploying_and_every_flow_need(tmp_path):
+    """From what .dockerignore lets through, every flow and what deploys them can be imported."""
     image = tmp_path / "image"
     (ignored, *kept, compiled) = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")
@@ -250,24 +259,12 @@ def test_the_image_has_all_that_deploying_and_every_flow_need(tmp_path):
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, target)
-
-    def run(*command: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(image), "PREFECT_API_URL": PREFECT_API_URL.value()}
-        return subprocess.run([sys.executable, *command], cwd=image, env=environment, capture_output=True, text=True)
-
-    deployed = run("deployments/deploy.py", "--gpu", "kubernetes")
-    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    with get_client(sync_client=True) as client:
-        pool, train = client.read_work_pool("gpu"), client.read_deployment_by_name("train/gpu")
-        assert (pool.type, pool.base_job_template) == ("kubernetes", TEMPLATE)
-        assert client.read_work_pool("cpu").type == "process"
-        (step,) = train.pull_steps
-        assert step == {"prefect.deployments.steps.set_working_directory": {"directory": str(image)}}
-        apply_pool(client, "gpu")  # as `make deploy` does: the type stays
-        assert client.read_work_pool("gpu").base_job_template == TEMPLATE
-        with pytest.raises(SystemExit, match=r"gpu must be process\. Received: kubernetes"):
-            apply_pool(client, "gpu", "process")
-
     modules = sorted(f"flows.{path.stem}" for path in (ROOT / "flows").glob("[a-z]*.py"))
-    imported = run("-c", f"import {', '.join(modules)}; print(flows.__file__)")
+    command = f"import {', '.join(modules)}, deployments.deploy, deployments.alerts; print(flows.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(image)}
+    imported = subprocess.run(
+        [sys.executable, "-c", command], cwd=image, env=environment, capture_output=True, text=True
+    )
     assert imported.stdout.strip() == str(image / "flows" / "__init__.py"), imported.stderr
+    for deployment in yaml.safe_load((image / "deployments" / "prefect.yaml").read_text())["deployments"]:
+        assert (image / deployment["entrypoint"].split(":")[0]).is_file()

@@ -64,13 +64,16 @@ def test_no_model_and_no_alias_both_mean_no_production_yet():
     assert registry.find_production(NAME) is None
 
 
-def test_pyfunc_model_answers_bytes_and_harms_no_row(registered):
+def test_pyfunc_model_answers_bytes_alone_and_harms_no_row(registered, tmp_path):
     _, _, version = registered
     model = mlflow.pyfunc.load_model(f"models:/{NAME}/{version}")
-    out = model.predict(pd.DataFrame({"image": [jpeg(1), b"no image", encode(draw_image(2), "PNG")]}))
+    (file := tmp_path / "face.jpg").write_bytes(jpeg(3))
+    rows = [jpeg(1), b"no image", encode(draw_image(2), "PNG"), str(file), file.as_uri(), None]
+    out = model.predict(pd.DataFrame({"image": rows}))
     assert list(out.columns) == ["label", "fake_probability", "threshold", "error"]
-    assert out["label"].isna().tolist() == [False, True, False]
+    assert out["label"].isna().tolist() == [False, True, False, True, True, True]
     assert out.loc[1, "error"] == "must be a JPEG, PNG or WebP image"
+    assert out.loc[3:, "error"].str.startswith("must be the bytes of an image, not a path").all()
     assert out["fake_probability"].dropna().between(0, 1).all()
 
 

@@ -19,7 +19,7 @@ from deepfake_core.config import AugmentationParameters
 from deepfake_core.detector import Detector, decode_image, resize_image
 from deepfake_core.errors import LockedError, ModelError
 from deepfake_core.metrics import Confusion
-from deepfake_core.models import CANDIDATES
+from deepfake_core.models import CANDIDATES, efficientnet_lite0
 from tests.conftest import draw_image, encode, faces, hold_data, write_zip
 from tests.test_manifest import prepare
 
@@ -277,7 +277,10 @@ def train_transfer(folder, die_in_epoch=None):
         if epoch == die_in_epoch:  # recorded, but not backed up
             raise Killed
 
-    training.train_candidate("efficientnet_lite0", stripes(48, 0), stripes(16, 1), recipe, folder, 1, 1, on_epoch)
+    with pytest.MonkeyPatch.context() as patch:  # a backbone of the same layers, but few of them, and untrained
+        patch.setattr(efficientnet_lite0, "BLOCKS", efficientnet_lite0.BLOCKS[:2])
+        patch.setattr(efficientnet_lite0, "load_imagenet", lambda backbone: None)  # noqa: ARG005
+        training.train_candidate("efficientnet_lite0", stripes(48, 0), stripes(16, 1), recipe, folder, 1, 1, on_epoch)
     return reported
 
 
