@@ -64,11 +64,12 @@ from pathlib import Path
 from deepfake_core.training import train_candidate
 from tests.test_training import RECIPE, stripes
 from deepfake_core.models import CANDIDATES
-architecture, count = sys.argv[2], int(sys.argv[3])
-recipe = CANDIDATES[architecture].RECIPE.model_copy(update=RECIPE.model_dump(exclude={"augmentation"}) | {
+recipe = CANDIDATES["cnn"].RECIPE.model_copy(update=RECIPE.model_dump(exclude={"augmentation"}) | {
     "augmentation": RECIPE.augmentation, "epochs": 2, "weights": "none"})
-candidate = train_candidate(architecture, stripes(60, 0), stripes(16, 1), recipe, Path(sys.argv[1]), 1, count)
-print("losses", *candidate.history["loss"], *candidate.history["val_loss"])
+for count in (1, 2):
+    folder = Path(sys.argv[1]) / str(count)
+    candidate = train_candidate("cnn", stripes(60, 0), stripes(16, 1), recipe, folder, 1, count)
+    print("losses", *candidate.history["loss"], *candidate.history["val_loss"])
 """
 TWO_CPUS = """
 import tensorflow as tf
@@ -77,19 +78,19 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 """
 
 
-def train(folder, architecture="cnn", count=1, before="", **environment):
-    command = [sys.executable, "-c", before + TRAIN, str(folder), architecture, str(count)]
+def train(folder, before="", **environment):
+    """Train on one device and on two, in a process of their own; return both's losses."""
+    command = [sys.executable, "-c", before + TRAIN, str(folder)]
     done = subprocess.run(
         command, cwd=HERE, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
     )
-    losses = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("losses")]
-    return [float(loss) for loss in losses[0]]
+    one, two = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("losses"))
+    return [float(loss) for loss in one], [float(loss) for loss in two]
 
 
 @pytest.mark.slow
 def test_two_devices_learn_as_one_does_from_the_same_batches(tmp_path):
-    one = train(tmp_path / "one", before=TWO_CPUS)
-    two = train(tmp_path / "two", count=2, before=TWO_CPUS)
+    one, two = train(tmp_path, before=TWO_CPUS)
     assert two == pytest.approx(one, rel=1e-4)
 
 
@@ -101,11 +102,10 @@ def test_more_devices_than_there_are_are_said():
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")
 def test_jax_trains_too_and_on_two_devices_as_on_one(tmp_path):
-    one = train(tmp_path / "one", KERAS_BACKEND="jax")
+    one, two = train(tmp_path, KERAS_BACKEND="jax", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert one[1] < one[0]  # the training loss of the second epoch, of the first
-    two = train(tmp_path / "two", count=2, KERAS_BACKEND="jax", XLA_FLAGS="--xla_force_host_platform_device_count=2")
     assert two == pytest.approx(one, rel=1e-4)
-    scores = Detector(tmp_path / "one" / "detector").score(stripes(40, 2).pixels)  # exported by way of TensorFlow
+    scores = Detector(tmp_path / "1" / "detector").score(stripes(40, 2).pixels)  # exported by way of TensorFlow
     assert ((scores >= 0.5) == stripes(40, 2).labels).mean() > 0.9
 
 

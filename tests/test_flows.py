@@ -148,7 +148,7 @@ def check_run(run_id: str) -> dict:
 @needs_shared
 @pytest.mark.slow
 def test_retrain_on_real_images(tracking):
-    subprocess.run([sys.executable, SHARED / "build_archives.py", tracking / "kaggle", "--per-class", "60"], check=True)
+    subprocess.run([sys.executable, SHARED / "build_archives.py", tracking / "kaggle", "--per-class", "40"], check=True)
     sources = [
         source.model_copy(update={"name": f"{tracking}/kaggle/{source.short_name}.zip"})
         for source in DataParameters().sources
@@ -156,8 +156,8 @@ def test_retrain_on_real_images(tracking):
     short = TrainingParameters(epochs=2, image_size=64)
     dataset, version = retrain(parameters(tracking, *sources), short, promotion=NO_FLOORS)
     counts = open_dataset(dataset).description["counts"]
-    assert counts["reasons"] == {"duplicate": 240, "kept": 240, "not_an_image": 3}
-    assert counts["sources"]["real-vs-fake-faces"] == {"files": 120, "duplicate": 120}
+    assert counts["reasons"] == {"duplicate": 160, "kept": 160, "not_an_image": 3}
+    assert counts["sources"]["real-vs-fake-faces"] == {"files": 80, "duplicate": 80}
     assert registry.find_production(NAME) == version == "1"
     metrics = check_run(registry.read_version(NAME, version).run_id)["metrics"]
     assert "test/140k-real-and-fake-faces/auc" in metrics
