@@ -164,7 +164,9 @@ def test_retrain_on_real_images(tracking):
     assert "test/real-and-fake-face-detection/auc" in metrics
 
 
-def test_a_retrain_that_failed_late_goes_on_with_what_was_trained(tracking, two_zips, monkeypatch):
+def test_a_retrain_that_failed_late_goes_on_with_what_was_trained_which_is_below_the_floors(
+    tracking, two_zips, monkeypatch
+):
     data = parameters(tracking, two_zips[0])
     with monkeypatch.context() as broken:
         broken.setattr(registry, "register_detector", None)
@@ -174,10 +176,12 @@ def test_a_retrain_that_failed_late_goes_on_with_what_was_trained(tracking, two_
     assert "-cnn-" in folder.name
     with monkeypatch.context() as untrained:
         untrained.setattr(training, "_fit", None)
-        _, version = retrain(data, TINY, promotion=NO_FLOORS)
+        _, version = retrain(data, TINY, promotion=PromotionParameters(min_precision=1, min_recall=1))
     run = check_run(registry.read_version(NAME, version).run_id)
     assert {"val/auc", "val_loss", "seconds"} <= set(run["metrics"])
     assert not folder.exists()
+    assert registry.read_version(NAME, version).tags["decision"] == "not promoted"
+    assert registry.find_production(NAME) is None
 
 
 def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):
@@ -244,14 +248,6 @@ def test_leave_one_out_tests_on_what_it_never_saw_and_registers_nothing(tracking
         assert set(seen.sources) == {"one", "two"} - {source}
         assert own.confusion.total == 80
     assert registry.list_versions(NAME) == []
-
-
-def test_a_model_below_the_floors_is_registered_but_not_promoted(tracking, two_zips):
-    _, version = retrain(
-        parameters(tracking, two_zips[0]), TINY, promotion=PromotionParameters(min_precision=1, min_recall=1)
-    )
-    assert registry.read_version(NAME, version).tags["decision"] == "not promoted"
-    assert registry.find_production(NAME) is None
 
 
 def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_zips):
