@@ -157,6 +157,12 @@ def answers(address: str) -> bool:
         return False
 
 
+@pytest.mark.usefixtures("stack")
+def test_schedules_make_runs():
+    for name in ("retrain/weekly", "check-sources/daily", "production.health/hourly", "clean/weekly"):
+        assert wait_until(lambda name=name: find_runs(name), 120)[0].state.is_scheduled()
+
+
 def test_a_run_that_waits_is_late_and_one_that_fails_says_why(stack):
     stack.control("stop", "worker-gpu")
     with get_client(sync_client=True) as client:
