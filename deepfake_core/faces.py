@@ -13,6 +13,16 @@ from deepfake_core.errors import ModelError
 LONGEST_SIDE = 1280
 """Larger images are scaled down to this before faces are looked for."""
 
+LONGEST_SIDE_AGAIN = 320
+"""Images are searched at this size too, for faces that are large in the first search: it misses those of some 400
+pixels and more."""
+
+LARGE = 300
+"""Pixels a side in the first search from which on a face's box is the second one's."""
+
+SAME = 0.3
+"""Intersection over union from which on boxes of both searches show one face."""
+
 SURE = 80
 """Confidence, of 100, from which on libfacedetection's boxes are faces: `benchmarks/face_detection.py`."""
 
@@ -76,12 +86,21 @@ def load_face_finder() -> Callable[[Image.Image], list[Box]]:
 
 
 def _find_faces(image: Image.Image, detect: Callable[[int, int, bytes], list[Any]]) -> list[Box]:
-    scale = min(1.0, LONGEST_SIDE / max(image.size))
+    longest = max(image.size)
+    scale = min(1.0, LONGEST_SIDE / longest)
+    boxes = _search(image, scale, detect)
+    if longest * scale > LONGEST_SIDE_AGAIN:
+        again = _search(image, LONGEST_SIDE_AGAIN / longest, detect)
+        large = [box for box in again if sqrt(box.area) * scale >= LARGE]
+        boxes = large + [box for box in boxes if all(box.overlap(other) < SAME for other in large)]
+    return sorted(boxes, key=lambda box: -box.area)
+
+
+def _search(image: Image.Image, scale: float, detect: Callable[[int, int, bytes], list[Any]]) -> list[Box]:
     width, height = (max(1, round(side * scale)) for side in image.size)
     small = image.resize((width, height), Image.Resampling.BILINEAR) if scale < 1 else image
     found = detect(width, height, small.tobytes())
-    boxes = [Box(x / scale, y / scale, (x + w) / scale, (y + h) / scale) for x, y, w, h, sure in found if sure >= SURE]
-    return sorted(boxes, key=lambda box: -box.area)
+    return [Box(x / scale, y / scale, (x + w) / scale, (y + h) / scale) for x, y, w, h, sure in found if sure >= SURE]
 
 
 def fit_crop(face: Box, width: int, height: int) -> Box:

@@ -57,6 +57,14 @@ def test_large_photographs_are_searched_too():
     assert Box(1500, 900, 1900, 1300).intersect(face) == face
 
 
+@pytest.mark.parametrize("side", [600, 1000, 1280, 3000])
+def test_faces_that_fill_large_images_are_found_once(side):
+    for seed in range(3):
+        portrait = draw_portrait(seed).resize((side, side))
+        (face,) = load_face_finder()(portrait)
+        assert fit_crop(face, side, side) == Box(0, 0, side, side)
+
+
 @given(st.floats(-50, 900), st.floats(-50, 700), st.floats(4, 900), st.floats(4, 900), st.integers(16, 800))
 def test_a_crop_is_a_square_inside_the_image_or_all_of_it(left, top, width, height, side):
     crop = fit_crop(Box(left, top, left + width, top + height), side, side + 40)
