@@ -187,7 +187,7 @@ def sample_frames(file: Path, count: int) -> Iterator[tuple[float, Image.Image]]
         ) from exc
     with file.open("rb") as opened:
         try:
-            with av.open(opened, options={"format_whitelist": FORMATS}) as container:
+            with av.open(opened, options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
                 yield from _sample(container, count)
         except (av.error.FFmpegError, OSError) as exc:  # OSError: where a clip would end before its beginning
             raise UnreadableImageError(
@@ -201,6 +201,8 @@ def _sample(container: Any, count: int) -> Iterator[tuple[float, Image.Image]]:
     stream = next(iter(container.streams.video), None)
     if stream is None:
         raise UnreadableImageError("not_a_clip", "holds no pictures")
+    if stream.codec_context is None:
+        raise UnreadableImageError("not_a_clip", "is in a codec that can't be decoded here")
     if stream.width * stream.height > MAX_PIXELS:
         size = f"{stream.width} x {stream.height}"
         raise UnreadableImageError("too_large", f"may hold {MAX_PIXELS:,} pixels a frame at most. Received: {size}")

@@ -177,6 +177,15 @@ def test_sound_alone_and_frames_too_large_are_refused(tmp_path, monkeypatch):
         list(sample_frames(file, 5))
 
 
+def test_a_codec_that_nobody_knows_is_said_and_odd_titles_are_no_matter(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", [grey(number) for number in range(20)]).read_bytes()
+    (tmp_path / "codec.mp4").write_bytes(clip.replace(b"avc1", b"zzzz"))
+    with pytest.raises(UnreadableImageError, match="in a codec that can't be decoded"):
+        list(sample_frames(tmp_path / "codec.mp4", 5))
+    (tmp_path / "title.mp4").write_bytes(clip.replace(b"Lavf", b"L\xe4\xffv"))
+    assert len(list(sample_frames(tmp_path / "title.mp4", 5))) == 5
+
+
 def test_no_face_in_a_clip_is_said(tmp_path, detector):
     file = write_clip(tmp_path / "wall.mp4", [grey(100, (320, 240)) for _ in range(10)])
     (verdict,) = judge_clip(Predictor(detector), file, frames=5).verdicts
