@@ -335,7 +335,7 @@ def check_parity(folder: Path, images: Images) -> float:
     trained = apply_temperature(np.concatenate(found), detector.temperature)
     difference = float(np.abs(served - trained).max())
     changed = int(((served >= detector.threshold) != (trained >= detector.threshold)).sum())
-    if difference >= MOST_DIFFERENCE or changed:
+    if not difference < MOST_DIFFERENCE or changed:  # not a number is no less than anything
         raise ModelError(
             f"What is served must score as what was trained: less than {MOST_DIFFERENCE:g} apart, every label the "
             f"same. Received: {difference:.2g} apart at most on {len(pixels)} images, {changed} labels changed, in "

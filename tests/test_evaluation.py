@@ -11,6 +11,7 @@ import tensorflow as tf
 from PIL import Image
 
 from deepfake_core import plots, robustness
+from deepfake_core.batches import Images
 from deepfake_core.config import PromotionParameters
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, ModelError
@@ -228,6 +229,16 @@ def test_a_model_that_is_served_otherwise_than_trained_is_refused(candidate, tmp
     network.save(tmp_path / "changed" / "checkpoint.keras")
     with pytest.raises(ModelError, match=r"less than 0.001 apart.*200 images"):
         check_parity(tmp_path / "changed", images)
+
+
+def test_a_model_that_gives_no_numbers_is_refused(candidate, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Detector, "score", lambda _, images: np.full(len(images), np.nan, np.float32))
+    images = stripes(8, 3)
+    reals = Images(
+        images.pixels[images.labels == 0], images.labels[images.labels == 0], images.rows[images.labels == 0]
+    )
+    with pytest.raises(ModelError, match="Received: nan apart"):
+        check_parity(candidate.folder, reals)
 
 
 def make_report(dataset, folder):
