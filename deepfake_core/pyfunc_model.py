@@ -4,16 +4,18 @@ Input: a column `image` of encoded bytes (JPEG, PNG, WebP). Output: `label`, `fa
 `threshold`, `error` per row. It takes no paths and no URLs.
 """
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-try:
-    from detector import Detector  # the copy beside this file, in a registered version
-except ImportError:
-    from deepfake_core.detector import Detector  # while the version is being logged
+HERE = Path(__file__).parent
+CODE = HERE / "code" if (HERE / "code").is_dir() else HERE  # in a registered version; while it is being logged
+# By its path: as a module, two versions in one process, or another `detector` there, would share what came first.
+Detector = runpy.run_path(str(CODE / "detector.py"))["Detector"]
 
 
 class DeepfakeDetector(PythonModel):

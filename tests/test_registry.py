@@ -1,6 +1,9 @@
 """Against a real MLflow on SQLite."""
 
 import json
+import sys
+import types
+from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -75,6 +78,24 @@ def test_pyfunc_model_answers_bytes_alone_and_harms_no_row(registered, tmp_path)
     assert out.loc[1, "error"] == "must be a JPEG, PNG or WebP image"
     assert out.loc[3:, "error"].str.startswith("must be the bytes of an image, not a path").all()
     assert out["fake_probability"].dropna().between(0, 1).all()
+
+
+def test_each_version_runs_its_own_code_whatever_else_is_called_detector(registered, tmp_path, monkeypatch):
+    _, _, version = registered
+    uri = f"models:/{NAME}/{version}"
+    copied = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "later")))
+    code = copied / "code" / "detector.py"
+    code.write_text(code.read_text().replace("must be a JPEG, PNG or WebP image", "a later version's words"))
+    monkeypatch.setitem(sys.modules, "detector", types.ModuleType("detector"))
+    words = [
+        mlflow.pyfunc.load_model(place).predict(pd.DataFrame({"image": [b"no image"]})).loc[0, "error"]
+        for place in (uri, str(copied), uri)
+    ]
+    assert words == [
+        "must be a JPEG, PNG or WebP image",
+        "a later version's words",
+        "must be a JPEG, PNG or WebP image",
+    ]
 
 
 def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
