@@ -16,7 +16,7 @@ import numpy as np
 from deepfake_core import predict_command
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, DeepfakeError, ModelError
-from deepfake_core.predictor import Predictor
+from deepfake_core.predictor import Predictor, load_detector
 
 DEFAULT_MODEL = "deepfake-detector"
 PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
@@ -102,11 +102,11 @@ def _build_parser() -> argparse.ArgumentParser:
 def _load_detector(model: str) -> Detector:
     _check_model(model)
     if not model.startswith("models:/"):
-        return Detector(model)
+        return load_detector(model)
     from deepfake_core import registry
 
     with tempfile.TemporaryDirectory() as folder:
-        return Detector(registry.pull_detector(model, Path(folder)))
+        return load_detector(registry.pull_detector(model, Path(folder)))
 
 
 def _check_model(model: str) -> None:

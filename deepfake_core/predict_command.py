@@ -46,12 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -> int:
     """Judge what was named; return 0, 2 if something could not be read, or 1 if `--fail-on` applies."""
     sources, skipped = find_sources(options.images)
+    if not sources:
+        raise ModelError(
+            f"There must be something to judge. Received: {' '.join(options.images)}, which names nothing."
+        )
     predictor = Predictor(load_detector(options.model), detect=not options.no_detect)
     if options.explain and not predictor.detector.explains:
         raise ModelError(
             "For --explain, a model must carry heat maps. Received: one that was exported before there were any. "
             "Retrain, or name a newer version by --model."
         )
+    if options.explain:
+        try:
+            options.explain.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise ModelError(
+                f"--explain must be a folder, or one that can be made. Received: {options.explain} ({exc.strerror})"
+            ) from exc
     verdicts: list[Verdict] = []
     counts: Counter[str] = Counter()
     show = _print_json if options.json else _make_csv_printer() if options.csv else verdicts.extend
@@ -105,6 +116,8 @@ def _read_standard_input() -> list[Source]:
     try:
         lines = data.decode().splitlines()  # no JPEG, PNG or WebP is text
     except UnicodeDecodeError:
+        lines = []
+    if data and (not lines or b"\0" in data):  # no name holds a zero byte
         return [(STANDARD_INPUT, data)]
     return [(line, Path(line)) for line in lines if line.strip()]
 
@@ -175,7 +188,6 @@ def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: f
 
 def _write_pictures(judged: Judged, folder: Path, names: set[str], threshold: float) -> None:
     """Write a judged image's picture, and a clip's timeline, under names that no other has in this run."""
-    folder.mkdir(parents=True, exist_ok=True)
     stem = name = Path(judged.name).stem or "image"
     number = 1
     while name in names:

