@@ -12,9 +12,8 @@ from typing import Any
 from PIL import Image
 
 from deepfake_core import registry
-from deepfake_core.detector import Detector
 from deepfake_core.errors import DeepfakeError, ModelError
-from deepfake_core.predictor import Judged, Predictor, Verdict, describe
+from deepfake_core.predictor import Judged, Predictor, Verdict, describe, load_detector
 from deepfake_core.video import SUFFIXES as CLIP_SUFFIXES
 from deepfake_core.video import JudgedClip, judge_clip, plot_timeline
 
@@ -54,8 +53,6 @@ class ModelKeeper:
         self._looked = -float(LOOK_AGAIN_SECONDS)
         self._version = ""
         self._predictor: Predictor | None = None
-        if model.startswith("models:/"):
-            registry.connect()
         self.get()
 
     def get(self) -> tuple[Predictor, str]:
@@ -77,13 +74,14 @@ class ModelKeeper:
     def _follow(self) -> None:
         if not self._model.startswith("models:/"):
             if self._predictor is None:
-                self._predictor, self._version = Predictor(Detector(self._model), self._detect), self._model
+                self._predictor, self._version = Predictor(load_detector(self._model), self._detect), self._model
             return
+        registry.connect()  # fails within seconds; what follows would try for minutes, and whoever asks would wait
         name, version = registry.resolve(self._model)
         found = f"{name} version {version}"
         if found != self._version:
             with tempfile.TemporaryDirectory() as folder:
-                detector = Detector(registry.pull_detector(f"models:/{name}/{version}", Path(folder)))
+                detector = load_detector(registry.pull_detector(f"models:/{name}/{version}", Path(folder)))
             self._predictor, self._version = Predictor(detector, self._detect), found
             log.info("%s answers", found)
 

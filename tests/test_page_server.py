@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -140,6 +141,19 @@ def test_a_registry_that_went_away_stops_no_answer(served, caplog):
     assert "goes on answering" in caplog.text
     with pytest.raises(ModelError, match="must be a version in the registry"):
         page_server.ModelKeeper(f"models:/{NAME}@production", detect=False)
+
+
+@pytest.mark.slow
+def test_a_tracking_server_that_is_down_holds_no_answer_up(served, caplog, monkeypatch):
+    assert served
+    keeper = page_server.ModelKeeper(f"models:/{NAME}/1", detect=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    started = time.monotonic()
+    assert keeper.get()[1] == f"{NAME} version 1"
+    assert time.monotonic() - started < 30
+    assert "goes on answering" in caplog.text
+    monkeypatch.undo()
+    registry.connect()
 
 
 @pytest.mark.slow
