@@ -7,6 +7,7 @@ import argparse
 import csv
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except DeepfakeError as exc:
         print(f"deepfake: {exc}", file=sys.stderr)
+        return 2
+    except Exception:  # noqa: BLE001 - Python would end with status 1, by which `--fail-on fake` tells of a fake
+        traceback.print_exc()
         return 2
 
 

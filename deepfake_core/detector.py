@@ -54,7 +54,10 @@ def decode_image(data: bytes) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise UnreadableImageError("too_large", f"may hold {MAX_PIXELS:,} pixels at most. Received: {width} x {height}")
     try:
-        converted = ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # Pillow would clip its 65,536 greys to the lowest 256
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        converted = upright.convert("RGB")
     except Exception as exc:
         raise UnreadableImageError("truncated", f"is truncated or damaged ({exc})") from exc
     converted.format = image.format

@@ -328,3 +328,9 @@ def test_only_three_formats_are_decoded():
     with pytest.raises(detector.UnreadableImageError) as caught:
         detector.decode_image(buffer.getvalue())
     assert caught.value.reason == "not_an_image"
+
+
+def test_16_bit_greys_keep_their_shades():
+    greys = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    decoded = np.asarray(detector.decode_image(encode(Image.fromarray(greys), "PNG")))
+    assert (decoded == (greys >> 8)[..., None]).all()

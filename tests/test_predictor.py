@@ -234,6 +234,12 @@ def test_the_exit_status_tells_fakes_and_unreadable_images(candidate, folder, ca
     assert f"{folder / 'words.jpg'}: must be a JPEG, PNG or WebP image" in capsys.readouterr().err
 
 
+def test_an_error_of_ours_is_not_told_as_a_fake(candidate, folder, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Predictor, "judge", lambda *_, **__: 1 / 0)
+    assert main(["predict", str(folder), "--model", str(candidate.folder), "--fail-on", "fake"]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_pictures_of_equal_names_are_all_kept(candidate, folder, tmp_path):  # noqa: F811
     main(["predict", str(folder), "--explain", str(tmp_path / "out"), "--model", str(candidate.folder)])
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
