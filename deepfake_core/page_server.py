@@ -30,8 +30,8 @@ KEEP_SECONDS = 600
 """After which uploads are removed."""
 
 LIMITS = (
-    "JPEG, PNG, WebP or a clip, at most 200 MB. A verdict is a probability, learned from the images that the model "
-    "card names; it proves nothing about a person."
+    "JPEG, PNG or WebP of at most 100 MB, or a clip of at most 200 MB. A verdict is a probability, learned from the "
+    "images that the model card names; it proves nothing about a person."
 )
 
 

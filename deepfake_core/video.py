@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from deepfake_core.detector import BATCH_SIZE, MAX_PIXELS, UnreadableImageError
-from deepfake_core.errors import ModelError
 from deepfake_core.faces import Box
 from deepfake_core.pictures import FAKE, REAL, draw_heat
 from deepfake_core.predictor import Judged, Predictor, Verdict, describe
@@ -71,9 +70,6 @@ def judge_clip(
 
     Returns:
         One verdict per face; one with an `error` if the clip can't be read or shows no face.
-
-    Raises:
-        ModelError: if PyAV is not installed.
     """
     detector, tracks, done = predictor.detector, list[_Track](), 0
     try:
@@ -175,15 +171,15 @@ def sample_frames(file: Path, count: int) -> Iterator[tuple[float, Image.Image]]
         count: at most so many.
 
     Raises:
-        UnreadableImageError: if the file is no clip, holds no picture, or none that can be decoded.
+        UnreadableImageError: if the file is no clip, holds no picture, or none that can be decoded; or if PyAV is not
+            installed.
         OSError: if it can't be opened.
-        ModelError: if PyAV is not installed.
     """
     try:
         import av
     except ImportError as exc:
-        raise ModelError(
-            "Clips need PyAV. Received: an installation without. Install deepfake-retraining[video]."
+        raise UnreadableImageError(
+            "not_a_clip", "is a clip, which needs PyAV to be read. Install deepfake-retraining[video]"
         ) from exc
     with file.open("rb") as opened:
         try:

@@ -81,7 +81,7 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
         assert Path("explained/face.explained.png").is_file()
         Path("clip.mp4").write_bytes(b"a clip")
         for command, extra in (
-            (("predict", "clip.mp4", "--model", "pulled"), "video"),
+            (("predict", "clip.mp4", "--json", "--model", "pulled"), "video"),
             (("serve", "--model", "pulled"), "serve"),
             (("gc",), "train"),
         ):
