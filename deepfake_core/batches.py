@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from deepfake_core.archive import Progress
-from deepfake_core.augmentation import degrade_image, warp_images
+from deepfake_core.augmentation import crop_images, degrade_image, warp_images
 from deepfake_core.config import CLASS_NAMES, AugmentationParameters
 from deepfake_core.detector import decode_image, resize_image
 from deepfake_core.files import hash_file, write_beside
@@ -102,7 +102,7 @@ def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path,
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of images and labels: uint8 (n, size, size, 3) and float32 (n,).
+    """Batches of images and labels: uint8 (n, side, side, 3) and float32 (n,); the side is the images', or a crop's.
 
     Args:
         images: one split.
@@ -143,9 +143,12 @@ class Batches(keras.utils.PyDataset):
         pixels = self._images.pixels[chosen]
         if self._pool:
             pixels = np.stack(list(self._pool.map(self._degrade, chosen, pixels)))
-        if self._warp and self._seed is not None:
+        if self._seed is not None:
             random = np.random.default_rng([self._seed, self._epoch, index])
-            pixels = warp_images(pixels, self._augmentation, random)
+            if self._augmentation.crop < 1:
+                pixels = crop_images(pixels, self._augmentation.crop, random)
+            if self._warp:
+                pixels = warp_images(pixels, self._augmentation, random)
         return pixels, self._images.labels[chosen].astype(np.float32)
 
     def _degrade(self, position: int, image: np.ndarray) -> np.ndarray:

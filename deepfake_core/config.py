@@ -161,6 +161,13 @@ class DataParameters(Parameters):
 class AugmentationParameters(Parameters):
     """Random changes to training images; validation and test images are left as they are."""
 
+    crop: float = Field(
+        default=1.0,
+        ge=0.1,
+        le=1,
+        description="Side of the random square that is trained on, as a share of the image's. Only candidates with a "
+        "backbone take less than 1: they pool over images of any size.",
+    )
     rotation: float = Field(default=20.0, ge=0, le=180, description="Greatest rotation either way, in degrees.")
     width_shift: float = Field(
         default=0.1, ge=0, lt=1, description="Greatest shift left or right, as a share of the width."
@@ -196,6 +203,12 @@ class Recipe(Parameters):
         default=0, ge=0, description="Epochs over which the learning rate rises from 0; for the cosine schedule."
     )
     weight_decay: float = Field(default=0, ge=0, lt=1, description="AdamW's decay of kernels per step; 0 is Adam.")
+    label_smoothing: float = Field(
+        default=0,
+        ge=0,
+        lt=1,
+        description="Share by which labels move to 1/2 in the loss (validation's too), against scores near 0 and 1.",
+    )
     weights: str = Field(
         default="none",
         description="Where a backbone's first weights come from: imagenet, a .weights.h5 file, or none.",
@@ -234,6 +247,7 @@ class TrainingParameters(Parameters):
     schedule: Schedule | None = _override("schedule")
     warmup_epochs: float | None = _override("warmup_epochs")
     weight_decay: float | None = _override("weight_decay")
+    label_smoothing: float | None = _override("label_smoothing")
     weights: str | None = _override("weights")
     head_epochs: int | None = _override("head_epochs")
     precision: Precision | None = _override("precision")

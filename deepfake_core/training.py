@@ -22,7 +22,7 @@ from deepfake_core.batches import Batches, Images
 from deepfake_core.config import CLASS_NAMES, Architecture, Recipe, TrainingParameters
 from deepfake_core.detector import BATCH_SIZE, DESCRIPTION, Detector, apply_temperature
 from deepfake_core.devices import choose_precision, compute_in, sees_only_cpus, spread_over
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.explanation import ExplainedNetwork
 from deepfake_core.files import write_beside, write_json
 from deepfake_core.manifest import Dataset, lock_folder
@@ -117,7 +117,7 @@ def train_candidate(
 
     Raises:
         LockedError: if another process is at this training.
-        ConfigurationError: if there are fewer devices.
+        ConfigurationError: if there are fewer devices, or if crops are to train a network that takes one size.
         ModelError: if pretrained weights can't be had, or the loss is no number.
     """
     detector = folder / "detector"
@@ -127,6 +127,11 @@ def train_candidate(
         record = _Record(architecture, recipe, folder, detector, on_epoch, on_progress)
         if not (detector / DESCRIPTION).exists():
             record.served = CANDIDATES[architecture].build(recipe)
+            if recipe.augmentation.crop < 1 and not find_backbone(record.served):
+                raise ConfigurationError(
+                    f"`training.augmentation.crop` must be 1 for {architecture}, which takes images of one size. "
+                    f"Received: {recipe.augmentation.crop}. Set it to 1, or leave out this candidate."
+                )
             precision = choose_precision(recipe.precision, record.served)
             with spread_over(devices), compute_in(precision):
                 _fit(architecture, recipe, train, val, seed, record, folder)
@@ -138,16 +143,23 @@ def train_candidate(
     return candidate
 
 
+def find_backbone(network: keras.Model) -> keras.Model | None:
+    """Return the pretrained part of a candidate that transfers learning, None of another."""
+    return next((layer for layer in network.layers if isinstance(layer, keras.Model)), None)
+
+
 def _fit(
     architecture: Architecture, recipe: Recipe, train: Images, val: Images, seed: int, record: "_Record", folder: Path
 ) -> None:
     keras.utils.set_random_seed(seed)
-    model = CANDIDATES[architecture].build(recipe)
+    cropped = recipe.augmentation.crop < 1
+    # Without a size, the network takes crops in training and whole images in validation.
+    model = CANDIDATES[architecture].build(recipe.model_copy(update={"image_size": None}) if cropped else recipe)
     warp = [] if sees_only_cpus() else [Augmentation(recipe.augmentation, seed)]
     augmented = keras.Sequential([keras.Input(model.input_shape[1:]), *warp, model])
     batches = Batches(train, recipe.batch_size, recipe.augmentation, seed, warp=not warp)
     log.info("%s: %s parameters, computed in %s", architecture, f"{model.count_params():,}", model.compute_dtype)
-    backbone = next((layer for layer in model.layers if isinstance(layer, keras.Model)), None)
+    backbone = find_backbone(model)
     head_epochs = min(recipe.head_epochs, recipe.epochs) if backbone and recipe.weights != "none" else 0
     for phase, first, end in (("head", 0, head_epochs), ("all", head_epochs, recipe.epochs)):
         if first == end or record.patience_is_over():
@@ -156,7 +168,7 @@ def _fit(
             backbone.trainable = phase == "all"
         augmented.compile(
             optimizer=_make_optimizer(recipe, phase, steps=len(batches) * (end - first), epoch_steps=len(batches)),
-            loss="binary_crossentropy",
+            loss=keras.losses.BinaryCrossentropy(label_smoothing=recipe.label_smoothing),
             metrics=["accuracy"],
         )
         augmented.fit(

@@ -17,7 +17,7 @@ from deepfake_core.augmentation import Augmentation
 from deepfake_core.batches import Batches, Images, load_images
 from deepfake_core.config import AugmentationParameters
 from deepfake_core.detector import Detector, decode_image, resize_image
-from deepfake_core.errors import LockedError, ModelError
+from deepfake_core.errors import ConfigurationError, LockedError, ModelError
 from deepfake_core.metrics import Confusion
 from deepfake_core.models import CANDIDATES, efficientnet_lite0
 from tests.conftest import draw_image, encode, faces, hold_data, write_zip
@@ -114,9 +114,39 @@ def test_each_degradation_changes_its_share_of_the_images_and_removes_detail(kin
     assert Batches(images, 200, STILL.model_copy(update={kind: 1.0}))[0][0].tolist() == images.pixels.tolist()
 
 
+def test_crops_are_parts_of_their_images_at_random_places():
+    images = stripes(60, 0)
+    crops, labels = Batches(images, 60, STILL.model_copy(update={"crop": 0.75}), seed=0)[0]
+    assert crops.shape == (60, 24, 24, 3)
+    places = set()
+    for crop, label in zip(crops, labels, strict=True):
+        offsets = [(y, x) for y in range(9) for x in range(9)]
+        found = [
+            (at, y, x)
+            for at, image in enumerate(images.pixels)
+            for y, x in offsets
+            if np.array_equal(image[y, x : x + 24], crop[0])
+        ]
+        ((at, y, x),) = found
+        assert np.array_equal(images.pixels[at, y : y + 24, x : x + 24], crop)
+        assert images.labels[at] == label
+        places.add((y, x))
+    assert len(places) > 20
+    assert {axis: {place[axis] for place in places} for axis in (0, 1)} == {0: set(range(9)), 1: set(range(9))}
+    whole, _ = Batches(images, 60, STILL.model_copy(update={"crop": 0.75}))[0]
+    assert np.array_equal(whole, images.pixels)  # validation sees whole images
+
+
+def test_crops_are_for_networks_that_take_any_size(tmp_path):
+    recipe = RECIPE.model_copy(update={"augmentation": STILL.model_copy(update={"crop": 0.75})})
+    with pytest.raises(ConfigurationError, match=r"`training.augmentation.crop` must be 1 for cnn.*Received: 0.75"):
+        training.train_candidate("cnn", stripes(8, 0), stripes(8, 1), recipe, tmp_path)
+
+
 def warp_on_accelerator(pixels, parameters):
     layer = Augmentation(parameters, seed=0)
-    return keras.ops.convert_to_numpy(layer(pixels.astype(np.float32), training=True))
+    any_size = keras.Sequential([keras.Input((None, None, 3)), layer])
+    return keras.ops.convert_to_numpy(any_size(pixels.astype(np.float32), training=True))
 
 
 def warp_on_cpu(pixels, parameters):
@@ -203,6 +233,15 @@ def test_training_learns_and_keeps_the_lowest_validation_loss(candidate):
     assert loss == pytest.approx(history["val_loss"].min(), rel=1e-3)
     assert history["val_loss"].iloc[candidate.best_epoch - 1] == history["val_loss"].min()
     assert ((scores >= 0.5) == val.labels).mean() > 0.9
+
+
+def test_smoothed_labels_keep_the_loss_above_their_entropy(candidate, tmp_path):
+    recipe = RECIPE.model_copy(update={"label_smoothing": 0.4})
+    smoothed = training.train_candidate("cnn", stripes(96, 0), stripes(32, 1), recipe, tmp_path, seed=1).history
+    entropy = -0.2 * np.log(0.2) - 0.8 * np.log(0.8)
+    for name in ("loss", "val_loss"):
+        assert smoothed[name].min() > entropy > candidate.history[name].min()
+    assert smoothed["val_accuracy"].max() > 0.9
 
 
 def test_checkpoint_holds_no_augmentation(candidate):
