@@ -44,7 +44,7 @@ FACES_140K, CIPLAB = "140k-real-and-fake-faces", "real-and-fake-face-detection"
 
 def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
     """Name what is trained: each candidate by its recipe, `cnn` in both precisions, and the pretrained one on each
-    source alone: 140k with forensic augmentation too, ciplab at a larger input. The last is the sources left out."""
+    source alone: 140k with forensic augmentation too, ciplab on crops of a larger input. Last, the sources left out."""
     variants: dict[str, tuple[Architecture, Recipe, tuple[str, ...]]] = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE
@@ -59,8 +59,9 @@ def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
     forensic = recipe.augmentation.model_copy(update=dict.fromkeys(("recompression", "blur", "resize"), FORENSIC_SHARE))
     changed = recipe.model_copy(update={"augmentation": forensic})
     variants["efficientnet_lite0, 140k alone, forensic augmentation"] = "efficientnet_lite0", changed, (CIPLAB,)
-    large = recipe.model_copy(update={"image_size": 448})
-    variants["efficientnet_lite0, ciplab alone, 448 pixels"] = "efficientnet_lite0", large, (FACES_140K,)
+    cropping = recipe.augmentation.model_copy(update={"crop": 0.75})
+    large = recipe.model_copy(update={"image_size": 448, "augmentation": cropping})
+    variants["efficientnet_lite0, ciplab alone, 448 pixels, crops of 336"] = "efficientnet_lite0", large, (FACES_140K,)
     return variants
 
 
@@ -144,7 +145,7 @@ def main() -> None:
                 if options.only and name not in options.only:
                     continue
                 description = recipe.model_dump(mode="json")
-                if variants.get(name, {}).get("recipe") != description:
+                if name not in variants or Recipe(**variants[name]["recipe"]) != recipe:
                     parameters = CANDIDATES[architecture].build(recipe).count_params()
                     variants[name] = {"parameters": parameters, "recipe": description, "seeds": {}}
                 if "auc_lost" not in variants[name]["seeds"].get(seed, {}):  # which older results lack

@@ -203,12 +203,6 @@ class Recipe(Parameters):
         default=0, ge=0, description="Epochs over which the learning rate rises from 0; for the cosine schedule."
     )
     weight_decay: float = Field(default=0, ge=0, lt=1, description="AdamW's decay of kernels per step; 0 is Adam.")
-    label_smoothing: float = Field(
-        default=0,
-        ge=0,
-        lt=1,
-        description="Share by which labels move to 1/2 in the loss (validation's too), against scores near 0 and 1.",
-    )
     weights: str = Field(
         default="none",
         description="Where a backbone's first weights come from: imagenet, a .weights.h5 file, or none.",
@@ -247,7 +241,6 @@ class TrainingParameters(Parameters):
     schedule: Schedule | None = _override("schedule")
     warmup_epochs: float | None = _override("warmup_epochs")
     weight_decay: float | None = _override("weight_decay")
-    label_smoothing: float | None = _override("label_smoothing")
     weights: str | None = _override("weights")
     head_epochs: int | None = _override("head_epochs")
     precision: Precision | None = _override("precision")

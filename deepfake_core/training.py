@@ -168,7 +168,7 @@ def _fit(
             backbone.trainable = phase == "all"
         augmented.compile(
             optimizer=_make_optimizer(recipe, phase, steps=len(batches) * (end - first), epoch_steps=len(batches)),
-            loss=keras.losses.BinaryCrossentropy(label_smoothing=recipe.label_smoothing),
+            loss="binary_crossentropy",
             metrics=["accuracy"],
         )
         augmented.fit(

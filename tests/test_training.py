@@ -235,15 +235,6 @@ def test_training_learns_and_keeps_the_lowest_validation_loss(candidate):
     assert ((scores >= 0.5) == val.labels).mean() > 0.9
 
 
-def test_smoothed_labels_keep_the_loss_above_their_entropy(candidate, tmp_path):
-    recipe = RECIPE.model_copy(update={"label_smoothing": 0.4})
-    smoothed = training.train_candidate("cnn", stripes(96, 0), stripes(32, 1), recipe, tmp_path, seed=1).history
-    entropy = -0.2 * np.log(0.2) - 0.8 * np.log(0.8)
-    for name in ("loss", "val_loss"):
-        assert smoothed[name].min() > entropy > candidate.history[name].min()
-    assert smoothed["val_accuracy"].max() > 0.9
-
-
 def test_checkpoint_holds_no_augmentation(candidate):
     names = [type(layer).__name__ for layer in keras.saving.load_model(candidate.folder / "checkpoint.keras").layers]
     assert names[0] == "Rescaling"
@@ -305,7 +296,7 @@ class Killed(BaseException):
 def train_transfer(folder, die_in_epoch=None):
     """Train with all that is random (order, augmentation, degradation, dropout), a frozen phase and a schedule."""
     recipe = CANDIDATES["efficientnet_lite0"].RECIPE
-    augmentation = recipe.augmentation.model_copy(update={"recompression": 0.5})
+    augmentation = recipe.augmentation.model_copy(update={"recompression": 0.5, "crop": 0.75})
     recipe = recipe.model_copy(
         update={"image_size": SIZE, "epochs": 4, "batch_size": 16, "head_epochs": 1, "augmentation": augmentation}
     )

@@ -11,19 +11,18 @@ from deepfake_core.errors import ModelError
 FINE_TUNING = Recipe(
     image_size=256,
     batch_size=16,
-    epochs=20,
-    patience=20,
+    epochs=14,
+    patience=14,
     weights="imagenet",
     head_epochs=1,
-    learning_rate=0.0003,
+    learning_rate=0.0001,
     schedule="cosine",
-    warmup_epochs=2,
+    warmup_epochs=1,
     weight_decay=0.0001,
-    label_smoothing=0.1,
-    augmentation=AugmentationParameters(crop=0.75, rotation=0, width_shift=0, height_shift=0, zoom=0),
+    augmentation=AugmentationParameters(rotation=0, zoom=0),
 )
-"""At native size and without resampling, since a generator's traces are fine; on crops and with smoothed labels, against
-learning few images by heart; slowly, since the pretrained kernels are small."""
+"""At native size and without resampling, since a generator's traces are fine; slowly, since the pretrained kernels are
+small."""
 
 
 def attach_head(name: str, backbone: keras.Model, preprocessing: layers.Layer) -> keras.Model:
