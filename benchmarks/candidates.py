@@ -60,7 +60,8 @@ def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
     changed = recipe.model_copy(update={"augmentation": forensic})
     variants["efficientnet_lite0, 140k alone, forensic augmentation"] = "efficientnet_lite0", changed, (CIPLAB,)
     cropping = recipe.augmentation.model_copy(update={"crop": 0.75})
-    large = recipe.model_copy(update={"image_size": 448, "augmentation": cropping})
+    changes = {"image_size": 448, "augmentation": cropping, "learning_rate": 0.0001, "epochs": 14, "patience": 14}
+    large = recipe.model_copy(update=changes)
     variants["efficientnet_lite0, ciplab alone, 448 pixels, crops of 336"] = "efficientnet_lite0", large, (FACES_140K,)
     return variants
 

@@ -15,6 +15,7 @@ from PIL import Image
 from deepfake_core.config import Architecture, TrainingParameters
 from deepfake_core.errors import ModelError
 from deepfake_core.models import CANDIDATES, efficientnet_lite0, hpf_cnn
+from deepfake_core.models.backbone import BatchNormalization
 from deepfake_core.models.torch_checkpoint import read_checkpoint
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -43,7 +44,7 @@ def test_a_candidate_takes_pixels_and_gives_a_probability_that_depends_on_them(a
 
 
 @pytest.mark.parametrize("architecture", get_args(Architecture))
-def test_a_checkpoint_is_loaded_without_code_of_ours(architecture, tmp_path):
+def test_a_checkpoint_is_loaded_without_code_of_its_own(architecture, tmp_path):
     model = build(architecture, image_size=32)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
@@ -97,44 +98,21 @@ def test_the_ported_backbone_names_what_imagenet_would(picture, classes):
     assert int(logits.argmax()) in classes
 
 
-def test_folded_normalisation_is_the_normalisation():
-    tensors = efficientnet_lite0.read_imagenet()
-    kernel, bias = efficientnet_lite0.fold_normalisation("blocks.0.project_conv", tensors)
-    x = np.random.default_rng(0).normal(size=(1, 4, 4, 32)).astype(np.float32)
-    convolved = x @ tensors["_blocks.0._project_conv.weight"][:, :, 0, 0].T
-    gamma, beta, mean, variance = (
-        tensors[f"_blocks.0._bn2.{name}"] for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    expected = (convolved - mean) / np.sqrt(variance + 1e-3) * gamma + beta
-    assert np.allclose(x @ kernel[0, 0] + bias, expected, atol=1e-3)
-
-
-def test_equalised_blocks_compute_the_same_with_kernels_of_like_size():
-    tensors = efficientnet_lite0.read_imagenet()
-    backbone = efficientnet_lite0.build_backbone(64)
-    x = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
-    weights = {
-        layer.name: efficientnet_lite0.fold_normalisation(layer.name, tensors)
-        for layer in backbone.layers[1:]
-        if layer.weights
-    }
-
-    def spread() -> float:
-        """Return how many times the largest of the kernels between blocks is the smallest."""
-        between = [kernel for name, (kernel, _) in weights.items() if "expand" in name or "project" in name]
-        sizes = [np.sqrt(np.square(kernel).mean()) for kernel in between]
-        return max(sizes) / min(sizes)
-
-    def compute() -> np.ndarray:
-        for name, pair in weights.items():
-            backbone.get_layer(name).set_weights(pair)
-        return keras.ops.convert_to_numpy(backbone(x))
-
-    features, before = compute(), spread()
-    efficientnet_lite0.equalise_blocks(weights)
-    assert np.allclose(compute(), features, atol=1e-3)
-    assert before > 70
-    assert spread() < 10
+def test_fused_normalisation_is_keras_s_in_training_and_after():
+    x = np.random.default_rng(0).normal(3, 2, (8, 4, 4, 5)).astype(np.float32)
+    ours, theirs = (kind(epsilon=0.001, momentum=0.9) for kind in (BatchNormalization, keras.layers.BatchNormalization))
+    for _ in range(30):
+        trained = [keras.ops.convert_to_numpy(layer(x, training=True)) for layer in (ours, theirs)]
+    assert np.allclose(*trained, atol=1e-5)
+    for one, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
+        assert np.allclose(one, other, rtol=0.01)  # the kernel's moving variance is the unbiased one: 128 / 127 of it
+    theirs.set_weights(ours.get_weights())
+    served = [keras.ops.convert_to_numpy(layer(2 * x, training=False)) for layer in (ours, theirs)]
+    assert np.allclose(*served, atol=1e-5)
+    ours.trainable = False
+    before = ours.get_weights()
+    assert np.allclose(ours(2 * x, training=True), served[0])
+    assert all(np.array_equal(one, other) for one, other in zip(ours.get_weights(), before, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container")

@@ -131,10 +131,11 @@ def render_training_results() -> str:
                 continue
             aucs = [run["test"][source]["auc"] for run in runs]
             rates = (mean(run["test"][source][rate] for run in runs) for rate in ("accuracy", "precision", "recall"))
+            spread = f" ({min(aucs):.3f} to {max(aucs):.3f})" if len(aucs) > 1 else ""
             lost = [max(run["auc_lost"].values()) for run in runs if "auc_lost" in run]
             lines.append(
                 f"| {name} | {one['parameters']:,} | {len(runs)} | {source} | "
-                f"{mean(aucs):.3f} ({min(aucs):.3f} to {max(aucs):.3f}) | "
+                f"{mean(aucs):.3f}{spread} | "
                 + " | ".join(f"{rate:.3f}" for rate in rates)
                 + f" | {f'{mean(lost):.3f}' if lost else ''} | {mean(run['minutes'] for run in runs):.1f} | "
                 f"{mean(run['images_per_second'] for run in runs):.0f} |"

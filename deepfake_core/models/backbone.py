@@ -1,6 +1,7 @@
 """What the candidates that transfer learning share: a recipe, weights into a pretrained part, a head behind it."""
 
 from pathlib import Path
+from typing import Any
 
 import keras
 from keras import layers
@@ -25,14 +26,45 @@ FINE_TUNING = Recipe(
 small."""
 
 
-def attach_head(name: str, backbone: keras.Model, preprocessing: layers.Layer) -> keras.Model:
+@keras.saving.register_keras_serializable("deepfake_core")
+class BatchNormalization(layers.BatchNormalization):
+    """Keras's batch normalisation over the last axis, by TensorFlow's fused kernel where the backend is TensorFlow.
+
+    Keras composes it of elementary operations, each a pass over the activations.
+    """
+
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        if keras.backend.backend() != "tensorflow":
+            return super().call(inputs, training=training, mask=mask)
+        import tensorflow as tf
+
+        learns = bool(training and self.trainable)
+        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            inputs,
+            self.gamma,
+            self.beta,
+            mean=None if learns else self.moving_mean,
+            variance=None if learns else self.moving_variance,
+            epsilon=self.epsilon,
+            is_training=learns,
+        )
+        if learns:
+            for moving, seen in ((self.moving_mean, mean), (self.moving_variance, variance)):
+                moving.assign(self.momentum * moving + (1 - self.momentum) * seen)
+        return outputs
+
+
+def attach_head(
+    name: str, backbone: keras.Model, preprocessing: layers.Layer, training: bool | None = None
+) -> keras.Model:
     """Return preprocessing, backbone, and one sigmoid on its pooled features.
 
-    The backbone's batch normalisation keeps its pretrained statistics, while its scales and offsets are trained:
-    batches of 32 faces would shift the statistics faster than a few epochs of fine-tuning can follow.
+    Args:
+        training: False keeps the pretrained statistics of the backbone's batch normalisation while its scales and
+            offsets are trained; None trains it by the statistics of each batch, once the backbone is trained.
     """
     image = keras.Input(backbone.input_shape[1:], name="image")
-    x = backbone(preprocessing(image), training=False)
+    x = backbone(preprocessing(image), training=training)
     x = layers.GlobalAveragePooling2D()(x)
     x = layers.Dropout(0.2)(x)
     x = layers.Dense(1, activation="sigmoid", dtype="float32", name="fake_probability")(x)

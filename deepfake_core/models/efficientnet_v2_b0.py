@@ -31,4 +31,4 @@ def build(recipe: Recipe) -> keras.Model:
         ) from exc
     if recipe.weights not in ("imagenet", "none"):
         load_backbone(backbone, recipe.weights)
-    return attach_head("efficientnet_v2_b0", backbone, layers.Rescaling(1 / 128, offset=-1))
+    return attach_head("efficientnet_v2_b0", backbone, layers.Rescaling(1 / 128, offset=-1), training=False)
