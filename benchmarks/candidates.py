@@ -7,7 +7,8 @@ val, and the figures are the test split's, at threshold 0.5. `cnn` is trained in
 precision costs no AUC. `auc_lost` is what changes of the test images cost (deepfake_core/robustness.py); of the 140k
 images, whose traces of a generator they take away, also without forensic augmentation, by which a share of training
 images is recompressed, blurred and scaled. Results go into benchmarks/results/candidates.json after each training; what
-is there already for the same data set and recipe is not trained again, so a run that was stopped goes on.
+is there already for the same data set, recipe and number of parameters is not trained again, so a run that was
+stopped goes on.
 """
 
 import argparse
@@ -140,9 +141,10 @@ def main() -> None:
             for name, (architecture, recipe, left_out) in list_variants().items():
                 if options.only and name not in options.only:
                     continue
-                description = recipe.model_dump(mode="json")
-                if name not in variants or Recipe(**variants[name]["recipe"]) != recipe:
-                    parameters = CANDIDATES[architecture].build(recipe).count_params()
+                parameters = CANDIDATES[architecture].build(recipe).count_params()
+                one = variants.get(name)
+                if one is None or one["parameters"] != parameters or Recipe(**one["recipe"]) != recipe:
+                    description = recipe.model_dump(mode="json")
                     variants[name] = {"parameters": parameters, "recipe": description, "seeds": {}}
                 if "auc_lost" not in variants[name]["seeds"].get(seed, {}):  # which older results lack
                     variants[name]["seeds"][seed] = measure(dataset, architecture, recipe, left_out, int(seed))
