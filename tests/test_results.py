@@ -118,11 +118,12 @@ def render_training_results() -> str:
         f"Test split at threshold 0.5, mean over the seeds, for AUC with the lowest and the highest; {splits}.",
         "Minutes of training and",
         f"images per second (validation included) on {CANDIDATES['machine']}. AUC lost: by the change of the test",
-        "images that costs most, over all sources; empty where it was not measured.",
+        "images that costs most, over all sources; empty where it was not measured. AUC on val is that of the",
+        "checkpoint, which was chosen there.",
         "",
-        "| candidate | parameters | seeds | source | AUC | accuracy | precision | recall | AUC lost | minutes "
-        "| images/s |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| candidate | parameters | seeds | source | AUC | AUC on val | accuracy | precision | recall | AUC lost "
+        "| minutes | images/s |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, one in CANDIDATES["variants"].items():
         runs = list(one["seeds"].values())
@@ -135,7 +136,7 @@ def render_training_results() -> str:
             lost = [max(run["auc_lost"].values()) for run in runs if "auc_lost" in run]
             lines.append(
                 f"| {name} | {one['parameters']:,} | {len(runs)} | {source} | "
-                f"{mean(aucs):.3f}{spread} | "
+                f"{mean(aucs):.3f}{spread} | {mean(run['val'][source]['auc'] for run in runs):.3f} | "
                 + " | ".join(f"{rate:.3f}" for rate in rates)
                 + f" | {f'{mean(lost):.3f}' if lost else ''} | {mean(run['minutes'] for run in runs):.1f} | "
                 f"{mean(run['images_per_second'] for run in runs):.0f} |"
