@@ -5,10 +5,10 @@
 ARCHIVES holds the three zips, of which the 256 x 256 images of 140k-real-and-fake-faces.zip are used. The reference
 pipeline decodes, resizes and augments each image in each epoch (ImageDataGenerator, flow_from_directory) and computes
 in float32. Both train the reference CNN at 150 x 150 in batches of 32 with the same kinds of augmentation. A bare step
-trains on one resident batch, without input or augmentation: the floor that no pipeline gets below. The sides take
-turns, an epoch each, after one epoch that is not counted; the results are medians. An epoch ends with its last step:
-the up to 5 s that tf.data may then take to end its threads are counted for no side (ours avoids them). They go into
-benchmarks/results/training_speed.json and training_speed.png.
+trains on one resident batch, with our optimizer, without input or augmentation: the floor that no pipeline gets below.
+The sides take turns, an epoch each, after one epoch that is not counted; the results are medians. An epoch ends with
+its last step: the up to 5 s that tf.data may then take to end its threads are counted for no side (ours avoids them).
+They go into benchmarks/results/training_speed.json and training_speed.png.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from deepfake_core.devices import choose_precision, compute_in
 from deepfake_core.files import write_json
 from deepfake_core.manifest import open_dataset
 from deepfake_core.models import CANDIDATES
+from deepfake_core.optimizer import FusedAdam
 from flows.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,8 +46,8 @@ NAMES = {
 }
 
 
-def compile_model(model: keras.Model) -> keras.Model:
-    model.compile(keras.optimizers.Adam(RECIPE.learning_rate), "binary_crossentropy", metrics=["accuracy"])
+def compile_model(model: keras.Model, optimizer: type[keras.optimizers.Adam] = FusedAdam) -> keras.Model:
+    model.compile(optimizer(RECIPE.learning_rate), "binary_crossentropy", metrics=["accuracy"])
     return model
 
 
@@ -87,13 +88,14 @@ def make_reference(folder: Path) -> Callable[[], float]:
     batches = generator.flow_from_directory(
         folder, target_size=(side, side), batch_size=RECIPE.batch_size, class_mode="binary", classes=["real", "fake"]
     )
-    model = compile_model(CANDIDATES["cnn"].build(RECIPE))
+    model = compile_model(CANDIDATES["cnn"].build(RECIPE), keras.optimizers.Adam)
     return lambda: train_epoch(model, batches, batches.samples)
 
 
 def make_ours(images: Images, precision: Precision) -> Callable[[], float]:
     batches, model = Batches(images, RECIPE.batch_size, RECIPE.augmentation, seed=0), build_model(precision)
-    return lambda: train_epoch(model, batches, len(images))
+    fetched = batches.for_fit()
+    return lambda: train_epoch(model, fetched, len(images))
 
 
 def make_bare(images: Images, precision: Precision) -> Callable[[], float]:

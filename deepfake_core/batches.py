@@ -22,6 +22,9 @@ from deepfake_core.manifest import Dataset
 
 log = logging.getLogger(__name__)
 
+WORKERS = 2
+"""Batches that are made at a time, and as many wait."""
+
 
 @dataclass(frozen=True)
 class Images:
@@ -120,13 +123,33 @@ class Batches(keras.utils.PyDataset):
         seed: int | None = None,
         warp: bool = True,
     ) -> None:
-        # With one worker, Keras fetches through a tf.data iterator whose end may take up to 5 s, in each epoch.
-        super().__init__(workers=2, use_multiprocessing=False, max_queue_size=10)
+        super().__init__(workers=WORKERS, use_multiprocessing=False)
         self._images, self._batch_size, self._seed = images, batch_size, seed
         self._augmentation, self._warp = augmentation, warp
         degrades = augmentation.resize or augmentation.blur or augmentation.recompression
         self._pool = ThreadPoolExecutor(os.cpu_count()) if degrades and seed is not None else None
         self.start_epoch(0)
+
+    def for_fit(self) -> Any:
+        """Return what Keras's `fit` takes; in each epoch it fetches the order that `start_epoch` set.
+
+        On TensorFlow, a `tf.data` pipeline. What Keras would make of this class waits at each epoch's end: 0.1 s, or up
+        to 5 s with one worker.
+        """
+        if keras.backend.backend() != "tensorflow":
+            return self
+        import tensorflow as tf
+
+        def fetch(index: Any) -> Any:
+            pixels, labels = tf.numpy_function(self.__getitem__, [index], [tf.uint8, tf.float32])
+            pixels.set_shape(shape)
+            labels.set_shape([None])
+            return pixels, labels
+
+        shape = (None, *self[0][0].shape[1:])
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return tf.data.Dataset.range(len(self)).map(fetch, WORKERS).prefetch(WORKERS).with_options(options)
 
     def start_epoch(self, epoch: int) -> None:
         """Shuffle all images anew, in an order that follows from the seed and the epoch."""

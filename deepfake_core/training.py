@@ -27,6 +27,7 @@ from deepfake_core.explanation import ExplainedNetwork
 from deepfake_core.files import write_beside, write_json
 from deepfake_core.manifest import Dataset, lock_folder
 from deepfake_core.models import CANDIDATES
+from deepfake_core.optimizer import FusedAdam
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +173,8 @@ def _fit(
             metrics=["accuracy"],
         )
         augmented.fit(
-            batches,
-            validation_data=Batches(val, recipe.batch_size),
+            batches.for_fit(),
+            validation_data=Batches(val, recipe.batch_size).for_fit(),
             epochs=end,
             shuffle=False,  # `batches` shuffles; Keras would shuffle them again, by a state that a kill loses
             callbacks=[_Reseed(batches, seed), record, _Backup(folder / phase, first, len(batches))],
@@ -184,7 +185,7 @@ def _fit(
 def _make_optimizer(recipe: Recipe, phase: str, steps: int, epoch_steps: int) -> keras.optimizers.Optimizer:
     """Make Adam, or AdamW that spares offsets and normalisation, with the recipe's schedule over one phase."""
     if phase == "head":
-        return keras.optimizers.Adam(HEAD_LEARNING_RATE)
+        return FusedAdam(HEAD_LEARNING_RATE)
     rate: Any = recipe.learning_rate
     if recipe.schedule == "cosine":
         warmup = min(round(recipe.warmup_epochs * epoch_steps), steps - 1)
@@ -192,9 +193,7 @@ def _make_optimizer(recipe: Recipe, phase: str, steps: int, epoch_steps: int) ->
         rate = keras.optimizers.schedules.CosineDecay(
             0.0 if warmup else target, steps - warmup, warmup_target=target if warmup else None, warmup_steps=warmup
         )
-    if not recipe.weight_decay:
-        return keras.optimizers.Adam(rate)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
+    optimizer = FusedAdam(rate, weight_decay=recipe.weight_decay or None)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     return optimizer
 

@@ -20,6 +20,7 @@ from deepfake_core.detector import Detector, decode_image, resize_image
 from deepfake_core.errors import ConfigurationError, LockedError, ModelError
 from deepfake_core.metrics import Confusion
 from deepfake_core.models import CANDIDATES, efficientnet_lite0
+from deepfake_core.optimizer import FusedAdam
 from tests.conftest import draw_image, encode, faces, hold_data, write_zip
 from tests.test_manifest import prepare
 
@@ -93,6 +94,33 @@ def test_an_epoch_shows_each_image_once_and_the_next_in_another_order():
     assert sorted(first) == sorted(second) == sorted(image.tobytes() for image in images.pixels)
     assert first != second
     assert epoch(0) == first
+
+
+def test_fit_gets_the_batches_of_the_epoch_in_their_order():
+    shuffled = Batches(stripes(50, 0), 16, STILL.model_copy(update={"crop": 0.75}), seed=3)
+    fetched = shuffled.for_fit()
+    for epoch in (0, 1):
+        shuffled.start_epoch(epoch)
+        seen = list(fetched)
+        assert len(seen) == len(shuffled)
+        for position, (pixels, labels) in enumerate(seen):
+            assert np.array_equal(pixels, shuffled[position][0])
+            assert np.array_equal(labels, shuffled[position][1])
+            assert (pixels.dtype, labels.dtype) == ("uint8", "float32")
+
+
+@pytest.mark.parametrize("weight_decay", [None, 0.01])
+def test_the_fused_optimizer_is_adam(weight_decay):
+    def learn(kind: type[keras.optimizers.Adam]) -> list[np.ndarray]:
+        random = np.random.default_rng(0)
+        weights = [keras.Variable(random.normal(size=shape), dtype="float32") for shape in ((3, 3, 4, 8), (8,))]
+        optimizer = kind(keras.optimizers.schedules.CosineDecay(0.01, 10), weight_decay=weight_decay)
+        for _ in range(6):
+            optimizer.apply([keras.ops.cast(random.normal(size=one.shape), "float32") for one in weights], weights)
+        return [keras.ops.convert_to_numpy(one) for one in (*weights, *optimizer.variables)]
+
+    for ours, kerass in zip(learn(FusedAdam), learn(keras.optimizers.Adam), strict=True):
+        np.testing.assert_allclose(ours, kerass, rtol=1e-5, atol=1e-6)
 
 
 def test_pixels_and_labels_stay_together():
