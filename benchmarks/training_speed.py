@@ -94,8 +94,8 @@ def make_reference(folder: Path) -> Callable[[], float]:
 
 def make_ours(images: Images, precision: Precision) -> Callable[[], float]:
     batches, model = Batches(images, RECIPE.batch_size, RECIPE.augmentation, seed=0), build_model(precision)
-    fetched = batches.for_fit()
-    return lambda: train_epoch(model, fetched, len(images))
+    pipeline = batches.for_fit()
+    return lambda: train_epoch(model, pipeline, len(images))
 
 
 def make_bare(images: Images, precision: Precision) -> Callable[[], float]:

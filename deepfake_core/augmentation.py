@@ -24,7 +24,9 @@ from PIL import Image, ImageFilter
 
 from deepfake_core.config import AugmentationParameters
 
-cv2.setNumThreads(1)  # on images this small, a second thread saves no time and takes as much again from the training
+cv2.setNumThreads(1)
+"""Of the process, in which nothing else uses OpenCV: on images this small, a second thread saves no time, and takes as
+much again from the training."""
 
 SCALE = (0.5, 1.0)
 BLUR_PIXELS = (0.3, 1.5)

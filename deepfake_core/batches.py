@@ -23,7 +23,7 @@ from deepfake_core.manifest import Dataset
 log = logging.getLogger(__name__)
 
 WORKERS = 2
-"""Batches that are made at a time, and as many wait."""
+"""Batches that are made at a time."""
 
 
 @dataclass(frozen=True)

@@ -98,15 +98,32 @@ def test_an_epoch_shows_each_image_once_and_the_next_in_another_order():
 
 def test_fit_gets_the_batches_of_the_epoch_in_their_order():
     shuffled = Batches(stripes(50, 0), 16, STILL.model_copy(update={"crop": 0.75}), seed=3)
-    fetched = shuffled.for_fit()
+    pipeline = shuffled.for_fit()
     for epoch in (0, 1):
         shuffled.start_epoch(epoch)
-        seen = list(fetched)
+        seen = list(pipeline)
         assert len(seen) == len(shuffled)
         for position, (pixels, labels) in enumerate(seen):
             assert np.array_equal(pixels, shuffled[position][0])
             assert np.array_equal(labels, shuffled[position][1])
             assert (pixels.dtype, labels.dtype) == ("uint8", "float32")
+
+
+def test_each_epoch_of_fit_fetches_its_own_order():
+    asked = []
+
+    class Noted(Batches):
+        def __getitem__(self, index):
+            asked.append((self._epoch, int(index)))
+            return super().__getitem__(index)
+
+    noted = Noted(stripes(50, 0), 16, STILL, seed=3)
+    model = CANDIDATES["cnn"].build(RECIPE)
+    model.compile(FusedAdam(0.001), "binary_crossentropy")
+    pipeline = noted.for_fit()
+    asked.clear()
+    model.fit(pipeline, epochs=3, shuffle=False, callbacks=[training._Reseed(noted, 3)], verbose=0)
+    assert sorted(asked) == [(epoch, index) for epoch in range(3) for index in range(len(noted))]
 
 
 @pytest.mark.parametrize("weight_decay", [None, 0.01])
@@ -115,6 +132,7 @@ def test_the_fused_optimizer_is_adam(weight_decay):
         random = np.random.default_rng(0)
         weights = [keras.Variable(random.normal(size=shape), dtype="float32") for shape in ((3, 3, 4, 8), (8,))]
         optimizer = kind(keras.optimizers.schedules.CosineDecay(0.01, 10), weight_decay=weight_decay)
+        optimizer.exclude_from_weight_decay(var_list=weights[1:])
         for _ in range(6):
             optimizer.apply([keras.ops.cast(random.normal(size=one.shape), "float32") for one in weights], weights)
         return [keras.ops.convert_to_numpy(one) for one in (*weights, *optimizer.variables)]
