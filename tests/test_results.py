@@ -111,12 +111,15 @@ def render_data_results() -> str:
     return "\n".join(lines)
 
 
+SHORT = {"140k-real-and-fake-faces": "140k", "real-and-fake-face-detection": "ciplab"}
+
+
 def render_training_results() -> str:
     """Write the section on candidates and training speed from the benchmarks' files."""
     splits = ", ".join(f"{split} {sum(CANDIDATES['splits'][split].values()):,}" for split in SPLITS)
     lines = [
         f"Test split at threshold 0.5, mean over the seeds, for AUC with the lowest and the highest; {splits}.",
-        "Minutes of training and",
+        "Sources: 140k-real-and-fake-faces, and ciplab's real-and-fake-face-detection. Minutes of training and",
         f"images per second (validation included) on {CANDIDATES['machine']}. AUC lost: by the change of the test",
         "images that costs most, over all sources; empty where it was not measured. AUC on val is that of the",
         "checkpoint, which was chosen there.",
@@ -135,7 +138,7 @@ def render_training_results() -> str:
             spread = f" ({min(aucs):.3f} to {max(aucs):.3f})" if len(aucs) > 1 else ""
             lost = [max(run["auc_lost"].values()) for run in runs if "auc_lost" in run]
             lines.append(
-                f"| {name} | {one['parameters']:,} | {len(runs)} | {source} | "
+                f"| {name} | {one['parameters']:,} | {len(runs)} | {SHORT[source]} | "
                 f"{mean(aucs):.3f}{spread} | {mean(run['val'][source]['auc'] for run in runs):.3f} | "
                 + " | ".join(f"{rate:.3f}" for rate in rates)
                 + f" | {f'{mean(lost):.3f}' if lost else ''} | {mean(run['minutes'] for run in runs):.1f} | "
