@@ -137,15 +137,14 @@ def main() -> None:
         )
         dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=Path(folder))))
         variants: dict[str, Any] = known.get("variants", {}) if known.get("dataset") == dataset.version else {}
+        chosen = {name: one for name, one in list_variants().items() if not options.only or name in options.only}
+        parameters = {name: CANDIDATES[one[0]].build(one[1]).count_params() for name, one in chosen.items()}
         for seed in map(str, range(options.seeds)):
-            for name, (architecture, recipe, left_out) in list_variants().items():
-                if options.only and name not in options.only:
-                    continue
-                parameters = CANDIDATES[architecture].build(recipe).count_params()
-                one = variants.get(name)
-                if one is None or one["parameters"] != parameters or Recipe(**one["recipe"]) != recipe:
+            for name, (architecture, recipe, left_out) in chosen.items():
+                row = variants.get(name)
+                if row is None or row["parameters"] != parameters[name] or Recipe(**row["recipe"]) != recipe:
                     description = recipe.model_dump(mode="json")
-                    variants[name] = {"parameters": parameters, "recipe": description, "seeds": {}}
+                    variants[name] = {"parameters": parameters[name], "recipe": description, "seeds": {}}
                 if "auc_lost" not in variants[name]["seeds"].get(seed, {}):  # which older results lack
                     variants[name]["seeds"][seed] = measure(dataset, architecture, recipe, left_out, int(seed))
                     print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)

@@ -159,6 +159,7 @@ def _fit(
     warp = [] if sees_only_cpus() else [Augmentation(recipe.augmentation, seed)]
     augmented = keras.Sequential([keras.Input(model.input_shape[1:]), *warp, model])
     batches = Batches(train, recipe.batch_size, recipe.augmentation, seed, warp=not warp)
+    pipeline, validation = batches.for_fit(), Batches(val, recipe.batch_size).for_fit()
     log.info("%s: %s parameters, computed in %s", architecture, f"{model.count_params():,}", model.compute_dtype)
     backbone = find_backbone(model)
     head_epochs = min(recipe.head_epochs, recipe.epochs) if backbone and recipe.weights != "none" else 0
@@ -173,8 +174,8 @@ def _fit(
             metrics=["accuracy"],
         )
         augmented.fit(
-            batches.for_fit(),
-            validation_data=Batches(val, recipe.batch_size).for_fit(),
+            pipeline,
+            validation_data=validation,
             epochs=end,
             shuffle=False,  # `batches` shuffles; Keras would shuffle them again, by a state that a kill loses
             callbacks=[_Reseed(batches, seed), record, _Backup(folder / phase, first, len(batches))],
