@@ -20,6 +20,15 @@ CLASS_COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
 
 SPLITS = ("train", "val", "test")
 
+DEFAULT_MODEL = "deepfake-detector"
+"""Name in MLflow's model registry."""
+
+PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
+"""Where the production model is in the registry."""
+
+DEFAULT_KEEP = 3
+"""Number of newest data sets, archives of each source, and versions' model files that housekeeping keeps."""
+
 Architecture = Literal["cnn", "efficientnet_lite0", "efficientnet_v2_b0", "hpf_cnn", "cgface"]
 Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(get_args(Architecture))})]
 """An architecture, which Prefect's form offers as a list to choose from."""
@@ -287,7 +296,7 @@ class PromotionParameters(Parameters):
     """What a model must reach before it goes into production."""
 
     model_name: str = Field(
-        default="deepfake-detector",
+        default=DEFAULT_MODEL,
         min_length=1,
         pattern=r"^[\w.-]+$",
         description="Name in MLflow's model registry.",

@@ -7,14 +7,15 @@ DeepfakeError
 └── PermanentError          trying again won't help; a person has to act
     ├── ConfigurationError  a parameter, a flag or a file of parameters
     ├── CredentialsError    Kaggle's or the store's credentials are missing or refused
-    ├── SourceError         a source does not exist, or is not ours to read
+    ├── SourceError         a source does not exist, or this account may not read it
     ├── ArchiveError        an archive is not a zip, or what was fetched is damaged
+    ├── DiskSpaceError      something does not fit on the disk
     ├── DatasetError        the images can't make a data set: a class without images, labels that disagree
     ├── LockedError         another run holds the data folder
     ├── ModelError          a model can't be found, loaded or built
     └── ServiceError        MLflow or Prefect can't be reached
 
-Each message says the rule, the value received and the way out.
+Each message states the rule, the value received, and what to do.
 A bad image is no error: it is a row of the manifest with a reason.
 """
 
@@ -48,11 +49,15 @@ class CredentialsError(PermanentError):
 
 
 class SourceError(PermanentError):
-    """A source does not exist, or is not ours to read."""
+    """A source does not exist, or this account may not read it."""
 
 
 class ArchiveError(PermanentError):
     """An archive is not a zip, or what was fetched is damaged."""
+
+
+class DiskSpaceError(PermanentError):
+    """Something does not fit on the disk."""
 
 
 class DatasetError(PermanentError):

@@ -8,7 +8,8 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed
 
 from deepfake_core.config import DataParameters
-from tasks.data import find_new_version
+from deepfake_core.storage.store import open_store
+from tasks.data import ask_for_version
 from tasks.remote import check_deployment
 
 
@@ -16,17 +17,18 @@ from tasks.remote import check_deployment
 def check_sources(data: DataParameters = DataParameters(), deployment: str = "retrain/manual") -> dict[str, int]:
     """Ask Kaggle for versions alone, and start a retrain if a source has one that is not in the data folder.
 
-    The same news start one retrain, however often they are found.
+    The same new versions start one retrain, however often they are found.
 
     Args:
-        data: Whose sources, and the folder or URL at which they would be.
+        data: The sources, and the folder or URL that holds their archives.
         deployment: Name of the deployment that retrains.
 
     Returns:
         The new versions, by source.
     """
     check_deployment(deployment)
-    found = {source.name: find_new_version(source, data.data_dir) for source in data.sources}
+    store = open_store(data.data_dir)
+    found = {source.name: ask_for_version(source, store) for source in data.sources}
     new = {name: version for name, version in found.items() if version is not None}
     if not new:
         message = f"Nothing new: {data.data_dir} has the versions of {len(found)} sources."

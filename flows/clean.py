@@ -3,15 +3,16 @@
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
-from deepfake_core import housekeeping, registry
-from tasks.housekeeping import remove_unneeded
+from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL
+from deepfake_core.storage.store import open_store
+from tasks.data import remove_unneeded
 
 
 @flow(name="clean")
 def clean(
-    keep: int = housekeeping.KEEP,
+    keep: int = DEFAULT_KEEP,
     data_dir: str = "data",
-    model_name: str = registry.DEFAULT_MODEL,
+    model_name: str = DEFAULT_MODEL,
     dry_run: bool = False,
 ) -> str:
     """Remove old data sets, archives, caches and model files, never what production, a rollback or a run needs.
@@ -20,17 +21,17 @@ def clean(
         keep: Number of newest data sets, archives of each source, and versions' model files that stay (at least 1).
         data_dir: Folder that holds archives, image indexes and split folders; of a URL, this machine's cache.
         model_name: Name in MLflow's model registry.
-        dry_run: Only say what would go.
+        dry_run: Only list what would be removed.
 
     Returns:
         What was done, as a sentence.
     """
-    goes = remove_unneeded(data_dir, model_name, keep, dry_run)
-    size = sum(removal.bytes for removal in goes) / 1e6
-    done = f"{len(goes)} things, {size:,.1f} MB, {'would go' if dry_run else 'removed'}"
+    removals = remove_unneeded(open_store(data_dir), model_name, keep, dry_run)
+    size = sum(removal.bytes for removal in removals) / 1e6
+    done = f"{len(removals)} items, {size:,.1f} MB, {'would be removed' if dry_run else 'removed'}"
     get_run_logger().info(done)
     create_table_artifact(
-        [{"what": one.what, "why": one.why, "MB": round(one.bytes / 1e6, 1)} for one in goes],
+        [{"what": one.what, "why": one.why, "MB": round(one.bytes / 1e6, 1)} for one in removals],
         key="clean",
         description=done,
     )

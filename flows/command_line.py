@@ -1,7 +1,5 @@
 """The retrain flow's command line, built from the same parameter models as Prefect's form."""
 
-import os
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,16 @@ from prefect.client.orchestration import get_client
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from rich.console import Console
-from rich.table import Table
 
-from deepfake_core import registry
 from deepfake_core.config import (
-    CLASS_NAMES,
-    SPLITS,
     DataParameters,
     EvaluationParameters,
     PromotionParameters,
     TrainingParameters,
 )
+from deepfake_core.demo.archives import draw_archives
 from deepfake_core.errors import ConfigurationError, ServiceError
-from deepfake_core.manifest import Dataset
-from deepfake_core.sample import draw_archives
-from deepfake_core.store import open_store
+from deepfake_core.storage.store import open_store
 
 SAMPLE_DEFAULTS: dict[str, Any] = {"training": {"candidates": ["cnn"], "epochs": 12}}
 
@@ -45,7 +38,7 @@ class RetrainSettings(BaseSettings):
     config: Path | None = Field(default=None, description="YAML file of parameters. Flags beat the file.")
     sample: bool = Field(
         default=False,
-        description="Draw three small archives instead of asking Kaggle. The figures say nothing about real faces.",
+        description="Draw three small archives instead of asking Kaggle. The metrics say nothing about real faces.",
     )
     data: DataParameters = DataParameters()
     training: TrainingParameters = TrainingParameters()
@@ -90,9 +83,9 @@ def read_settings(arguments: Sequence[str]) -> RetrainSettings:
     if "sources" in settings.data.model_fields_set:
         raise ConfigurationError("--sample draws its own sources. Leave out either --sample or data.sources.")
     Console(stderr=True).print(
-        "[bold]The images of this run are drawn, not photographs: its figures say nothing about real faces."
+        "[bold]The images of this run are drawn, not photographs: its metrics say nothing about real faces."
     )
-    sources = draw_archives(open_store(settings.data.data_dir).folder / "sample")
+    sources = draw_archives(open_store(settings.data.data_dir).sample())
     return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": sources})})
 
 
@@ -122,7 +115,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def check_prefect() -> None:
-    """Say at once that a Prefect server which is configured does not answer.
+    """Fail at once if a Prefect server is configured and does not answer.
 
     Raises:
         ServiceError: with the address, and what to do.
@@ -135,49 +128,3 @@ def check_prefect() -> None:
             f"Prefect must answer before anything runs. Received: {address}, which failed ({failure!r}). Start the "
             "server, correct PREFECT_API_URL, or unset it (and PREFECT_PROFILE) to run with a temporary one."
         )
-
-
-def print_outcome(dataset: Dataset, version: registry.ModelVersion) -> None:
-    """Print what a retrain found, reached and decided."""
-    console = Console()
-    counts = dataset.description["counts"]
-    columns = {**counts["sources"], "all": {"files": counts["files"], **counts["reasons"]}}
-    stages = ["files", *sorted(set(counts["reasons"]) - {"kept"}), "kept"]
-    found = Table("", *(textwrap.fill(name, 16) for name in columns), title="Files found, and what became of them")
-    for stage in stages:
-        found.add_row(stage.replace("_", " "), *(str(column.get(stage, 0)) for column in columns.values()))
-    console.print(found)
-
-    splits = Table("images", *SPLITS, title=f"Data set {dataset.version}")
-    for label in CLASS_NAMES:
-        splits.add_row(label, *(str(counts["splits"][split][label]) for split in SPLITS))
-    console.print(splits)
-
-    result = Table("", "on the test split (95 % interval)", title=f"{version.name} version {version.version}")
-    for name, title in {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "auc": "AUC"}.items():
-        value, low, high = (version.metrics[f"test/{name}{end}"] for end in ("", "_low", "_high"))
-        result.add_row(title, f"{value:.4f} ({low:.3f} to {high:.3f})")
-    result.add_section()
-    result.add_row(version.tags["decision"], version.tags["reasons"].replace("; ", "\n"))
-    console.print(result)
-    if dataset.is_drawn:
-        console.print("[bold]These images are drawn: the figures say nothing about real faces.")
-
-
-def print_next_steps(dataset: Dataset, version: registry.ModelVersion) -> None:
-    """Print the commands and pages that look further."""
-    image = dataset.path / dataset.split("test")["path"].iloc[0]
-    tracking = os.environ.get("MLFLOW_TRACKING_URI") or registry.DEFAULT_TRACKING_URI
-    commands = {
-        "runs, figures and versions in a browser": f".venv/bin/mlflow ui --backend-store-uri {tracking}",
-        "why each version was promoted or not": ".venv/bin/deepfake versions",
-        "the production model's verdict on an image": f".venv/bin/deepfake predict {os.path.relpath(image)}",
-        "schedules, forms and workers: the whole stack on this machine, in a browser": "make up",
-    }
-    print("\nTo look further:")
-    for purpose, command in commands.items():
-        print(f"  # {purpose}\n  {command}")
-    print(f"  # what the data set holds, and what a model could cheat by\n  {(dataset.path / 'report.html').as_uri()}")
-    report = registry.find_local_artifact(version.run_id, "report.html")
-    if report:
-        print(f"  # this version: verdict, figures, comparison, mistakes\n  {report.as_uri()}")

@@ -8,14 +8,16 @@ from prefect.artifacts import create_table_artifact
 from rich.console import Console
 from rich.table import Table
 
-from deepfake_core import registry
 from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import DeepfakeError
-from deepfake_core.manifest import open_dataset
-from deepfake_core.metrics import Evaluation
+from deepfake_core.evaluation.metrics import Evaluation
+from deepfake_core.registry.challenge import choose_best
+from deepfake_core.registry.connection import connect
+from deepfake_core.registry.runs import open_run
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
-from tasks.model import choose_best, discard_trainings, evaluate, log_data, state_hardware, train_candidate
+from tasks.model import discard_trainings, evaluate, log_data, state_hardware, train_candidate
 
 
 @flow(name="leave-one-out")
@@ -34,22 +36,21 @@ def leave_one_out(
     Returns:
         By source that was left out: on the test split of the others, and on it.
     """
-    registry.connect()
+    connect()
     hardware = state_hardware()
     dataset = open_dataset(prepare(data))
-    manifest = dataset.manifest
     found = {}
-    for source in sorted(set(manifest.loc[manifest["kept"], "source"])):
+    for source in dataset.list_sources():
         testing = evaluation.model_copy(update={"holdout_sources": (source,)})
-        with registry.open_run(f"{runtime.flow_run.name} without {source}", tags={"hardware": hardware}) as run_id:
+        with open_run(f"{runtime.flow_run.name} without {source}", tags={"hardware": hardware}) as run_id:
             log_data(run_id, dataset, training, testing, PromotionParameters())
             trained = [train_candidate(name, dataset, training, testing, run_id) for name in training.candidates]
-            result = evaluate(choose_best(trained), dataset, testing, run_id)
+            measured = evaluate(choose_best(trained), dataset, testing, run_id)
         discard_trainings(trained)
-        found[source] = (result.evaluation, result.unseen[source])
+        found[source] = (measured.evaluation, measured.unseen[source])
     create_table_artifact(
         [
-            {"left out": source, "AUC on the others": str(seen.figures["auc"]), "AUC on it": str(own.figures["auc"])}
+            {"left out": source, "AUC on the others": str(seen.metrics["auc"]), "AUC on it": str(own.metrics["auc"])}
             for source, (seen, own) in found.items()
         ],
         key="leave-one-out",
@@ -70,7 +71,7 @@ def main() -> int:
         return 1
     table = Table("left out", "AUC on the others' test images", "AUC on it")
     for source, (seen, own) in found.items():
-        table.add_row(source, str(seen.figures["auc"]), str(own.figures["auc"]))
+        table.add_row(source, str(seen.metrics["auc"]), str(own.metrics["auc"]))
     Console().print(table)
     return 0
 

@@ -3,9 +3,18 @@
 from prefect import flow, runtime, unmapped
 
 from deepfake_core.config import DataParameters
-from deepfake_core.manifest import lock_folder
-from deepfake_core.store import open_store
-from tasks.data import build_index, deduplicate, download, find_links, merge, share, split, write_report
+from deepfake_core.storage.locks import lock_folder
+from deepfake_core.storage.store import open_store
+from tasks.data import (
+    deduplicate,
+    download,
+    find_near_copies,
+    index_archive,
+    merge,
+    report_on_data,
+    share_dataset,
+    split,
+)
 
 
 @flow(name="prepare")
@@ -20,14 +29,13 @@ def prepare(data: DataParameters = DataParameters()) -> str:
     """
     store = open_store(data.data_dir)
     store.check()
-    data = data.model_copy(update={"data_dir": store.address})
     with lock_folder(store.folder, holder=f"flow run {runtime.flow_run.name}"):
-        archives = download.map(data.sources, unmapped(data.data_dir)).result()
-        indexes = build_index.map(archives, unmapped(data.data_dir)).result()
-        links = find_links(indexes)
-        rows = split(deduplicate(indexes, links), links, data)
-        dataset = merge(rows, archives, data)
-        write_report(dataset, links, archives)
+        archives = download.map(data.sources, unmapped(store)).result()
+        indexes = index_archive.map(archives, unmapped(store)).result()
+        links = find_near_copies(indexes)
+        rows = split(deduplicate(indexes, links), links, store, data)
+        dataset = merge(rows, archives, store, data)
+        report_on_data(dataset, links, archives)
         if store.url:
-            share(dataset, store.url)
+            share_dataset(dataset)
     return dataset.address

@@ -3,16 +3,16 @@
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from deepfake_core import registry
-from deepfake_core.errors import ModelError
+from deepfake_core.config import DEFAULT_MODEL
+from deepfake_core.registry import production
+from deepfake_core.registry.connection import connect
+from deepfake_core.registry.probe import check_production
 from tasks.announcement import announce
-
-MOST_DRIFT = 0.001
 
 
 @flow(name="promote")
-def promote(version: int, reason: str, force: bool = False, model_name: str = registry.DEFAULT_MODEL) -> str:
-    """Put a version into production that a person has chosen.
+def promote(version: int, reason: str, force: bool = False, model_name: str = DEFAULT_MODEL) -> str:
+    """Put a version that a person has chosen into production.
 
     Args:
         version: Number of the version.
@@ -23,16 +23,16 @@ def promote(version: int, reason: str, force: bool = False, model_name: str = re
     Returns:
         What was done, as a sentence.
     """
-    registry.connect()
-    former = registry.promote_by_hand(model_name, str(version), reason, force)
+    connect()
+    former = production.promote_by_hand(model_name, str(version), reason, force)
     done = f"Version {version} of {model_name} is in production instead of {former or 'none'}: {reason}"
     announce("promoted", model_name, str(version), done)
     return _report(done)
 
 
 @flow(name="rollback")
-def roll_back(reason: str, model_name: str = registry.DEFAULT_MODEL) -> str:
-    """Put the version back into production that production replaced.
+def roll_back(reason: str, model_name: str = DEFAULT_MODEL) -> str:
+    """Put the version that production replaced back into production.
 
     Args:
         reason: Why, for whoever asks later.
@@ -41,16 +41,16 @@ def roll_back(reason: str, model_name: str = registry.DEFAULT_MODEL) -> str:
     Returns:
         What was done, as a sentence.
     """
-    registry.connect()
-    restored, former = registry.roll_back(model_name, reason)
+    connect()
+    restored, former = production.roll_back(model_name, reason)
     done = f"Version {restored} of {model_name} is back in production instead of {former}: {reason}"
     announce("rolled-back", model_name, restored, done)
     return _report(done)
 
 
 @flow(name="production.health")
-def health(model_name: str = registry.DEFAULT_MODEL) -> str:
-    """Load the production model as its users do, and fail if its scores are not those that were recorded with it.
+def health(model_name: str = DEFAULT_MODEL) -> str:
+    """Load the production model as its users do, and fail if its scores differ from those recorded with it.
 
     Args:
         model_name: Name in MLflow's model registry.
@@ -58,22 +58,11 @@ def health(model_name: str = registry.DEFAULT_MODEL) -> str:
     Returns:
         What was found, as a sentence.
     """
-    registry.connect()
-    current = registry.find_production(model_name)
-    if current is None:
-        raise ModelError(f"There must be a production model to check. Received: none of the name {model_name}.")
-    differences = registry.check_probe(registry.read_version(model_name, current))
-    found = (
-        f"Version {current} of {model_name}: the scores of {len(differences)} probe images differ by "
-        f"{max(differences):.2g} at most from those recorded with it (allowed: {MOST_DRIFT:g})"
-    )
-    _report(found)
-    if max(differences) > MOST_DRIFT:
-        raise ModelError(
-            f"{found}. What serves it has changed: compare its packages with the version's requirements.txt, then "
-            "roll back or retrain."
-        )
-    return found
+    connect()
+    result = check_production(model_name)
+    _report(result.text)
+    result.require_agreement()
+    return result.text
 
 
 def _report(sentence: str) -> str:

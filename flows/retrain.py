@@ -6,14 +6,18 @@ import sys
 from prefect import flow, get_run_logger, runtime
 from prefect.states import Completed
 
-from deepfake_core import registry
 from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import DeepfakeError
-from deepfake_core.manifest import lock_folder, open_dataset
-from deepfake_core.store import open_store
-from flows.command_line import check_prefect, print_next_steps, print_outcome, read_settings
+from deepfake_core.registry.connection import connect
+from deepfake_core.registry.fingerprint import find_same_training, fingerprint_training
+from deepfake_core.registry.versions import find_version, read_version
+from deepfake_core.reports.outcome import print_next_steps, print_outcome
+from deepfake_core.storage.locks import lock_folder
+from deepfake_core.storage.store import open_store
+from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
-from flows.train import fingerprint_training, train
+from flows.train import train
 from tasks.model import report_outcome
 from tasks.remote import check_deployment, run_remotely
 
@@ -42,24 +46,25 @@ def retrain(
     Returns:
         The folder or URL of the data set, and the registered version.
     """
-    registry.connect()
+    connect()
     check_deployment(train_on)
     with lock_folder(open_store(data.data_dir).folder, holder=f"flow run {runtime.flow_run.name}"):
-        dataset = prepare(data)
-        fingerprint = fingerprint_training(open_dataset(dataset), training, evaluation, promotion)
-        same = None if force else registry.find_same_training(promotion.model_name, fingerprint)
+        address = prepare(data)
+        dataset = open_dataset(address)
+        fingerprint = fingerprint_training(dataset.version, training, evaluation, promotion)
+        same = None if force else find_same_training(promotion.model_name, fingerprint)
         if same:
-            decision = same.tags.get("decision", "no decision")
+            decision = same.decision or "no decision"
             message = f"Nothing changed since version {same.version} ({decision}); `force` trains all the same."
             get_run_logger().info(message)
-            return Completed(message=message, data=(dataset, same.version))  # type: ignore[return-value] # unwrapped
+            return Completed(message=message, data=(address, same.version))  # type: ignore[return-value] # unwrapped
         if train_on:
-            run = run_remotely(train_on, dataset, training, evaluation, promotion)
-            version = registry.find_version(promotion.model_name, run)
+            run = run_remotely(train_on, address, training, evaluation, promotion)
+            version = find_version(promotion.model_name, run)
         else:
-            version = train(dataset, training, evaluation, promotion)
-        report_outcome(open_dataset(dataset), promotion.model_name, version)
-    return dataset, version
+            version = train(address, training, evaluation, promotion)
+        report_outcome(dataset, promotion.model_name, version)
+    return address, version
 
 
 def main() -> int:
@@ -68,7 +73,7 @@ def main() -> int:
     try:
         settings = read_settings(sys.argv[1:])
         check_prefect()
-        dataset, version = retrain(
+        address, number = retrain(
             settings.data,
             settings.training,
             settings.evaluation,
@@ -76,9 +81,9 @@ def main() -> int:
             settings.train_on,
             settings.force,
         )
-        registered = registry.read_version(settings.promotion.model_name, version)
-        print_outcome(open_dataset(dataset), registered)
-        print_next_steps(open_dataset(dataset), registered)
+        dataset, version = open_dataset(address), read_version(settings.promotion.model_name, number)
+        print_outcome(dataset, version)
+        print_next_steps(dataset, version)
     except DeepfakeError as exc:
         print(f"\nretrain stopped: {exc}", file=sys.stderr)
         return 1

@@ -1,23 +1,20 @@
 """Scores of many images by a registered version."""
 
-import tempfile
 from pathlib import Path
 
-from prefect import flow, runtime, task
+from prefect import flow, runtime
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
-from deepfake_core import registry
-from deepfake_core.batch_scoring import Scored, score_images
-from deepfake_core.detector import Detector
-from deepfake_core.predictor import Predictor
-from tasks.progress import report_progress
-
-PRODUCTION = f"models:/{registry.DEFAULT_MODEL}@{registry.PRODUCTION}"
+from deepfake_core.config import PRODUCTION_URI
+from deepfake_core.registry import runs
+from deepfake_core.registry.connection import connect
+from deepfake_core.registry.detectors import resolve
+from deepfake_core.registry.versions import read_version
+from tasks.scoring import judge
 
 
 @flow(name="score")
-def score(images: str, output: str = "scores.parquet", model: str = PRODUCTION, detect: bool = True) -> str:
+def score(images: str, output: str = "scores.parquet", model: str = PRODUCTION_URI, detect: bool = True) -> str:
     """Judge a folder's or a table's images, and log which version judged which images in MLflow.
 
     Args:
@@ -29,26 +26,18 @@ def score(images: str, output: str = "scores.parquet", model: str = PRODUCTION, 
     Returns:
         The table's path.
     """
-    registry.connect()
-    name, version = registry.resolve(model)
+    connect()
+    name, version = resolve(model)
     written = Path(output).expanduser().absolute()
-    with registry.open_run(runtime.flow_run.name, tags={"prefect.flow_run_id": runtime.flow_run.id}) as run_id:
-        registry.log_parameters(run_id, {"images": images, "output": str(written), "model": model, "detect": detect})
+    with runs.open_run(runtime.flow_run.name, tags={"prefect.flow_run_id": runtime.flow_run.id}) as run_id:
+        runs.log_parameters(run_id, {"images": images, "output": str(written), "model": model, "detect": detect})
         scored = judge(Path(images).expanduser(), written, f"models:/{name}/{version}", detect)
-        registry.log_scoring(run_id, registry.read_version(name, version), images, scored.digest, scored.images)
-        registry.log_metrics(run_id, {key.replace(" ", "_"): float(count) for key, count in scored.outcomes.items()})
-        registry.log_file(run_id, written, "scores")
+        runs.log_scoring(run_id, read_version(name, version), images, scored.digest, scored.images)
+        runs.log_metrics(run_id, {key.replace(" ", "_"): float(count) for key, count in scored.outcomes.items()})
+        runs.log_file(run_id, written, "scores")
     create_table_artifact(
         [{"verdict": verdict, "rows": count} for verdict, count in sorted(scored.outcomes.items())],
         key="scores",
         description=f"{scored.images} images by {name} version {version}: {written}",
     )
     return str(written)
-
-
-@task(name="score images", tags=["cpu"], cache_policy=NO_CACHE)
-def judge(images: Path, output: Path, model: str, detect: bool) -> Scored:
-    """Write the table of scores."""
-    with tempfile.TemporaryDirectory() as folder, report_progress("score images") as on_progress:
-        predictor = Predictor(Detector(registry.pull_detector(model, Path(folder))), detect)
-        return score_images(predictor, images, output, on_progress)

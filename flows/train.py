@@ -2,34 +2,22 @@
 
 from prefect import flow, runtime
 
-from deepfake_core import registry
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
-from deepfake_core.manifest import Dataset
-from tasks.data import open_dataset
+from deepfake_core.registry.challenge import choose_best
+from deepfake_core.registry.fingerprint import fingerprint_training
+from deepfake_core.registry.runs import open_retrain
+from tasks.data import fetch_dataset
 from tasks.model import (
-    choose_best,
     discard_trainings,
     evaluate,
     log_data,
+    measure_robustness,
     promote,
     register,
+    report_on_model,
     state_hardware,
-    test_robustness,
     train_candidate,
-    write_report,
 )
-
-
-def fingerprint_training(
-    dataset: Dataset, training: TrainingParameters, evaluation: EvaluationParameters, promotion: PromotionParameters
-) -> str:
-    """Return what two trainings have in common only if they would be the same; empty for uncommitted code."""
-    parameters = {
-        "training": training.model_dump(mode="json"),
-        "evaluation": evaluation.model_dump(mode="json"),
-        "promotion": promotion.model_dump(mode="json"),
-    }
-    return registry.fingerprint_training(dataset.version, parameters)
 
 
 @flow(name="train")
@@ -51,25 +39,17 @@ def train(
         The number of the registered version.
     """
     hardware = state_hardware()
-    published = open_dataset(dataset)
-    name = promotion.model_name
-    tags = {
-        "prefect.flow_run_id": runtime.flow_run.id,
-        "drawn_images": str(published.is_drawn).lower(),
-        "hardware": hardware,
-    }
-    with registry.open_run(runtime.flow_run.name, tags=tags) as run_id:
+    published = fetch_dataset(dataset)
+    name, flow_run = promotion.model_name, runtime.flow_run
+    fingerprint = fingerprint_training(published.version, training, evaluation, promotion)
+    with open_retrain(flow_run.name, flow_run.id, hardware, published.is_drawn) as run_id:
         log_data(run_id, published, training, evaluation, promotion)
-        trained = [
-            train_candidate(architecture, published, training, evaluation, run_id)
-            for architecture in training.candidates
-        ]
+        trained = [train_candidate(each, published, training, evaluation, run_id) for each in training.candidates]
         best = choose_best(trained)
-        result = evaluate(best, published, evaluation, run_id)
-        robustness = test_robustness(best, published, result, evaluation)
-        fingerprint = fingerprint_training(published, training, evaluation, promotion)
-        version = register(best, result, published, name, fingerprint)
-        verdict = promote(version, best, result, published, promotion)
-        write_report(version, trained, best, published, result, robustness, verdict, name)
+        measured = evaluate(best, published, evaluation, run_id)
+        robustness = measure_robustness(best, published, measured, evaluation)
+        version = register(best, measured, published, name, fingerprint, flow_run.id)
+        outcome = promote(version, best, measured, published, promotion)
+        report_on_model(version, trained, best, published, measured, robustness, outcome, name)
     discard_trainings(trained)
     return version

@@ -1,31 +1,28 @@
-"""The stages from Kaggle to split folders."""
+"""The stages from Kaggle to split folders, and what removes them again."""
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import pandas as pd
-from prefect import State, Task, task
+from prefect import task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.blocks.system import Secret
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas import TaskRun
 
-from deepfake_core import archive, data_report, duplicates, index, manifest
-from deepfake_core.archive import Archive
+from deepfake_core import housekeeping
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.errors import TransientError
-from deepfake_core.manifest import Dataset
+from deepfake_core.data import dataset as datasets
+from deepfake_core.data import duplicates, index, kaggle, publishing, split_memory, splits
+from deepfake_core.data.archive import Archive
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.housekeeping import Removal
+from deepfake_core.reports import data_report
+from deepfake_core.storage.store import Store
+from tasks.options import CPU, NETWORK
 from tasks.progress import report_progress
 
 KAGGLE_BLOCK = "kaggle-api-token"
 """Name of the Secret block in Prefect that holds Kaggle's token, where no variable does."""
-
-
-def retry_transient(task: Task, task_run: TaskRun, state: State) -> bool:  # noqa: ARG001 - Prefect's signature
-    """Retry what can heal, such as a network; a person has to act on anything else."""
-    return isinstance(state.result(raise_on_failure=False), TransientError)
 
 
 def use_kaggle_token(source: Source) -> None:
@@ -39,71 +36,55 @@ def use_kaggle_token(source: Source) -> None:
     os.environ["KAGGLE_API_TOKEN"] = secret.get()
 
 
-@task(
-    name="download",
-    task_run_name="download {source.short_name}",
-    retries=3,
-    retry_delay_seconds=[10, 60, 300],
-    retry_condition_fn=retry_transient,
-    tags=["network"],
-    cache_policy=NO_CACHE,
-)
-def download(source: Source, data_dir: str | Path) -> Archive:
-    """Bring a source's archive to this disk, verified; share it where `data_dir` is a URL."""
+@task(name="download", task_run_name="download {source.short_name}", **NETWORK)
+def download(source: Source, store: Store) -> Archive:
+    """Bring a source's archive to this disk, verified; share it where the store is at a URL."""
     use_kaggle_token(source)
     with report_progress(f"download {source.short_name}") as on_progress:
-        found = archive.fetch_archive(source, data_dir, on_progress)
+        archive = kaggle.fetch_archive(source, store, on_progress)
     with report_progress(f"share {source.short_name}") as on_progress:
-        archive.share_archive(found, data_dir, on_progress)
-    return found
+        kaggle.share_archive(archive, store, on_progress)
+    return archive
 
 
-@task(
-    name="ask for the version",
-    task_run_name="ask for the version of {source.short_name}",
-    retries=3,
-    retry_delay_seconds=[10, 60, 300],
-    retry_condition_fn=retry_transient,
-    tags=["network"],
-    cache_policy=NO_CACHE,
-)
-def find_new_version(source: Source, data_dir: str | Path) -> int | None:
-    """Return the version that Kaggle has of a source and `data_dir` has not."""
+@task(name="ask for the version", task_run_name="ask for the version of {source.short_name}", **NETWORK)
+def ask_for_version(source: Source, store: Store) -> int | None:
+    """Return the version that Kaggle has of a source and the store has not."""
     use_kaggle_token(source)
-    return archive.find_new_version(source, data_dir)
+    return kaggle.find_new_version(source, store)
 
 
-@task(name="index", task_run_name="index {archive.source.short_name}", tags=["cpu"], cache_policy=NO_CACHE)
-def build_index(archive: Archive, data_dir: str | Path) -> pd.DataFrame:
+@task(name="index", task_run_name="index {archive.source.short_name}", **CPU)
+def index_archive(archive: Archive, store: Store) -> pd.DataFrame:
     """Describe every file of an archive."""
     with report_progress(f"index {archive.source.short_name}") as on_progress:
-        return index.build_index(archive, data_dir, on_progress)
+        return index.build_index(archive, store, on_progress)
 
 
-@task(name="find near copies", tags=["cpu"], cache_policy=NO_CACHE)
-def find_links(indexes: Sequence[pd.DataFrame]) -> pd.DataFrame:
+@task(name="find near copies", **CPU)
+def find_near_copies(indexes: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Find the pairs of pictures that are copies, edits or neighbours of each other."""
     return duplicates.find_links(pd.concat(indexes))
 
 
-@task(name="deduplicate", tags=["cpu"], cache_policy=NO_CACHE)
+@task(name="deduplicate", **CPU)
 def deduplicate(indexes: Sequence[pd.DataFrame], links: pd.DataFrame) -> pd.DataFrame:
     """Group near copies, and keep one copy per picture across all sources."""
     return duplicates.mark_duplicates(pd.concat(indexes), links)
 
 
-@task(name="split", tags=["cpu"], cache_policy=NO_CACHE)
-def split(rows: pd.DataFrame, links: pd.DataFrame, data: DataParameters) -> pd.DataFrame:
+@task(name="split", **CPU)
+def split(rows: pd.DataFrame, links: pd.DataFrame, store: Store, data: DataParameters) -> pd.DataFrame:
     """Put each kept image into train, val or test, whole groups together and known images where they were."""
-    memory = manifest.read_memory(data.data_dir)
-    return manifest.assign_splits(rows, links, memory, data.val_fraction, data.test_fraction)
+    memory = split_memory.read_memory(store)
+    return splits.assign_splits(rows, links, memory, data.val_fraction, data.test_fraction)
 
 
-@task(name="merge", tags=["cpu"], cache_policy=NO_CACHE)
-def merge(rows: pd.DataFrame, archives: Sequence[Archive], data: DataParameters) -> Dataset:
+@task(name="merge", **CPU)
+def merge(rows: pd.DataFrame, archives: Sequence[Archive], store: Store, data: DataParameters) -> Dataset:
     """Publish the split folders, whole or not at all."""
     with report_progress("merge") as on_progress:
-        dataset = manifest.publish_dataset(rows, archives, data, on_progress)
+        dataset = publishing.publish_dataset(rows, archives, store, data, on_progress)
     counts = dataset.description["counts"]["sources"]
     create_table_artifact(
         [{"source": source, **reasons} for source, reasons in counts.items()],
@@ -113,8 +94,8 @@ def merge(rows: pd.DataFrame, archives: Sequence[Archive], data: DataParameters)
     return dataset
 
 
-@task(name="report", tags=["cpu"], cache_policy=NO_CACHE)
-def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> None:
+@task(name="report on data", **CPU)
+def report_on_data(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> None:
     """Write the data set's report beside its images, and link it."""
     path = data_report.write_report(dataset, links, archives)
     create_link_artifact(
@@ -125,29 +106,21 @@ def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archi
     )
 
 
-@task(
-    name="share",
-    retries=3,
-    retry_delay_seconds=[10, 60, 300],
-    retry_condition_fn=retry_transient,
-    tags=["network"],
-    cache_policy=NO_CACHE,
-)
-def share(dataset: Dataset, data_dir: str) -> None:
+@task(name="share", **NETWORK)
+def share_dataset(dataset: Dataset) -> None:
     """Publish a data set for other machines, whole or not at all."""
     with report_progress("share") as on_progress:
-        manifest.share_dataset(dataset, data_dir, on_progress)
+        datasets.share_dataset(dataset, on_progress)
 
 
-@task(
-    name="open data set",
-    retries=3,
-    retry_delay_seconds=[10, 60, 300],
-    retry_condition_fn=retry_transient,
-    tags=["network"],
-    cache_policy=NO_CACHE,
-)
-def open_dataset(address: str) -> Dataset:
+@task(name="fetch data set", **NETWORK)
+def fetch_dataset(address: str) -> Dataset:
     """Open a published split folder; bring it to this disk first where it is shared."""
     with report_progress("fetch data set") as on_progress:
-        return manifest.open_dataset(address, on_progress)
+        return datasets.open_dataset(address, on_progress)
+
+
+@task(name="remove what is not needed", **CPU)
+def remove_unneeded(store: Store, model_name: str, keep: int, dry_run: bool) -> list[Removal]:
+    """Remove what is not needed any more, or only list it."""
+    return housekeeping.clean(store, model_name, keep, dry_run)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from deepfake_core.archive import Progress
+from deepfake_core.storage.progress import Progress
 
 SECONDS_BETWEEN_UPDATES = 2.0
 PERCENT_BETWEEN_LINES = 10

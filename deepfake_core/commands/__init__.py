@@ -1,0 +1,4 @@
+"""What each command of `deepfake` does, a function per command: from options to exit status.
+
+`deepfake_core.cli` holds the parser.
+"""

@@ -8,15 +8,16 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from deepfake_core.detector import MAX_BYTES, Detector
+from deepfake_core.commands.model import load_model
+from deepfake_core.detector import MAX_BYTES
 from deepfake_core.errors import ModelError
-from deepfake_core.predictor import IMAGE_SUFFIXES, Encoded, Judged, Predictor, Verdict, find_files
-from deepfake_core.video import SUFFIXES as CLIP_SUFFIXES
+from deepfake_core.serving.predictor import IMAGE_SUFFIXES, Encoded, Predictor, find_files
+from deepfake_core.serving.verdict import COLUMNS, Judged, Verdict
+from deepfake_core.serving.video import SUFFIXES as CLIP_SUFFIXES
 
 STANDARD_INPUT = "standard input"
 
@@ -38,22 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
     )
     parser.add_argument(
-        "--explain", type=Path, metavar="DIR", help="write what spoke for each verdict as pictures there"
+        "--explain",
+        type=Path,
+        metavar="DIR",
+        help="write pictures there that show by a heat map where the model looked",
     )
     parser.add_argument("--fail-on", choices=["fake"], help="end with status 1 if any verdict is this")
 
 
-def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Judge what was named; return 0, 2 if something could not be read, or 1 if `--fail-on` applies."""
     sources, skipped = find_sources(options.images)
     if not sources:
-        raise ModelError(
-            f"There must be something to judge. Received: {' '.join(options.images)}, which names nothing."
-        )
-    predictor = Predictor(load_detector(options.model), detect=not options.no_detect)
+        raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
+    predictor = Predictor(load_model(options.model), detect=not options.no_detect)
     if options.explain and not predictor.detector.explains:
         raise ModelError(
-            "For --explain, a model must carry heat maps. Received: one that was exported before there were any. "
+            "For --explain, a model must have heat maps. Received: one that was exported before there were any. "
             "Retrain, or name a newer version by --model."
         )
     if options.explain:
@@ -65,7 +67,11 @@ def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -
             ) from exc
     verdicts: list[Verdict] = []
     counts: Counter[str] = Counter()
-    show = _print_json if options.json else _make_csv_printer() if options.csv else verdicts.extend
+    show: Callable[[Sequence[Verdict]], None] = verdicts.extend
+    if options.json:
+        show = _print_json
+    elif options.csv:
+        show = _make_csv_printer()
     names: set[str] = set()
     with _show_progress(len(sources), quiet=(options.json or options.csv) and sys.stdout.isatty()) as advance:
         for judged in _judge(predictor, sources, bool(options.explain), advance):
@@ -79,7 +85,7 @@ def run(options: argparse.Namespace, load_detector: Callable[[str], Detector]) -
     if not (options.json or options.csv):
         _print_table(verdicts, counts, predictor.detector.threshold)
     if skipped:
-        print(f"Passed over: {skipped} of other kinds.", file=sys.stderr)
+        print(f"Skipped {skipped} files of other kinds.", file=sys.stderr)
     if options.fail_on and counts[options.fail_on]:
         return 1
     return 2 if counts["unreadable"] else 0
@@ -132,11 +138,11 @@ def _judge(
 
     for clips, some in groupby(sources, is_clip):
         if clips:
-            from deepfake_core.video import FRAMES, judge_clip
+            from deepfake_core.serving.video import MAX_FRAMES, judge_clip
 
             for _, file in some:
                 assert isinstance(file, Path)
-                yield judge_clip(predictor, file, FRAMES, explain, lambda new, total: advance(new / total))
+                yield judge_clip(predictor, file, MAX_FRAMES, explain, lambda new, total: advance(new / total))
         else:
             for judged in predictor.judge(some, explain):
                 advance(1)
@@ -145,22 +151,17 @@ def _judge(
 
 def _print_json(verdicts: Sequence[Verdict]) -> None:
     for verdict in verdicts:
-        print(json.dumps(_drop_clip_fields(asdict(verdict))), flush=True)
-
-
-def _drop_clip_fields(row: dict[str, Any]) -> dict[str, Any]:
-    clip = ("frames", "low", "high", "first_second", "last_second")
-    return row if row["frames"] is not None else {name: value for name, value in row.items() if name not in clip}
+        print(json.dumps(verdict.as_row()), flush=True)
 
 
 def _make_csv_printer() -> Callable[[Sequence[Verdict]], None]:
-    writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Verdict)])
+    writer = csv.DictWriter(sys.stdout, COLUMNS)
     writer.writeheader()
 
     def show(verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts:
             box = " ".join(map(str, verdict.box)) if verdict.box else None
-            writer.writerow({**asdict(verdict), "box": box})
+            writer.writerow({**verdict.as_row(), "box": box})
 
     return show
 
@@ -177,7 +178,8 @@ def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: f
         image, last = verdict.image if verdict.image != last else "", verdict.image
         style = {"fake": "bold red", "real": "green"}.get(outcome, "yellow")
         probability = "" if verdict.fake_probability is None else f"{verdict.fake_probability:.4f}"
-        spread = f"{verdict.low:.2f} to {verdict.high:.2f}, {verdict.frames} frames" if verdict.frames else ""
+        clip = verdict.clip
+        spread = f"{clip.low:.2f} to {clip.high:.2f}, {clip.frames} frames" if clip else ""
         face = str(verdict.face or "")
         table.add_row(escape(image), face, f"[{style}]{outcome}", probability, escape(verdict.error or spread))
     Console().print(table)
@@ -196,11 +198,10 @@ def _write_pictures(judged: Judged, folder: Path, names: set[str], threshold: fl
     names.add(name)
     if judged.picture:
         judged.picture.save(folder / f"{name}.explained.png")
-    timelines = getattr(judged, "timelines", None)
-    if timelines:
-        from deepfake_core.video import plot_timeline
+    if judged.timelines:
+        from deepfake_core.serving.video import plot_timeline
 
-        figure = plot_timeline(judged, threshold, Path(judged.name).name)  # type: ignore[arg-type]
+        figure = plot_timeline(judged, threshold, Path(judged.name).name)
         figure.savefig(folder / f"{name}.timeline.png", dpi=110)
 
 

@@ -7,24 +7,25 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from deepfake_core.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, find_neighbours, hash_thumbnails
-from deepfake_core.likeness import measure_pairs
+from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
+from deepfake_core.data.likeness import measure_pairs
+from deepfake_core.data.neighbours import find_neighbours
 
 log = logging.getLogger(__name__)
 
 RADIUS = 60
 """Candidates are pairs whose hashes are this near, in bits of 256. From 54 on, some are of different people."""
 
-LEAST_LIKENESS = 0.5
+MIN_LIKENESS = 0.5
 """Share of windows that must agree in their details for a candidate to be a near copy; see `measure_likeness`."""
 
-MOST_DIFFERENCE = 12.0
+MAX_COPY_DIFFERENCE = 12.0
 """Grey levels by which a resized or recompressed copy may differ anywhere; see `measure_difference`."""
 
-LEAST_CONTRAST = 8
+MIN_CONTRAST = 8
 """Grey levels between the darkest and the brightest of a thumbnail; the hash of an even picture is noise."""
 
-MOST_IN_GROUP, MOST_SHARE_IN_GROUP = 50, 0.02
+MAX_GROUP_IMAGES, MAX_GROUP_SHARE = 50, 0.02
 """A group grows to 50 pictures or to this share of all, whichever is more: chains of likenesses must not swallow a
 class. The strongest links are taken first; copies of one picture are not limited."""
 
@@ -47,7 +48,7 @@ def find_links(index: pd.DataFrame) -> pd.DataFrame:
     hashes = np.frombuffer(b"".join(distinct["hash"]), np.uint8).reshape(len(distinct), HASH_BYTES)
 
     # Of pictures with equal hashes, the first stands for all.
-    searched = np.flatnonzero(thumbnails.max((1, 2)) - thumbnails.min((1, 2)) >= LEAST_CONTRAST)
+    searched = np.flatnonzero(thumbnails.max((1, 2)) - thumbnails.min((1, 2)) >= MIN_CONTRAST)
     _, first, inverse = np.unique(hashes[searched], axis=0, return_index=True, return_inverse=True)
     stand_ins, represented = searched[np.sort(first)], searched[first[inverse.ravel()]]
     near = find_neighbours(np.stack([hash_thumbnails(thumbnails, view)[stand_ins] for view in VIEWS]), RADIUS)
@@ -61,10 +62,10 @@ def find_links(index: pd.DataFrame) -> pd.DataFrame:
 
     likeness, difference = measure_pairs(thumbnails, image, other, mirrored)
     names = distinct["sha256"].to_numpy()
-    same = ~mirrored & (difference <= MOST_DIFFERENCE)
+    same = ~mirrored & (difference <= MAX_COPY_DIFFERENCE)
     columns = [names[image], names[other], distance, likeness, difference, same]
     links = pd.DataFrame(dict(zip(LINK_COLUMNS, columns, strict=True)))
-    links = links[links["same_picture"] | (links["likeness"] >= LEAST_LIKENESS)]
+    links = links[links["same_picture"] | (links["likeness"] >= MIN_LIKENESS)]
     log.info(
         "%d pictures: %d candidates, %d confirmed as near copies, %d of them as the same picture",
         len(distinct),
@@ -130,7 +131,7 @@ def _find_same_pictures(names: pd.Index, links: pd.DataFrame, rows: pd.DataFrame
     label = rows.drop_duplicates("sha256").set_index("sha256")["label"]
     same = links[links["same_picture"].astype(bool)]
     one, other = same["image"].map(label), same["other"].map(label)
-    return connect(names, same[one.notna() & (one == other)])
+    return find_components(names, same[one.notna() & (one == other)])
 
 
 def find_ends(names: pd.Index, links: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +139,7 @@ def find_ends(names: pd.Index, links: pd.DataFrame) -> tuple[np.ndarray, np.ndar
     return names.get_indexer(pd.Index(links["image"])), names.get_indexer(pd.Index(links["other"]))
 
 
-def connect(names: pd.Index, links: pd.DataFrame) -> np.ndarray:
+def find_components(names: pd.Index, links: pd.DataFrame) -> np.ndarray:
     """Number the connected components of `links` between images; returns int of shape (len(names),)."""
     graph = coo_array((np.ones(len(links), bool), find_ends(names, links)), shape=(len(names), len(names)))
     return connected_components(graph, directed=False)[1]
@@ -150,7 +151,7 @@ def _join(links: pd.DataFrame, names: pd.Index) -> np.ndarray:
     Returns:
         Position in `names` of the first member of each image's group.
     """
-    most = max(MOST_IN_GROUP, int(MOST_SHARE_IN_GROUP * len(names)))
+    most = max(MAX_GROUP_IMAGES, int(MAX_GROUP_SHARE * len(names)))
     joined, size = list(range(len(names))), [1] * len(names)
 
     def find(image: int) -> int:

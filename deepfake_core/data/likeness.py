@@ -10,20 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from deepfake_core.hashes import THUMBNAIL_SIZE
+from deepfake_core.data.hashes import THUMBNAIL_SIZE
 
 WINDOW, STRIDE = 8, 4
-SAME_DETAILS = 0.94
+MIN_WINDOW_CORRELATION = 0.94
 """Least correlation of two windows that show the same details."""
 
-STEPS = 4
-MOST_SHIFT, MOST_SCALE = 4.0, 0.15
+REGISTRATION_STEPS = 4
+MAX_SHIFT_PIXELS, MAX_SCALE_CHANGE = 4.0, 0.15
 """How far a picture may be shifted (pixels of the thumbnail), and by how much it may be larger or smaller."""
 
-NOISE = 8.0
+NOISE_VARIANCE = 8.0
 """Variance (grey levels squared) below which a window has no details that could agree."""
 
-LOOKED_AT_ONCE = 256
+PAIRS_AT_ONCE = 256
 PLACES = np.arange(THUMBNAIL_SIZE, dtype=np.float32) - (THUMBNAIL_SIZE - 1) / 2
 
 
@@ -42,13 +42,13 @@ def measure_pairs(thumbnails: np.ndarray, first: np.ndarray, second: np.ndarray,
         return np.empty((2, 0), np.float32)
 
     def measure(start: int) -> np.ndarray:
-        part = slice(start, start + LOOKED_AT_ONCE)
+        part = slice(start, start + PAIRS_AT_ONCE)
         one, other = (thumbnails[each[part]].astype(np.float32) for each in (first, second))
         other = np.where(mirrored[part, None, None], other[:, :, ::-1], other)
         return np.stack([measure_likeness(one, other), measure_difference(one, other)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.concatenate(list(pool.map(measure, range(0, len(first), LOOKED_AT_ONCE))), axis=1)
+        return np.concatenate(list(pool.map(measure, range(0, len(first), PAIRS_AT_ONCE))), axis=1)
 
 
 def measure_likeness(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -68,8 +68,8 @@ def measure_likeness(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     )
     one, other = (each - each.mean((-1, -2), keepdims=True) for each in (one, other))
     variances = (one * one).mean((-1, -2)) * (other * other).mean((-1, -2))
-    correlations = ((one * other).mean((-1, -2)) + NOISE) / (np.sqrt(variances) + NOISE)
-    return (correlations > SAME_DETAILS).mean((1, 2), dtype=np.float32)
+    correlations = ((one * other).mean((-1, -2)) + NOISE_VARIANCE) / (np.sqrt(variances) + NOISE_VARIANCE)
+    return (correlations > MIN_WINDOW_CORRELATION).mean((1, 2), dtype=np.float32)
 
 
 def measure_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -106,11 +106,11 @@ def _register(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     steepest = steepest.reshape(len(first), -1, 3)
     curvature = steepest.transpose(0, 2, 1) @ steepest + 1e-3 * np.eye(3, dtype=np.float32)
     warps = np.zeros((len(first), 3), np.float32)
-    for _ in range(STEPS):
+    for _ in range(REGISTRATION_STEPS):
         error = (_equalise(_warp(second, warps)) - first).reshape(len(first), -1, 1)
         warps -= np.linalg.solve(curvature, steepest.transpose(0, 2, 1) @ error)[:, :, 0]
-        np.clip(warps[:, :2], -MOST_SHIFT, MOST_SHIFT, out=warps[:, :2])
-        np.clip(warps[:, 2], -MOST_SCALE, MOST_SCALE, out=warps[:, 2])
+        np.clip(warps[:, :2], -MAX_SHIFT_PIXELS, MAX_SHIFT_PIXELS, out=warps[:, :2])
+        np.clip(warps[:, 2], -MAX_SCALE_CHANGE, MAX_SCALE_CHANGE, out=warps[:, 2])
     return warps
 
 

@@ -9,8 +9,8 @@ from sklearn.metrics import roc_auc_score
 
 from deepfake_core.config import CLASS_NAMES
 
-LEAST_AUC = 0.55
-LEAST_STANDARD_ERRORS = 4.0
+MIN_AUC = 0.55
+MIN_STANDARD_ERRORS = 4.0
 """How far from 0.5 an AUC must lie to be no chance, in its standard errors (Hanley and McNeil 1982, at 0.5)."""
 
 NUMBERS = {
@@ -20,7 +20,7 @@ NUMBERS = {
     "bytes_per_pixel": ("more bytes per pixel", "fewer bytes per pixel"),
 }
 KINDS = {"format": "format", "jpeg_table": "JPEG table"}
-COLUMNS = ["scope", "shortcut", "auc", "real", "fake"]
+SHORTCUT_COLUMNS = ["scope", "shortcut", "auc", "real", "fake"]
 
 
 def score_file_facts(
@@ -69,7 +69,9 @@ def find_shortcuts(kept: pd.DataFrame) -> pd.DataFrame:
         for scope, rows in scopes.items()
         for shortcut in [*_compare_numbers(rows), *_compare_kinds(rows)]
     ]
-    return pd.DataFrame(found, columns=COLUMNS).sort_values("auc", ascending=False, kind="stable", ignore_index=True)
+    return pd.DataFrame(found, columns=SHORTCUT_COLUMNS).sort_values(
+        "auc", ascending=False, kind="stable", ignore_index=True
+    )
 
 
 def _compare_numbers(rows: pd.DataFrame) -> Iterator[tuple[str, float, str, str]]:
@@ -102,4 +104,4 @@ def _measure(labels: pd.Series, values: pd.Series) -> float | None:
     auc = float(roc_auc_score(fake, values.astype(float)))
     error = np.sqrt((1 / fakes + 1 / reals) / 12)
     distance = abs(auc - 0.5)
-    return auc if distance >= max(LEAST_AUC - 0.5, LEAST_STANDARD_ERRORS * error) else None
+    return auc if distance >= max(MIN_AUC - 0.5, MIN_STANDARD_ERRORS * error) else None

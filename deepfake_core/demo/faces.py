@@ -1,293 +1,19 @@
-"""Three small archives of drawn faces, so that the whole pipeline runs without credentials.
+"""One drawn person. Coordinates run from -1 to 1, x to the right, y down, the head around (0, 0)."""
 
-Every image is drawn by this file; nobody is in them. The fakes imitate traces that real ones carry.
-In the ciplab-like archive, parts of another photograph are pasted in, with a seam and with other
-scale, noise and tone. In the 140k-like archive, every fake went through uneven upsampling, which
-leaves a periodic grid, and has a cold tone and next to no sensor noise. All traces are exaggerated, so
-that a small network learns them in about ten epochs: figures measured on these images say nothing about
-real faces.
-"""
-
-import csv
-import io
-import json
-import logging
-import string
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
-
-from deepfake_core.config import CLASS_NAMES, KAGGLE_SOURCES, Source
-from deepfake_core.files import write_beside, write_json
-
-log = logging.getLogger(__name__)
-
-DRAWING_FORMAT = 2
-"""Part of what `sample.json` remembers: raise it when the same arguments would draw other archives."""
-
-PHOTOGRAPH_SIZE, PORTRAIT_SIZE = 256, 160
-SENSOR_NOISE = (1.5, 4.0)
-UNEVENNESS = (0.02, 0.07)
-COLD = np.array((-1, 0, 1))
-"""Less red and more blue: the tone of all fakes, since a small network learns grid and seams too slowly."""
-
-GENERATOR_TONE = (0.09, 0.2)
-DIFFICULTIES = {"easy": (4, 0.36, 0.015), "mid": (3, 0.3, 0.025), "hard": (2, 0.22, 0.035)}
-"""Parts replaced at most, how cold their tone is, and how wide their seam is blended."""
-
-PARTS = (
-    ((-0.24, -0.12), (0.2, 0.17)),
-    ((0.24, -0.12), (0.2, 0.17)),
-    ((0.0, 0.13), (0.17, 0.2)),
-    ((0.0, 0.42), (0.3, 0.17)),
-)
-"""Centre and half extents, in face coordinates, of left eye, right eye, nose, mouth: a name's four bits."""
 
 SKINS = ((247, 216, 194), (236, 194, 164), (214, 163, 128), (176, 122, 86), (128, 83, 58), (88, 58, 44))
 HAIRS = (
     (28, 24, 24), (52, 36, 28), (92, 60, 38), (140, 96, 56), (196, 158, 100), (120, 50, 30), (150, 148, 146)
 )  # fmt: skip
 IRISES = ((70, 44, 28), (98, 64, 36), (76, 110, 140), (88, 112, 78), (96, 106, 112))
-SAVED_PAGE = b"<html><title>429 Too Many Requests</title></html>\n"
 
 Array = np.ndarray
 Random = np.random.Generator
-
-
-class Picture(NamedTuple):
-    """An encoded picture and its place in an archive."""
-
-    label: str
-    name: str
-    data: bytes
-    split: str = ""
-
-
-def draw_archives(folder: Path, per_class: int = 120, seed: int = 0) -> tuple[Source, ...]:
-    """Draw three small archives in the layouts of the three Kaggle data sets.
-
-    The same arguments give the same bytes; archives that are there already are not drawn again.
-
-    Args:
-        folder: receives three zips, named as Kaggle names them, and `sample.json`, which remembers
-            the arguments.
-        per_class: pictures of each class, in the first and in the third archive (the second repeats
-            the first). Eight files that the pipeline must leave out come on top: `_draw_odd_portraits`.
-        seed: another seed draws other faces.
-
-    Returns:
-        The archives as local sources, with the label rules of `KAGGLE_SOURCES`.
-    """
-    if per_class < 1 or seed < 0:
-        raise ValueError(f"`per_class` must be at least 1, `seed` at least 0. Received: {per_class}, {seed}")
-    folder = folder.absolute()
-    paths = [folder / f"{source.short_name}.zip" for source in KAGGLE_SOURCES]
-    sources = tuple(
-        Source.model_validate(source.model_dump() | {"name": str(path), "version": None, "drawn": True})
-        for source, path in zip(KAGGLE_SOURCES, paths, strict=True)
-    )
-    arguments = {"format": DRAWING_FORMAT, "per_class": per_class, "seed": seed}
-    memory = folder / "sample.json"
-    if all(path.exists() for path in (*paths, memory)) and json.loads(memory.read_text()) == arguments:
-        log.info("the sample's archives are in %s already, nothing to draw", folder)
-        return sources
-    memory.unlink(missing_ok=True)  # not true again until all three are there
-    photographs = _draw_photographs(per_class, seed)
-    portraits = _draw_portraits(per_class, seed)
-    portraits += _draw_odd_portraits(portraits, per_class, seed)
-    layouts = (_lay_out_ciplab(photographs), _lay_out_reupload(photographs), _lay_out_140k(portraits))
-    for path, members in zip(paths, layouts, strict=True):
-        with write_beside(path) as beside:
-            beside.write_bytes(_pack(members))
-        log.info("%s: %d files, %.1f MB", path.name, len(members), path.stat().st_size / 1e6)
-    write_json(memory, arguments)
-    return sources
-
-
-# Archives: pictures, their names and folders
-
-
-def _lay_out_ciplab(photographs: Sequence[Picture]) -> dict[str, bytes]:
-    tops = ("real_and_fake_face", "real_and_fake_face_detection/real_and_fake_face")  # the same twice, as served
-    return {f"{top}/training_{each.label}/{each.name}": each.data for top in tops for each in photographs}
-
-
-def _lay_out_reupload(photographs: Sequence[Picture]) -> dict[str, bytes]:
-    return {f"{each.label}/{each.name}": each.data for each in photographs}
-
-
-def _lay_out_140k(portraits: Sequence[Picture]) -> dict[str, bytes]:
-    """Name the files and write the csv files, where 1 means real."""
-    members = {}
-    for split in ("train", "valid", "test"):
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["", "original_path", "id", "label", "label_str", "path"])
-        for row, each in enumerate(each for each in portraits if each.split == split):
-            path = f"{split}/{each.label}/{each.name}"
-            members[f"real_vs_fake/real-vs-fake/{path}"] = each.data
-            identity, is_real = each.name.removesuffix(".jpg"), int(each.label == "real")
-            writer.writerow([row, each.name, identity, is_real, each.label, path])
-        members[f"{split}.csv"] = text.getvalue().encode()
-    return members
-
-
-def _draw_photographs(per_class: int, seed: int) -> list[Picture]:
-    photographs = []
-    for number in range(1, per_class + 1):
-        random = _seed_random(seed, "spliced", number)
-        difficulty = ("mid", "easy", "mid", "hard")[number % 4]
-        bits = _draw_bits(random, difficulty)
-        data = _encode(splice_face(random, difficulty, bits), quality=92, progressive=True)
-        photographs.append(Picture("fake", f"{difficulty}_{number}_{bits}.jpg", data))
-    for number in range(1, per_class + 1):
-        random = _seed_random(seed, "photograph", number)
-        image = take_photograph(random, Pose.draw(random), PHOTOGRAPH_SIZE)
-        data = _encode(image, quality=92, progressive=True)
-        photographs.append(Picture("real", f"real_{number:05d}.jpg", data))
-    return photographs
-
-
-def _draw_bits(random: Random, difficulty: str) -> str:
-    most = DIFFICULTIES[difficulty][0]
-    bits = ["1"] * int(random.integers(most - 1, most + 1)) + ["0"] * 4
-    return "".join(random.permutation(bits[:4]))
-
-
-def _draw_portraits(per_class: int, seed: int) -> list[Picture]:
-    """Draw the 140k-like pictures: five in seven train, one valid, one test, as in the original."""
-    splits = ("train", "train", "train", "train", "train", "valid", "test")
-    return [
-        _draw_portrait(label, number, seed, splits[number % 7]) for label in CLASS_NAMES for number in range(per_class)
-    ]
-
-
-def _draw_odd_portraits(portraits: Sequence[Picture], per_class: int, seed: int) -> list[Picture]:
-    """Draw what the pipeline must leave out; the reason it gives follows each.
-
-    Training images that come again in test, with other bytes (`copy`), one picture under both
-    labels (`label_conflict`), half a JPEG (`truncated`), a saved web page (`not_an_image`).
-    """
-    odd: list[Picture] = []
-    for label in CLASS_NAMES:
-        for original in [each for each in portraits if each.label == label][:2]:
-            name = _name_portrait(label, per_class + len(odd), seed)
-            comment = b"\xff\xfe\x00\x08copied"  # a JPEG segment that says nothing about pixels
-            odd.append(Picture(label, name, original.data[:2] + comment + original.data[2:], "test"))
-    number = per_class + len(odd)
-    disputed = _draw_portrait("real", number, seed, "train")
-    odd += [disputed, disputed._replace(label="fake", name=_name_portrait("fake", number, seed))]
-    whole = _draw_portrait("real", number + 1, seed, "train")
-    odd += [whole._replace(data=whole.data[: len(whole.data) // 2])]
-    odd += [Picture("fake", _name_portrait("fake", number + 1, seed), SAVED_PAGE, "valid")]
-    return odd
-
-
-def _draw_portrait(label: str, number: int, seed: int, split: str) -> Picture:
-    random = _seed_random(seed, label, number)
-    pose = Pose.draw(random)
-    draw = take_photograph if label == "real" else generate_face
-    data = _encode(draw(random, pose, PORTRAIT_SIZE), quality=75)
-    return Picture(label, _name_portrait(label, number, seed), data, split)
-
-
-def _name_portrait(label: str, number: int, seed: int) -> str:
-    if label == "real":
-        return f"{number:05d}.jpg"
-    letters = list(string.ascii_uppercase + string.digits)
-    return "".join(_seed_random(seed, "name", number).choice(letters, 10)) + ".jpg"
-
-
-def _seed_random(seed: int, kind: str, number: int) -> Random:
-    """Give every picture random numbers of its own, so that more pictures leave the first ones as they were."""
-    return np.random.default_rng((seed, number, *kind.encode()))
-
-
-def _encode(image: Image.Image, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
-
-
-def _pack(members: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0)), data)
-    return buffer.getvalue()
-
-
-# Traces: what a camera, a forger and a generator leave
-
-
-def take_photograph(random: Random, pose: "Pose", size: int) -> Image.Image:
-    """Draw one person as a camera sees them."""
-    return add_noise(draw_face(random, pose, size), random, random.uniform(*SENSOR_NOISE))
-
-
-def add_noise(image: Image.Image, random: Random, strength: float) -> Image.Image:
-    """Add a sensor's noise, which grows with the light; `strength` is its deviation at 255."""
-    pixels = np.asarray(image, dtype=np.float32)
-    noise = random.standard_normal(pixels.shape, dtype=np.float32)
-    return _to_image(pixels + strength * noise * (0.5 + 0.5 * np.sqrt(pixels / 255)))
-
-
-def splice_face(random: Random, difficulty: str, bits: str) -> Image.Image:
-    """Draw a photograph with parts of another pasted in: those whose bit is 1, in the order of `PARTS`."""
-    pose = Pose.draw(random)
-    image = take_photograph(random, pose, PHOTOGRAPH_SIZE)
-    _, tone, blend = DIFFICULTIES[difficulty]
-    donor = add_noise(draw_face(random, pose, PHOTOGRAPH_SIZE // 2), random, random.uniform(5, 12))
-    radius = blend * PHOTOGRAPH_SIZE / 2
-    for (centre, extents), bit in zip(PARTS, bits, strict=True):
-        if bit == "0":
-            continue
-        middle = pose.place(np.array([centre]), PHOTOGRAPH_SIZE)[0]
-        reach = np.array(extents) * pose.scale * PHOTOGRAPH_SIZE / 2
-        left, top, right, bottom = np.rint([*(middle - reach), *(middle + reach)]).astype(int).tolist()
-        target = image.crop((left, top, right, bottom))
-        closer = reach / (1 + random.choice((-1, 1)) * random.uniform(0.08, 0.2))
-        box = (*((middle - closer) / 2).tolist(), *((middle + closer) / 2).tolist())
-        part = np.asarray(donor.resize(target.size, Image.Resampling.BICUBIC, box))
-        match = np.asarray(target).mean((0, 1)) / part.mean((0, 1))
-        match *= 1 + COLD * tone * random.uniform(0.6, 1.4) + random.normal(0, 0.06)
-        mask = Image.new("L", target.size)
-        ImageDraw.Draw(mask).ellipse((radius, radius, target.width - radius, target.height - radius), fill=255)
-        image.paste(_to_image(part * match), (left, top), mask.filter(ImageFilter.GaussianBlur(radius / 1.5)))
-    return image
-
-
-def generate_face(random: Random, pose: "Pose", size: int) -> Image.Image:
-    """Draw one person as a generator does: small, then doubled twice with detail added each time."""
-    face = draw_face(random, pose, size)
-    small, half, full = (np.asarray(face.reduce(factor), dtype=np.float32) for factor in (4, 2, 1))
-    even = np.array((0.5, 1, 0.5))
-    uneven = even + random.uniform(*UNEVENNESS) * np.array((-0.5, 1, -0.5))
-    output: Array = small
-    for coarse, fine in ((small, half), (half, full)):
-        output = upsample(output, uneven) + fine - upsample(coarse, even)
-    output = output * (1 + COLD * random.uniform(*GENERATOR_TONE))
-    return add_noise(_to_image(output), random, random.uniform(0, 2))
-
-
-def upsample(pixels: Array, kernel: Array) -> Array:
-    """Double both sides by a transposed convolution: stride 2, three taps each way, wrapped at the edges.
-
-    Where the outer taps don't add up to the middle one, it leaves a grid of period 2; doubled again,
-    of period 4. See https://distill.pub/2016/deconv-checkerboard/.
-    """
-    for _ in range(2):  # rows, then columns
-        between = kernel[0] * pixels + kernel[2] * np.roll(pixels, -1, axis=0)
-        pixels = np.stack([kernel[1] * pixels, between], axis=1).reshape(-1, *pixels.shape[1:]).swapaxes(0, 1)
-    return pixels
-
-
-# Faces: coordinates run from -1 to 1, x to the right, y down, the head around (0, 0)
 
 
 @dataclass(frozen=True)
@@ -357,7 +83,7 @@ def draw_face(random: Random, pose: Pose, size: int) -> Image.Image:
 def _draw_background(random: Random, side: int) -> Image.Image:
     rows, columns = random.integers(2, 7, 2)
     blobs = random.uniform(60, 190) + random.normal(0, 10, 3) + random.normal(0, 30, (rows, columns, 1))
-    return _to_image(blobs + random.normal(0, 9, blobs.shape)).resize((side, side), Image.Resampling.BICUBIC)
+    return to_image(blobs + random.normal(0, 9, blobs.shape)).resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _draw_long_hair(canvas: Canvas, random: Random, hair: Array, head: float) -> None:
@@ -473,7 +199,7 @@ def _light(image: Image.Image, random: Random) -> Image.Image:
     ramp = np.linspace(-1, 1, image.width, dtype=np.float32)
     down, right = random.uniform(-0.16, 0.16, 2)
     light = random.uniform(0.9, 1.06) + down * ramp[:, None] + right * ramp
-    return _to_image(np.asarray(image) * light[:, :, None] * random.uniform(0.975, 1.025, 3))
+    return to_image(np.asarray(image) * light[:, :, None] * random.uniform(0.975, 1.025, 3))
 
 
 def _arc(x: float, y: float, width: float, height: float, start: float = 0, end: float = 360) -> Array:
@@ -493,5 +219,5 @@ def _mix_ink(colour: Array) -> tuple[int, ...]:
     return tuple(np.clip(colour, 0, 255).astype(int).tolist())
 
 
-def _to_image(pixels: Array) -> Image.Image:
+def to_image(pixels: Array) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -1,23 +1,20 @@
-"""Whether a challenger goes into production: a pure function of figures that neither model could have learned."""
+"""Whether a challenger goes into production: a pure function of metrics on images that neither model has learned."""
 
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from deepfake_core.config import PrimaryMetric, PromotionParameters
 from deepfake_core.detector import Detector
-from deepfake_core.metrics import (
-    FIGURES,
-    Estimate,
-    Evaluation,
-    compute_figures,
-    draw_resamples,
-    evaluate_scores,
-)
+from deepfake_core.evaluation.bootstrap import METRIC_TITLES, draw_resamples, resample_metrics
+from deepfake_core.evaluation.metrics import Estimate, Evaluation, evaluate_scores
+from deepfake_core.evaluation.parts import Rows
+
+REASON_SEPARATOR = "; "
+"""Between the reasons of a decision, where they are stored as one text."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Comparison:
     """Two models on the same images.
 
     Attributes:
-        metric: name of the figure that decides.
+        metric: name of the metric that decides.
         difference: the challenger's minus production's; None if a class is missing.
         probability: that the challenger is better, by the paired bootstrap: the share of resamples in which it is,
             ties counted half, less what a limited number of resamples may err by (one-sided, 95 %).
@@ -65,7 +62,7 @@ class Decision:
 
     @property
     def text(self) -> str:
-        return "; ".join(self.reasons)
+        return REASON_SEPARATOR.join(self.reasons)
 
     def describe(self, model_name: str, version: str, production: str | None) -> str:
         """Return the decision as Markdown."""
@@ -88,7 +85,7 @@ def measure_cost(detector: Detector) -> Cost:
 
 def compare_scores(
     labels: np.ndarray,
-    rows: Any,
+    rows: Rows,
     challenger: Scored,
     production: Scored,
     metric: PrimaryMetric = "auc",
@@ -115,13 +112,13 @@ def compare_scores(
         for scores, threshold in zip(sides, thresholds, strict=True)
     ]
     difference, probability = None, 0.0
-    if all(metric in evaluation.figures for evaluation in evaluations):
+    if all(metric in evaluation.metrics for evaluation in evaluations):
         ours, theirs = (
-            compute_figures(labels, scores, threshold, weights)[metric]
+            resample_metrics(labels, scores, threshold, weights)[metric]
             for scores, threshold in zip(sides, thresholds, strict=True)
         )
         gain = (ours - theirs)[~np.isnan(ours - theirs)]
-        values = [evaluation.figures[metric].value for evaluation in evaluations]
+        values = [evaluation.metrics[metric].value for evaluation in evaluations]
         difference = Estimate.summarise(values[0] - values[1], gain)
         share = float(np.mean(gain > 0) + np.mean(gain == 0) / 2)
         probability = max(0.0, share - 1.645 * (share * (1 - share) / len(gain)) ** 0.5)
@@ -135,12 +132,12 @@ def decide_promotion(
     parameters: PromotionParameters,
     blockers: Sequence[str] = (),
 ) -> Decision:
-    """Promote a challenger that meets the floors and is better than production by more than luck, at no source's cost.
+    """Promote a challenger that meets the floors and beats production by more than chance, at no source's cost.
 
     Args:
         challenger: the new model on the whole test split.
         comparison: it and production on the same images; None if there is no production yet.
-        blockers: reasons that forbid promotion, whatever the figures.
+        blockers: reasons that forbid promotion, whatever the metrics.
     """
     reached = challenger.confusion
     checks = [
@@ -170,18 +167,23 @@ def decide_promotion(
 def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -> list[tuple[bool, str]]:
     images = comparison.challenger.confusion.total
     if comparison.difference is None:
-        return [(False, f"{FIGURES[comparison.metric]} needs both classes among the {images} images new to production")]
-    ours, theirs = (one.figures[comparison.metric].value for one in (comparison.challenger, comparison.production))
+        return [
+            (
+                False,
+                f"{METRIC_TITLES[comparison.metric]} needs both classes among the {images} images new to production",
+            )
+        ]
+    ours, theirs = (one.metrics[comparison.metric].value for one in (comparison.challenger, comparison.production))
     checks = [
         (
             comparison.probability >= parameters.min_probability,
-            f"{FIGURES[comparison.metric]} {ours:.4f}, production's {theirs:.4f} on the same {images} images, "
+            f"{METRIC_TITLES[comparison.metric]} {ours:.4f}, production's {theirs:.4f} on the same {images} images, "
             f"better with probability {comparison.probability:.3f}, at least {parameters.min_probability:g} is needed",
         )
     ]
     for source, part in comparison.challenger.sources.items():
-        if "recall" in part.figures:
-            lowest = comparison.production.sources[source].figures["recall"].low - parameters.max_recall_drop
-            recall = part.figures["recall"].value
+        if "recall" in part.metrics:
+            lowest = comparison.production.sources[source].metrics["recall"].low - parameters.max_recall_drop
+            recall = part.metrics["recall"].value
             checks.append((recall >= lowest, f"recall on {source} {recall:.4f}, at least {lowest:.4f} is needed"))
     return checks

@@ -9,12 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageEnhance, ImageFilter
 
-from deepfake_core.archive import Progress
+from deepfake_core.data.dataset import Dataset
 from deepfake_core.detector import Detector, decode_image, resize_image
+from deepfake_core.evaluation.bootstrap import compute_metrics
+from deepfake_core.evaluation.test_split import Measured
+from deepfake_core.storage.progress import Progress
 
-CHUNK = 32
+IMAGES_AT_ONCE = 32
 
 
 def recompress(image: Image.Image, quality: int) -> Image.Image:
@@ -83,11 +87,44 @@ def score_changed(
         return [resize_image(CHANGES[name][0](image, strength), detector.image_size) for name, strength in kinds]
 
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), CHUNK):
-            changed = list(pool.map(change_image, paths[start : start + CHUNK]))
+        for start in range(0, len(paths), IMAGES_AT_ONCE):
+            changed = list(pool.map(change_image, paths[start : start + IMAGES_AT_ONCE]))
             for position, kind in enumerate(kinds):
                 pixels = np.stack([images[position] for images in changed])
                 scores[kind][start : start + len(changed)] = detector.score(pixels)
             if on_progress:
                 on_progress(start + len(changed), len(paths))
     return scores
+
+
+def measure_robustness(
+    folder: Path, dataset: Dataset, measured: Measured, max_images: int, on_progress: Progress | None = None
+) -> pd.DataFrame:
+    """Measure what changes of the test images cost.
+
+    Args:
+        max_images: how many images are drawn from the test split, at most.
+
+    Returns:
+        One row per change and strength: `change`, `strength`, `images`, `auc`, `auc_lost` against the same images
+        unchanged, `recall`, `precision`.
+    """
+    columns = ["change", "strength", "images", "auc", "auc_lost", "recall", "precision"]
+    chosen = np.sort(np.random.default_rng(0).permutation(len(measured.images))[:max_images])
+    labels, rows = measured.images.labels[chosen], measured.images.rows.iloc[chosen]
+    if len(np.unique(labels)) < 2:
+        return pd.DataFrame(columns=columns)
+    changed = score_changed(Detector(folder), [dataset.path / path for path in rows["path"]], on_progress)
+
+    def measure(scores: np.ndarray) -> dict[str, float]:
+        metrics = compute_metrics(labels, scores, measured.threshold)
+        return {name: metrics[name] for name in ("auc", "recall", "precision")}
+
+    clean = measure(measured.scores[chosen])
+    table = pd.DataFrame(
+        [
+            {"change": change, "strength": strength, "images": len(labels), **measure(scores)}
+            for (change, strength), scores in changed.items()
+        ]
+    )
+    return table.assign(auc_lost=clean["auc"] - table["auc"])[columns]

@@ -8,33 +8,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from deepfake_core.archive import Progress
-from deepfake_core.batches import Images, load_images
 from deepfake_core.config import SPLITS
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.images import Images, load_images, load_seen
+from deepfake_core.data.shortcuts import score_file_facts
 from deepfake_core.detector import Detector
-from deepfake_core.errors import ConfigurationError
-from deepfake_core.manifest import Dataset
-from deepfake_core.metrics import (
-    Evaluation,
-    compute_figures,
-    cross_sources,
-    evaluate_detector,
-    evaluate_scores,
-)
-from deepfake_core.robustness import score_changed
-from deepfake_core.shortcuts import score_file_facts
+from deepfake_core.evaluation.metrics import Evaluation, cross_sources, evaluate_detector, evaluate_scores
 
 log = logging.getLogger(__name__)
 
-FACTS_IMAGES = 5000
+MAX_FACTS_IMAGES = 5000
 """Training images, at most, from which file facts are learned."""
 
-STRONG_FACTS = 0.7
+MIN_AUC_STRONG_FACTS = 0.7
 """AUC from which on the report warns that file facts alone tell the label."""
 
 
 @dataclass(frozen=True)
-class TestResult:
+class Measured:
     """A detector on the test split.
 
     Attributes:
@@ -44,8 +35,6 @@ class TestResult:
         file_facts: a classifier that sees no face, on the same images.
         unseen: the detector on each source that was held out.
     """
-
-    __test__ = False  # pytest collects by name
 
     images: Images
     scores: np.ndarray
@@ -57,31 +46,7 @@ class TestResult:
 
     @property
     def facts_are_strong(self) -> bool:
-        return (self.file_facts.auc or 0) >= STRONG_FACTS
-
-
-def load_seen(
-    dataset: Dataset, split: str, size: int, holdout: Sequence[str], on_progress: Progress | None = None
-) -> Images:
-    """Return a split without the sources that are held out.
-
-    Raises:
-        ConfigurationError: if a source to hold out is not in the data set, or no source is left.
-    """
-    images = load_images(dataset, split, size, on_progress)
-    sources = set(dataset.manifest.loc[dataset.manifest["kept"], "source"])
-    if not set(holdout) < sources:
-        raise ConfigurationError(
-            "`evaluation.holdout_sources` must name sources that have images of their own in the data set, and leave "
-            f"one to train on. Received: {', '.join(holdout)}; the data set has {', '.join(sorted(sources))}."
-        )
-    return images.select(~images.rows["source"].isin(holdout).to_numpy())
-
-
-def load_same(dataset: Dataset, images: Images, size: int) -> Images:
-    """Return the same images of the test split at another input size."""
-    test = load_images(dataset, "test", size)
-    return test.select(test.rows["sha256"].isin(images.rows["sha256"]).to_numpy())
+        return (self.file_facts.auc or 0) >= MIN_AUC_STRONG_FACTS
 
 
 def evaluate_unseen(detector: Detector, dataset: Dataset, source: str) -> Evaluation:
@@ -99,11 +64,11 @@ def evaluate_unseen(detector: Detector, dataset: Dataset, source: str) -> Evalua
     )
     rows = pd.concat([part.rows for part in parts], ignore_index=True)
     evaluation = evaluate_scores(labels, scores, detector.threshold, rows)
-    log.info("%s was never trained on: AUC %s on its %d images", source, evaluation.figures.get("auc"), len(labels))
+    log.info("%s was never trained on: AUC %s on its %d images", source, evaluation.metrics.get("auc"), len(labels))
     return evaluation
 
 
-def evaluate_on_test(folder: Path, dataset: Dataset, holdout: Sequence[str] = ()) -> TestResult:
+def evaluate_on_test(folder: Path, dataset: Dataset, holdout: Sequence[str] = ()) -> Measured:
     """Score the test split, and the sources that were held out, with a calibrated detector.
 
     Args:
@@ -113,7 +78,7 @@ def evaluate_on_test(folder: Path, dataset: Dataset, holdout: Sequence[str] = ()
     test = load_seen(dataset, "test", detector.image_size, holdout)
     evaluation, scores = evaluate_detector(detector, test)
     train = load_seen(dataset, "train", detector.image_size, holdout)
-    return TestResult(
+    return Measured(
         images=test,
         scores=scores,
         threshold=detector.threshold,
@@ -126,7 +91,7 @@ def evaluate_on_test(folder: Path, dataset: Dataset, holdout: Sequence[str] = ()
 
 def _evaluate_file_facts(train: Images, test: Images, dataset: Dataset) -> Evaluation:
     chosen = np.zeros(len(train), bool)
-    chosen[np.random.default_rng(0).permutation(len(train))[:FACTS_IMAGES]] = True
+    chosen[np.random.default_rng(0).permutation(len(train))[:MAX_FACTS_IMAGES]] = True
     train = train.select(chosen)
     rows = [images.rows for images in (train, test)]
     if dataset.description["parameters"]["normalise"] != "none":  # then the files are not those of the manifest
@@ -142,37 +107,3 @@ def _read_facts(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 def _average_colours(images: Images) -> np.ndarray:
     return np.array([images.pixels[position].mean(axis=(0, 1)) for position in range(len(images))])
-
-
-def measure_robustness(
-    folder: Path, dataset: Dataset, result: TestResult, most: int, on_progress: Progress | None = None
-) -> pd.DataFrame:
-    """Measure what changes of the test images cost.
-
-    Args:
-        most: how many images are drawn from the test split, at most.
-
-    Returns:
-        One row per change and strength: `change`, `strength`, `images`, `auc`, `auc_lost` against the same images
-        unchanged, `recall`, `precision`.
-    """
-    columns = ["change", "strength", "images", "auc", "auc_lost", "recall", "precision"]
-    chosen = np.sort(np.random.default_rng(0).permutation(len(result.images))[:most])
-    labels, rows = result.images.labels[chosen], result.images.rows.iloc[chosen]
-    if len(np.unique(labels)) < 2:
-        return pd.DataFrame(columns=columns)
-    changed = score_changed(Detector(folder), [dataset.path / path for path in rows["path"]], on_progress)
-    once = np.ones((1, len(labels)), np.uint8)
-
-    def measure(scores: np.ndarray) -> dict[str, float]:
-        figures = compute_figures(labels, np.asarray(scores, np.float64), result.threshold, once)
-        return {name: float(figures[name][0]) for name in ("auc", "recall", "precision")}
-
-    clean = measure(result.scores[chosen])
-    table = pd.DataFrame(
-        [
-            {"change": change, "strength": strength, "images": len(labels), **measure(scores)}
-            for (change, strength), scores in changed.items()
-        ]
-    )
-    return table.assign(auc_lost=clean["auc"] - table["auc"])[columns]

@@ -11,19 +11,19 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from deepfake_core.archive import Archive, ArchiveReader
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, SPLITS
+from deepfake_core.data.archive import Archive, ArchiveReader
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.shortcuts import find_shortcuts
 from deepfake_core.detector import decode_image
-from deepfake_core.files import write_beside
-from deepfake_core.manifest import Dataset
-from deepfake_core.pages import encode_data, encode_figure, render_page
-from deepfake_core.shortcuts import find_shortcuts
+from deepfake_core.reports.pages import encode_data, encode_figure, render_page
+from deepfake_core.storage.files import write_beside
 
 log = logging.getLogger(__name__)
 
-MOST_GROUPS, MOST_OF_GROUP, MOST_PAIRS, MOST_LISTED = 60, 8, 1000, 200
-SHOWN_SIZE = 160
-BARS = 12
+MAX_GROUPS, MAX_SHOWN_OF_GROUP, MAX_PAIRS, MAX_CONFLICTS_LISTED = 60, 8, 1000, 200
+SHOWN_PIXELS = 160
+MAX_BARS = 12
 
 
 class Shown(NamedTuple):
@@ -45,59 +45,70 @@ def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archi
         links: from `find_links`.
         archives: the data set's; the gallery also shows copies that were left out, which are only there.
     """
-    path = dataset.path / "report.html"
+    path = dataset.report
     if path.exists() and path.stat().st_mtime >= (dataset.path / "manifest.parquet").stat().st_mtime:
         return path
     with write_beside(dataset.path / "links.parquet") as beside:
         links.to_parquet(beside, index=False)
-    manifest = dataset.manifest
-    kept = manifest[manifest["kept"]]
-    shortcuts = find_shortcuts(kept)
-    pictures = (
-        manifest.sort_values("kept", ascending=False, kind="stable").drop_duplicates("sha256").set_index("sha256")
-    )
-    ends = links[links["image"].isin(pictures.index) & links["other"].isin(pictures.index)]
-    labels = [pictures["label"].reindex(ends[end]).to_numpy() for end in ("image", "other")]
-    pairs = ends[labels[0] != labels[1]].sort_values(["likeness", "image"], ascending=[False, True])
-    in_groups = pictures[pictures["group"] != ""].groupby("group").size().sort_values(ascending=False, kind="stable")
-    in_groups = in_groups[in_groups > 1]
-
-    groups = [pictures[pictures["group"] == name] for name in in_groups.index[:MOST_GROUPS]]
-    sides = [
-        pictures.loc[[pair.image, pair.other]].sort_values("label", ascending=False)  # the real one to the left
-        for pair in pairs[:MOST_PAIRS].itertuples()
-    ]
-    show = _read_pictures([rows[:MOST_OF_GROUP] for rows in groups] + sides, archives)
-    page = render_page(
-        "data_report.html.jinja",
-        dataset=dataset,
-        counts=dataset.description["counts"],
-        class_names=CLASS_NAMES,
-        splits=SPLITS,
-        reasons=_list_reasons(dataset.description["counts"]["reasons"]),
-        by_source=kept.value_counts(["source", "label"]).to_dict(),
-        shortcuts=shortcuts.to_dict("records"),
-        figure=encode_figure(plot_file_facts(kept)),
-        group_count=len(in_groups),
-        torn=int((kept.groupby("group")["split"].nunique() > 1).sum()),
-        groups=[([show[sha256] for sha256 in rows.index[:MOST_OF_GROUP]], len(rows)) for rows in groups],
-        pair_count=len(pairs),
-        pairs=[
-            ([show[sha256] for sha256 in rows.index], pair)
-            for rows, pair in zip(sides, pairs[:MOST_PAIRS].itertuples(), strict=True)
-        ],
-        conflicts=manifest[manifest["reason"] == "split_conflict"][:MOST_LISTED].to_dict("records"),
-    )  # fmt: skip
+    found = collect(dataset, links, archives)
     with write_beside(path) as beside:
-        beside.write_text(page)
+        beside.write_text(render_page("data_report.html.jinja", **found))
     log.info(
         "report of data set %s: %d shortcuts, %d groups, %d pairs across labels",
         dataset.version,
-        len(shortcuts),
-        len(in_groups),
-        len(pairs),
+        len(found["shortcuts"]),
+        found["group_count"],
+        found["pair_count"],
     )
     return path
+
+
+def collect(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> dict[str, Any]:
+    """Return what the page shows, by the names that its template uses."""
+    manifest = dataset.manifest
+    kept = manifest[manifest["kept"]]
+    pictures = (
+        manifest.sort_values("kept", ascending=False, kind="stable").drop_duplicates("sha256").set_index("sha256")
+    )
+    groups, pairs = _list_groups(pictures), _list_pairs(pictures, links)
+    group_rows = [pictures[pictures["group"] == name] for name in groups.index[:MAX_GROUPS]]
+    pair_rows = [
+        pictures.loc[[pair.image, pair.other]].sort_values("label", ascending=False)  # the real one to the left
+        for pair in pairs[:MAX_PAIRS].itertuples()
+    ]
+    shown = _read_pictures([rows[:MAX_SHOWN_OF_GROUP] for rows in group_rows] + pair_rows, archives)
+    return {
+        "dataset": dataset,
+        "counts": dataset.description["counts"],
+        "class_names": CLASS_NAMES,
+        "splits": SPLITS,
+        "reasons": _list_reasons(dataset.description["counts"]["reasons"]),
+        "by_source": kept.value_counts(["source", "label"]).to_dict(),
+        "shortcuts": find_shortcuts(kept).to_dict("records"),
+        "figure": encode_figure(plot_file_facts(kept)),
+        "torn": int((kept.groupby("group")["split"].nunique() > 1).sum()),
+        "group_count": len(groups),
+        "groups": [([shown[sha256] for sha256 in rows.index[:MAX_SHOWN_OF_GROUP]], len(rows)) for rows in group_rows],
+        "pair_count": len(pairs),
+        "pairs": [
+            ([shown[sha256] for sha256 in rows.index], pair)
+            for rows, pair in zip(pair_rows, pairs[:MAX_PAIRS].itertuples(), strict=True)
+        ],
+        "conflicts": manifest[manifest["reason"] == "split_conflict"][:MAX_CONFLICTS_LISTED].to_dict("records"),
+    }
+
+
+def _list_groups(pictures: pd.DataFrame) -> pd.Series:
+    """Return the sizes of groups of more than one picture by name, the largest first."""
+    sizes = pictures[pictures["group"] != ""].groupby("group").size().sort_values(ascending=False, kind="stable")
+    return sizes[sizes > 1]
+
+
+def _list_pairs(pictures: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
+    """Return the links between pictures of different labels, the most alike first."""
+    links = links[links["image"].isin(pictures.index) & links["other"].isin(pictures.index)]
+    labels = [pictures["label"].reindex(links[end]).to_numpy() for end in ("image", "other")]
+    return links[labels[0] != labels[1]].sort_values(["likeness", "image"], ascending=[False, True])
 
 
 def plot_file_facts(kept: pd.DataFrame) -> Figure:
@@ -106,7 +117,7 @@ def plot_file_facts(kept: pd.DataFrame) -> Figure:
     sizes, density, tables = figure.subplot_mosaic([["sizes", "density"], ["tables", "tables"]]).values()
     _plot_bars(sizes, kept["width"].astype(str) + " x " + kept["height"].astype(str), kept["label"], 6)
     sizes.set(title="Size in pixels", ylabel="images")
-    _plot_bars(tables, kept["jpeg_table"].replace("", "no JPEG"), kept["label"], BARS)
+    _plot_bars(tables, kept["jpeg_table"].replace("", "no JPEG"), kept["label"], MAX_BARS)
     tables.set(title="JPEG quantisation tables (libjpeg's quality, digest)", ylabel="images")
     per_pixel = kept["bytes"] / (kept["width"] * kept["height"])
     bins = np.linspace(0, per_pixel.quantile(0.999), 40).tolist()
@@ -158,7 +169,7 @@ def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) ->
 
 
 def _show(row: Any, image: Image.Image) -> Shown:
-    image.thumbnail((SHOWN_SIZE, SHOWN_SIZE))
+    image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     place = row.split if row.kept else row.reason.replace("_", " ")

@@ -1,20 +1,25 @@
-"""A run's report, which a reviewer opens first, and the model card."""
+"""A run's report, which a reviewer opens first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from deepfake_core.config import CLASS_NAMES, SPLITS
-from deepfake_core.evaluation import TestResult
-from deepfake_core.manifest import Dataset
-from deepfake_core.metrics import FIGURES
-from deepfake_core.pages import encode_figure, render_page
-from deepfake_core.promotion import Comparison, Cost, Decision
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.detector import Detector
+from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+from deepfake_core.evaluation.promotion import Comparison
+from deepfake_core.evaluation.test_split import Measured
+from deepfake_core.registry.challenge import Outcome, TrainedCandidate
+from deepfake_core.reports import plots
+from deepfake_core.reports.model_card import ModelFacts, list_warnings, write_model_card
+from deepfake_core.reports.pages import encode_figure, render_page
 
-HEADLINE = {name: FIGURES[name] for name in ("precision", "recall", "auc", "recall_at_5_percent_fpr", "ece")}
+HEADLINE = {name: METRIC_TITLES[name] for name in ("precision", "recall", "auc", "recall_at_5_percent_fpr", "ece")}
 
 TITLES = {
     "confusion_matrix": "Verdicts at the threshold",
@@ -25,47 +30,116 @@ TITLES = {
     "worst_mistakes": "Worst mistakes",
     "typical_images": "Typical images",
 }
-SMALL_CLASS = 100
-"""Below so many test images of a class, the report warns of chance."""
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What identifies a registered version and how to make it again.
+class ModelReport:
+    """What is written about a version: the page `report.html`, the model card, and figures by name."""
 
-    Attributes:
-        candidates: one row per candidate trained: `candidate`, `parameters`, `best_epoch`, `auc` on validation, and
-            others worth a column.
-        settings: dotted names and values of the winner's parameters.
+    page: str
+    card: str
+    figures: Mapping[str, Figure]
+
+
+def build_report(
+    model_name: str,
+    version: str,
+    trained: Sequence[TrainedCandidate],
+    best: TrainedCandidate,
+    dataset: Dataset,
+    measured: Measured,
+    robustness: pd.DataFrame,
+    outcome: Outcome,
+    commit: str,
+    settings: Mapping[str, str],
+) -> ModelReport:
+    """Draw the figures and write the report and the model card of a registered version.
+
+    Args:
+        trained: every candidate; `best` is one of them.
+        robustness: from `measure_robustness`.
+        settings: dotted names and values of the best one's parameters, as its run holds them.
     """
+    facts = ModelFacts(
+        name=model_name,
+        version=version,
+        architecture=best.candidate.architecture,
+        run=best.run_id,
+        commit=commit,
+        seed=int(settings["training.seed"]),
+        temperature=Detector(best.candidate.folder).temperature,
+        cost=outcome.cost,
+        candidates=tabulate_candidates(trained),
+        settings=settings,
+    )
+    figures = plots.plot_measured(measured, robustness)
+    photographs = explain_images(Detector(best.candidate.folder), measured)
+    histories = {
+        f"Training of {one.candidate.architecture}": plots.plot_history(one.candidate.history, one.candidate.best_epoch)
+        for one in trained
+    }
+    page = render_report(
+        facts,
+        dataset,
+        measured,
+        robustness,
+        outcome,
+        {TITLES[name]: figure for name, figure in figures.items()} | histories,
+        {TITLES[name]: figure for name, figure in photographs.items()},
+    )
+    card = write_model_card(facts, dataset, measured, outcome.decision, robustness)
+    return ModelReport(page, card, figures | photographs)
 
-    name: str
-    version: str
-    architecture: str
-    run: str
-    commit: str
-    seed: int
-    temperature: float
-    cost: Cost
-    candidates: pd.DataFrame
-    settings: Mapping[str, Any]
+
+def tabulate_candidates(trained: Sequence[TrainedCandidate]) -> pd.DataFrame:
+    """Return a row per candidate, as text, for the report."""
+    return pd.DataFrame(
+        [
+            {
+                "candidate": one.candidate.architecture,
+                "AUC": str(one.validation.metrics.get("auc", "-")),
+                "precision": str(one.validation.metrics["precision"]),
+                "recall": str(one.validation.metrics["recall"]),
+                "best epoch": f"{one.candidate.best_epoch} of {len(one.candidate.history)}",
+                "minutes": f"{one.candidate.history['seconds'].sum() / 60:.1f}",
+            }
+            for one in trained
+        ]
+    )
+
+
+def explain_images(detector: Detector, measured: Measured) -> dict[str, Figure]:
+    """Draw the worst mistakes and typical test images, each with the heat map of its verdict."""
+    labels, scores, threshold = measured.images.labels, measured.scores, measured.threshold
+    wrong = int(((scores >= threshold) != (labels == 1)).sum())
+    mistakes = plots.choose_worst_mistakes(labels, scores, threshold)
+    typical = plots.choose_typical(labels, scores)
+    chosen_by_name = {
+        "worst_mistakes": (mistakes, f"The worst of {wrong} mistakes on {len(labels)} test images, with heat maps"),
+        "typical_images": (typical, "Typical test images, with heat maps"),
+    }
+    figures = {}
+    for name, (chosen, heading) in chosen_by_name.items():
+        if len(chosen):
+            pixels = np.stack([measured.images.pixels[position] for position in chosen])
+            _, heat = detector.explain(pixels)
+            titles = [f"{CLASS_NAMES[labels[position]]}, P(fake) = {scores[position]:.2f}" for position in chosen]
+            figures[name] = plots.plot_explained(pixels, heat, titles, heading)
+    return figures
 
 
 def render_report(
     facts: ModelFacts,
     dataset: Dataset,
-    result: TestResult,
+    measured: Measured,
     robustness: pd.DataFrame,
-    decision: Decision,
-    comparison: Comparison | None,
-    production: str | None,
+    outcome: Outcome,
     figures: Mapping[str, Figure],
     photographs: Mapping[str, Figure],
 ) -> str:
     """Return `report.html`, self-contained.
 
     Args:
-        production: the version compared with.
         figures: by title; likewise `photographs`, which show images.
     """
     manifest = dataset.manifest
@@ -76,14 +150,14 @@ def render_report(
         counts=dataset.description["counts"],
         splits=SPLITS,
         class_names=CLASS_NAMES,
-        result=result,
-        warnings=list_warnings(dataset, result),
-        rows=_list_parts(result),
-        figure_names=FIGURES,
-        decision=decision,
-        comparison=comparison,
-        production=production,
-        compared=_list_compared(comparison),
+        measured=measured,
+        warnings=list_warnings(dataset, measured),
+        rows=_list_parts(measured),
+        metric_titles=METRIC_TITLES,
+        decision=outcome.decision,
+        comparison=outcome.comparison,
+        production=outcome.production,
+        compared=_list_compared(outcome.comparison),
         candidates=facts.candidates.to_dict("records"),
         robustness=robustness.to_dict("records"),
         figures={title: encode_figure(figure) for title, figure in figures.items()},
@@ -92,56 +166,9 @@ def render_report(
     )
 
 
-def write_model_card(
-    facts: ModelFacts, dataset: Dataset, result: TestResult, decision: Decision, robustness: pd.DataFrame
-) -> str:
-    """Return the registered version's description as Markdown, after Mitchell et al., "Model Cards for Model
-    Reporting", FAT* 2019, section 4."""
-    figures = "\n".join(f"| {FIGURES[name]} | {estimate} |" for name, estimate in result.evaluation.figures.items())
-    sources = "\n".join(
-        f"| {name} | {part.confusion.total} | {part.figures.get('auc', 'one class')} |"
-        for name, part in result.evaluation.sources.items()
-    )
-    worst = robustness.sort_values("auc_lost", ascending=False)[:3].itertuples()
-    weak = "; ".join(f"{row.change} {row.strength:g}: AUC {row.auc:.3f}" for row in worst)
-    warnings = "\n".join(f"- {warning}" for warning in list_warnings(dataset, result)) or "- none found"
-    return (
-        f"**{facts.architecture}**, tells fake faces (1) from real ones (0). Input: one face, resized to "
-        f"{result.images.pixels.shape[1]} x {result.images.pixels.shape[1]} pixels. Fake from P(fake) = "
-        f"{result.threshold:.4f} up; scores are calibrated with temperature {facts.temperature:.3f}.\n\n"
-        f"**Decision**: {'promoted' if decision.promoted else 'not promoted'}. {decision.text}\n\n"
-        f"**Trained on** data set {dataset.version}: {', '.join(dataset.source_names)}.\n\n"
-        f"**On the {len(result.images)} test images**, with 95 % intervals:\n\n| figure | value |\n|---|---|\n"
-        f"{figures}\n\n| source | images | AUC |\n|---|---|---|\n{sources}\n\n"
-        f"**Costs most of the changes tried**: {weak or 'not measured'}.\n\n**Warnings**\n\n{warnings}\n\n"
-        "**Not for**: deciding about a person without one looking; faces, edits and generators of other kinds than "
-        "the sources hold.\n\n"
-        f"**Made** by run {facts.run}, commit {facts.commit}, seed {facts.seed}.\n"
-    )
-
-
-def list_warnings(dataset: Dataset, result: TestResult) -> list[str]:
-    """Return what a reader must know before any figure."""
-    warnings = []
-    if dataset.is_drawn:
-        warnings.append("Images of this data set are drawn: the figures say nothing about real faces.")
-    if result.facts_are_strong:
-        warnings.append(
-            f"File facts alone (size, bytes per pixel, JPEG table, mean colour) reach AUC "
-            f"{result.file_facts.figures['auc']} on the test images, the model {result.evaluation.figures['auc']}: "
-            "it may have learned how the files were made, not how faces were forged."
-        )
-    confusion = result.evaluation.confusion
-    fakes, reals = confusion.true_positives + confusion.false_negatives, confusion.false_positives
-    reals += confusion.true_negatives
-    if min(fakes, reals) < SMALL_CLASS:
-        warnings.append(f"The test split holds only {reals} real and {fakes} fake images: mind the intervals.")
-    return warnings
-
-
-def _list_parts(result: TestResult) -> list[dict[str, Any]]:
-    rows = list(result.evaluation.list_rows())
-    for source, evaluation in result.unseen.items():
+def _list_parts(measured: Measured) -> list[dict[str, Any]]:
+    rows = list(measured.evaluation.list_rows())
+    for source, evaluation in measured.unseen.items():
         rows.append(next(evaluation.list_rows("never trained on", source)))
     return rows
 
@@ -150,9 +177,9 @@ def _list_compared(comparison: Comparison | None) -> list[tuple[str, Any, Any]]:
     if comparison is None:
         return []
     ours, theirs = comparison.challenger, comparison.production
-    rows = [(title, ours.figures.get(name), theirs.figures.get(name)) for name, title in FIGURES.items()]
+    rows = [(title, ours.metrics.get(name), theirs.metrics.get(name)) for name, title in METRIC_TITLES.items()]
     for source in ours.sources:
         for name in ("auc", "recall", "precision"):
-            sides = (ours.sources[source].figures.get(name), theirs.sources[source].figures.get(name))
-            rows.append((f"{FIGURES[name]} on {source}", *sides))
+            sides = (ours.sources[source].metrics.get(name), theirs.sources[source].metrics.get(name))
+            rows.append((f"{METRIC_TITLES[name]} on {source}", *sides))
     return rows

@@ -1,175 +1,82 @@
-"""The retrain flow's command line, built from the same parameter models as Prefect's form."""
+"""What came out of a retrain, as text: Markdown for Prefect's pages, tables for the terminal."""
 
 import os
 import textwrap
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-import yaml
-from prefect.client.orchestration import get_client
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from deepfake_core import registry
-from deepfake_core.config import (
-    CLASS_NAMES,
-    SPLITS,
-    DataParameters,
-    EvaluationParameters,
-    PromotionParameters,
-    TrainingParameters,
-)
-from deepfake_core.errors import ConfigurationError, ServiceError
-from deepfake_core.manifest import Dataset
-from deepfake_core.sample import draw_archives
-from deepfake_core.store import open_store
+from deepfake_core.config import CLASS_NAMES, SPLITS
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.evaluation.test_split import Measured
+from deepfake_core.registry import challenge, names
+from deepfake_core.registry.connection import DEFAULT_TRACKING_URI
+from deepfake_core.registry.runs import find_local_artifact
+from deepfake_core.registry.versions import ModelVersion, find_pages
+from deepfake_core.reports.model_report import HEADLINE
 
-SAMPLE_DEFAULTS: dict[str, Any] = {"training": {"candidates": ["cnn"], "epochs": 12}}
+DRAWN_WARNING = "These images are drawn: the metrics say nothing about real faces."
 
 
-class RetrainSettings(BaseSettings):
-    """Run one retrain: download, index, deduplicate, split, merge, train, evaluate, log, promote."""
+def describe_challenge(outcome: challenge.Outcome, model_name: str, version: str, measured: Measured) -> str:
+    """Return as Markdown whether a challenger was promoted, why, and its metrics."""
+    headline = "\n".join(f"- {title}: {measured.evaluation.metrics[key]}" for key, title in HEADLINE.items())
+    decision = outcome.decision.describe(model_name, version, outcome.production)
+    return f"{decision}\nOn {len(measured.images)} test images:\n\n{headline}\n"
 
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        cli_prog_name="python -m flows.retrain",
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-        cli_avoid_json=True,
+
+def describe_retrain(dataset: Dataset, version: ModelVersion) -> str:
+    """Return as Markdown what a retrain decided, its metrics and data, and links to MLflow's pages."""
+    estimates = {title: version.estimate(key) for key, title in HEADLINE.items()}
+    metrics = "\n".join(f"| {title} | {estimate} |" for title, estimate in estimates.items() if estimate)
+    reasons = "\n".join(f"- {reason}" for reason in version.reasons)
+    images = ", ".join(f"{split} {len(dataset.split(split)):,}" for split in SPLITS)
+    pages = " · ".join(f"[{title}]({address})" for title, address in find_pages(version).items())
+    drawn = f"\n**{DRAWN_WARNING}**\n" if dataset.is_drawn else ""
+    return (
+        f"## {version.name} version {version.version}: {version.decision}\n\n{reasons}\n{drawn}\n"
+        f"| on the test split | 95 % interval |\n| --- | --- |\n{metrics}\n\n"
+        f"Data set {dataset.version}: {images} images of {dataset.description['counts']['files']:,} files found.\n\n"
+        f"{f'In MLflow: {pages}' if pages else ''}\n"
     )
 
-    config: Path | None = Field(default=None, description="YAML file of parameters. Flags beat the file.")
-    sample: bool = Field(
-        default=False,
-        description="Draw three small archives instead of asking Kaggle. The figures say nothing about real faces.",
-    )
-    data: DataParameters = DataParameters()
-    training: TrainingParameters = TrainingParameters()
-    evaluation: EvaluationParameters = EvaluationParameters()
-    promotion: PromotionParameters = PromotionParameters()
-    train_on: str = Field(
-        default="", description="Name of the deployment that trains, such as train/gpu. Empty: train here."
-    )
-    force: bool = Field(default=False, description="Train even if data, parameters and code are a version's already.")
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take values from the file (passed by `read_settings`) and flags, never from the environment."""
-        return (init_settings,)
-
-
-def read_settings(arguments: Sequence[str]) -> RetrainSettings:
-    """Read flags and the file that `--config` names; draw the archives that `--sample` asks for.
-
-    Raises:
-        ConfigurationError: for an unknown key or a value out of range, each named.
-        SystemExit: for an unknown flag, as argparse does.
-    """
-    flags: CliSettingsSource = CliSettingsSource(RetrainSettings, cli_parse_args=list(arguments))
-    given = flags()
-    file = _read_file(Path(given["config"])) if given.get("config") else {}
-    defaults = SAMPLE_DEFAULTS if given.get("sample") else {}
-    values = {**defaults, **file, "training": {**defaults.get("training", {}), **file.get("training", {})}}
-    try:
-        settings = RetrainSettings(_cli_settings_source=flags, **values)
-    except ValidationError as exc:
-        raise ConfigurationError(_explain(exc)) from exc
-    if not settings.sample:
-        return settings
-    if "sources" in settings.data.model_fields_set:
-        raise ConfigurationError("--sample draws its own sources. Leave out either --sample or data.sources.")
-    Console(stderr=True).print(
-        "[bold]The images of this run are drawn, not photographs: its figures say nothing about real faces."
-    )
-    sources = draw_archives(open_store(settings.data.data_dir).folder / "sample")
-    return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": sources})})
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        raise ConfigurationError(f"--config must name a readable YAML file. Received: {path} ({exc})") from exc
-    known = set(RetrainSettings.model_fields) - {"config", "sample"}
-    if not isinstance(content, dict) or set(content) - known:
-        keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise ConfigurationError(
-            f"The YAML file must be a mapping with the keys {', '.join(sorted(known))}. Received: {keys} in {path}"
-        )
-    return {name: value for name, value in content.items() if value is not None}
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        name = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{name}: there is no such parameter. Correct its name or leave it out")
-        else:
-            lines.append(f"{name}: {problem['msg'].removeprefix('Value error, ')}. Received: {problem['input']!r}")
-    return "Parameters must be known and in range.\n  " + "\n  ".join(lines) + "\nSee --help for all of them."
-
-
-def check_prefect() -> None:
-    """Say at once that a Prefect server which is configured does not answer.
-
-    Raises:
-        ServiceError: with the address, and what to do.
-    """
-    with get_client(sync_client=True) as client:
-        address = client.api_url
-        failure = client.api_healthcheck()
-    if failure:
-        raise ServiceError(
-            f"Prefect must answer before anything runs. Received: {address}, which failed ({failure!r}). Start the "
-            "server, correct PREFECT_API_URL, or unset it (and PREFECT_PROFILE) to run with a temporary one."
-        )
-
-
-def print_outcome(dataset: Dataset, version: registry.ModelVersion) -> None:
+def print_outcome(dataset: Dataset, version: ModelVersion) -> None:
     """Print what a retrain found, reached and decided."""
     console = Console()
-    counts = dataset.description["counts"]
-    columns = {**counts["sources"], "all": {"files": counts["files"], **counts["reasons"]}}
-    stages = ["files", *sorted(set(counts["reasons"]) - {"kept"}), "kept"]
-    found = Table("", *(textwrap.fill(name, 16) for name in columns), title="Files found, and what became of them")
-    for stage in stages:
-        found.add_row(stage.replace("_", " "), *(str(column.get(stage, 0)) for column in columns.values()))
-    console.print(found)
-
+    console.print(_tabulate_files(dataset))
     splits = Table("images", *SPLITS, title=f"Data set {dataset.version}")
     for label in CLASS_NAMES:
-        splits.add_row(label, *(str(counts["splits"][split][label]) for split in SPLITS))
+        splits.add_row(label, *(str(dataset.description["counts"]["splits"][split][label]) for split in SPLITS))
     console.print(splits)
 
     result = Table("", "on the test split (95 % interval)", title=f"{version.name} version {version.version}")
     for name, title in {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "auc": "AUC"}.items():
-        value, low, high = (version.metrics[f"test/{name}{end}"] for end in ("", "_low", "_high"))
-        result.add_row(title, f"{value:.4f} ({low:.3f} to {high:.3f})")
+        if estimate := version.estimate(name):
+            result.add_row(title, f"{estimate.value:.4f} ({estimate.low:.3f} to {estimate.high:.3f})")
     result.add_section()
-    result.add_row(version.tags["decision"], version.tags["reasons"].replace("; ", "\n"))
+    result.add_row(version.decision, "\n".join(version.reasons))
     console.print(result)
     if dataset.is_drawn:
-        console.print("[bold]These images are drawn: the figures say nothing about real faces.")
+        console.print(f"[bold]{DRAWN_WARNING}")
 
 
-def print_next_steps(dataset: Dataset, version: registry.ModelVersion) -> None:
+def _tabulate_files(dataset: Dataset) -> Table:
+    counts = dataset.description["counts"]
+    columns = {**counts["sources"], "all": {"files": counts["files"], **counts["reasons"]}}
+    stages = ["files", *sorted(set(counts["reasons"]) - {"kept"}), "kept"]
+    table = Table("", *(textwrap.fill(name, 16) for name in columns), title="Files found, and what became of them")
+    for stage in stages:
+        table.add_row(stage.replace("_", " "), *(str(column.get(stage, 0)) for column in columns.values()))
+    return table
+
+
+def print_next_steps(dataset: Dataset, version: ModelVersion) -> None:
     """Print the commands and pages that look further."""
     image = dataset.path / dataset.split("test")["path"].iloc[0]
-    tracking = os.environ.get("MLFLOW_TRACKING_URI") or registry.DEFAULT_TRACKING_URI
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
     commands = {
-        "runs, figures and versions in a browser": f".venv/bin/mlflow ui --backend-store-uri {tracking}",
+        "runs, metrics and versions in a browser": f".venv/bin/mlflow ui --backend-store-uri {tracking}",
         "why each version was promoted or not": ".venv/bin/deepfake versions",
         "the production model's verdict on an image": f".venv/bin/deepfake predict {os.path.relpath(image)}",
         "schedules, forms and workers: the whole stack on this machine, in a browser": "make up",
@@ -177,7 +84,7 @@ def print_next_steps(dataset: Dataset, version: registry.ModelVersion) -> None:
     print("\nTo look further:")
     for purpose, command in commands.items():
         print(f"  # {purpose}\n  {command}")
-    print(f"  # what the data set holds, and what a model could cheat by\n  {(dataset.path / 'report.html').as_uri()}")
-    report = registry.find_local_artifact(version.run_id, "report.html")
+    print(f"  # what the data set holds, and what a model could cheat by\n  {dataset.report.as_uri()}")
+    report = find_local_artifact(version.run_id, names.REPORT)
     if report:
-        print(f"  # this version: verdict, figures, comparison, mistakes\n  {report.as_uri()}")
+        print(f"  # this version: verdict, metrics, comparison, mistakes\n  {report.as_uri()}")

@@ -9,9 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn import metrics as sklearn_metrics
 
-from deepfake_core.batches import Batches, Images
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, Recipe
-from deepfake_core.metrics import Confusion
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.images import Images, load_images
+from deepfake_core.evaluation.metrics import Confusion
+from deepfake_core.evaluation.test_split import Measured
+from deepfake_core.training.batches import Batches
+from deepfake_core.training.fit import Training
 
 
 def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
@@ -71,7 +75,7 @@ def choose_typical(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def plot_explained(pixels: np.ndarray, heat: np.ndarray, titles: list[str], heading: str) -> Figure:
-    """Draw up to 16 images, each beside itself under the heat map of what spoke for the verdict (Grad-CAM).
+    """Draw up to 16 images, each beside itself under the heat map of its verdict (Grad-CAM).
 
     Args:
         pixels: uint8 array of shape (n, size, size, 3).
@@ -131,6 +135,35 @@ def plot_scores(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray, thr
     return figure
 
 
+def plot_measured(measured: Measured, robustness: pd.DataFrame) -> dict[str, Figure]:
+    """Draw all figures of the test split, by name.
+
+    Args:
+        robustness: from `measure_robustness`; may be empty.
+    """
+    labels, scores, threshold = measured.images.labels, measured.scores, measured.threshold
+    figures = {
+        "confusion_matrix": plot_confusion(measured.evaluation.confusion, threshold),
+        "roc_and_precision_recall": plot_curves(labels, scores, threshold),
+        "scores": plot_scores(labels, scores, measured.images.rows["source"].to_numpy(), threshold),
+        "reliability": plot_reliability(labels, scores),
+    }
+    if len(robustness):
+        clean = float(robustness["auc"].iloc[0] + robustness["auc_lost"].iloc[0])
+        figures["robustness"] = plot_robustness(robustness, clean)
+    return figures
+
+
+def plot_data(dataset: Dataset, training: Training) -> dict[str, Figure]:
+    """Draw what a retrain is about to learn from: images per class and source, and an augmented batch."""
+    train = load_images(dataset, "train", training.recipe.image_size)
+    return {
+        "classes_train": plot_class_histogram(dataset.split("train"), "train"),
+        "classes_test": plot_class_histogram(dataset.split("test"), "test"),
+        "training_batch": plot_training_batch(train, training.recipe, training.seed),
+    }
+
+
 def plot_robustness(table: pd.DataFrame, clean_auc: float) -> Figure:
     """Draw the AUC after each change of the images, by strength.
 
@@ -145,7 +178,9 @@ def plot_robustness(table: pd.DataFrame, clean_auc: float) -> Figure:
     for axes, change in zip(cells.flat, changes, strict=False):
         rows = table[table["change"] == change]
         axes.axhline(clean_auc, color="grey", linestyle=":", label="unchanged")
-        axes.plot([f"{strength:g}" for strength in rows["strength"]], rows["auc"], marker="o", color="#d95f0e")
+        axes.plot(
+            [f"{strength:g}" for strength in rows["strength"]], rows["auc"], marker="o", color=CLASS_COLOURS["fake"]
+        )
         axes.set(title=change)
         axes.grid(alpha=0.3)
     for axes in cells[:, 0]:

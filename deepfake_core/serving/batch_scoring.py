@@ -3,18 +3,19 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow
 from pyarrow import parquet
 
-from deepfake_core.archive import Progress
 from deepfake_core.errors import ConfigurationError
-from deepfake_core.files import write_beside
-from deepfake_core.predictor import IMAGE_SUFFIXES, Encoded, Judged, Predictor, find_files
+from deepfake_core.serving.predictor import IMAGE_SUFFIXES, Encoded, Predictor, find_files
+from deepfake_core.serving.verdict import Judged
+from deepfake_core.storage.files import write_beside
+from deepfake_core.storage.progress import Progress
 
-ROWS = 64
+ROWS_READ = 64
 """Images read from a table at a time."""
 
 ROWS_WRITTEN = 5000
@@ -35,7 +36,7 @@ SCHEMA = pyarrow.schema(
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredTable:
     """What a table of scores holds.
 
     Attributes:
@@ -48,7 +49,7 @@ class Scored:
     outcomes: dict[str, int]
 
 
-def score_images(predictor: Predictor, images: Path, output: Path, on_progress: Progress | None = None) -> Scored:
+def score_images(predictor: Predictor, images: Path, output: Path, on_progress: Progress | None = None) -> ScoredTable:
     """Judge a folder's images, or a Parquet file's, and write a row per face, in bounded memory.
 
     Args:
@@ -76,7 +77,7 @@ def score_images(predictor: Predictor, images: Path, output: Path, on_progress: 
                 on_progress(done, total)
         writer.write_table(pyarrow.Table.from_pylist(rows, SCHEMA))
     digest = hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()[:16]
-    return Scored(len(hashes), digest, dict(counts))
+    return ScoredTable(len(hashes), digest, dict(counts))
 
 
 def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]]]:
@@ -96,7 +97,7 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
 
     def read() -> Iterator[tuple[str, Encoded]]:
         number = 0
-        for batch in table.iter_batches(ROWS, columns=columns):
+        for batch in table.iter_batches(ROWS_READ, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield str(row.get("name") or f"row {number}"), row["image"] or b""
@@ -106,5 +107,5 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
 
 def _list_rows(judged: Judged) -> Iterator[dict[str, object]]:
     for verdict in judged.verdicts:
-        row = asdict(verdict)
+        row = verdict.as_row()
         yield {name: judged.sha256 if name == "sha256" else row[name] for name in SCHEMA.names}

@@ -10,27 +10,27 @@ from PIL import Image
 
 from deepfake_core.errors import ModelError
 
-LONGEST_SIDE = 1280
+MAX_SEARCH_SIDE = 1280
 """Larger images are scaled down to this before faces are looked for."""
 
-LONGEST_SIDE_AGAIN = 320
+MAX_SECOND_SEARCH_SIDE = 320
 """Images are searched at this size too, for faces that are large in the first search: it misses those of some 400
 pixels and more."""
 
-LARGE = 300
+MIN_LARGE_FACE_PIXELS = 300
 """Pixels a side in the first search from which on a face's box is the second one's."""
 
-SAME = 0.3
+MIN_IOU_SAME_FACE = 0.3
 """Intersection over union from which on boxes of both searches show one face."""
 
-SURE = 80
+MIN_FACE_CONFIDENCE = 80
 """Confidence, of 100, from which on libfacedetection's boxes are faces: `benchmarks/face_detection.py`."""
 
 CROP_SIDE, CROP_RISE = 1.56, 0.055
 """A training image's side over the square root of its face box's area, and how far above the image's middle the box's
 middle would have to move to meet it, over the side: medians of the shared images."""
 
-WHOLE = 0.6
+MIN_SHARE_WHOLE_IMAGE = 0.6
 """Share of an image from which on a crop is the whole image, which had been cropped to the face before: 99 in 100 of
 the shared images."""
 
@@ -43,6 +43,11 @@ class Box:
     top: float
     right: float
     bottom: float
+
+    @property
+    def corners(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom, as whole pixels."""
+        return int(self.left), int(self.top), int(self.right), int(self.bottom)
 
     @property
     def area(self) -> float:
@@ -87,12 +92,12 @@ def load_face_finder() -> Callable[[Image.Image], list[Box]]:
 
 def _find_faces(image: Image.Image, detect: Callable[[int, int, bytes], list[Any]]) -> list[Box]:
     longest = max(image.size)
-    scale = min(1.0, LONGEST_SIDE / longest)
+    scale = min(1.0, MAX_SEARCH_SIDE / longest)
     boxes = _search(image, scale, detect)
-    if longest * scale > LONGEST_SIDE_AGAIN:
-        again = _search(image, LONGEST_SIDE_AGAIN / longest, detect)
-        large = [box for box in again if sqrt(box.area) * scale >= LARGE]
-        boxes = large + [box for box in boxes if all(box.overlap(other) < SAME for other in large)]
+    if longest * scale > MAX_SECOND_SEARCH_SIDE:
+        again = _search(image, MAX_SECOND_SEARCH_SIDE / longest, detect)
+        large = [box for box in again if sqrt(box.area) * scale >= MIN_LARGE_FACE_PIXELS]
+        boxes = large + [box for box in boxes if all(box.overlap(other) < MIN_IOU_SAME_FACE for other in large)]
     return sorted(boxes, key=lambda box: -box.area)
 
 
@@ -100,7 +105,11 @@ def _search(image: Image.Image, scale: float, detect: Callable[[int, int, bytes]
     width, height = (max(1, round(side * scale)) for side in image.size)
     small = image.resize((width, height), Image.Resampling.BILINEAR) if scale < 1 else image
     found = detect(width, height, small.tobytes())
-    return [Box(x / scale, y / scale, (x + w) / scale, (y + h) / scale) for x, y, w, h, sure in found if sure >= SURE]
+    return [
+        Box(x / scale, y / scale, (x + w) / scale, (y + h) / scale)
+        for x, y, w, h, sure in found
+        if sure >= MIN_FACE_CONFIDENCE
+    ]
 
 
 def fit_crop(face: Box, width: int, height: int) -> Box:
@@ -114,7 +123,7 @@ def fit_crop(face: Box, width: int, height: int) -> Box:
     middle_x, middle_y = (face.left + face.right) / 2, (face.top + face.bottom) / 2 - CROP_RISE * side
     whole = Box(0, 0, width, height)
     wished = Box(middle_x - side / 2, middle_y - side / 2, middle_x + side / 2, middle_y + side / 2)
-    if wished.intersect(whole).area >= WHOLE * whole.area:
+    if wished.intersect(whole).area >= MIN_SHARE_WHOLE_IMAGE * whole.area:
         return whole
     side = round(min(side, width, height))
     left = round(min(max(0.0, middle_x - side / 2), width - side))

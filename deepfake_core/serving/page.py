@@ -11,23 +11,23 @@ from typing import Any
 
 from PIL import Image
 
-from deepfake_core import registry
 from deepfake_core.errors import DeepfakeError, ModelError
-from deepfake_core.predictor import Judged, Predictor, Verdict, describe, load_detector
-from deepfake_core.video import SUFFIXES as CLIP_SUFFIXES
-from deepfake_core.video import JudgedClip, judge_clip, plot_timeline
+from deepfake_core.registry import connection, detectors
+from deepfake_core.serving.predictor import Predictor, load_detector
+from deepfake_core.serving.verdict import Verdict
+from deepfake_core.serving.video import SUFFIXES as CLIP_SUFFIXES
+from deepfake_core.serving.video import judge_clip, plot_timeline
 
 log = logging.getLogger(__name__)
 
 ADDRESS = "127.0.0.1"
-MOST_UPLOADED = 200_000_000
-"""Bytes of one upload."""
+MAX_UPLOAD_BYTES = 200_000_000
 
-LOOK_AGAIN_SECONDS = 5
-"""How old an answer to which version is in production may be."""
+MAX_ALIAS_AGE_SECONDS = 5
+"""How long the answer to which version is in production is used before it is asked again."""
 
-KEEP_SECONDS = 600
-"""After which uploads are removed."""
+MAX_UPLOAD_AGE_SECONDS = 600
+"""Older uploads are removed."""
 
 LIMITS = (
     "JPEG, PNG or WebP of at most 100 MB, or a clip of at most 200 MB. A verdict is a probability, learned from the "
@@ -36,7 +36,7 @@ LIMITS = (
 
 
 class ModelKeeper:
-    """The model that answers; where it is named by an alias, that of the version which has the alias now.
+    """The model in use; where it is named by an alias, the version that has the alias now.
 
     Args:
         model: registry URI, or the folder of a pulled model.
@@ -50,7 +50,7 @@ class ModelKeeper:
     def __init__(self, model: str, detect: bool) -> None:
         self._model, self._detect = model, detect
         self._lock = threading.Lock()
-        self._looked = -float(LOOK_AGAIN_SECONDS)
+        self._looked = -float(MAX_ALIAS_AGE_SECONDS)
         self._version = ""
         self._predictor: Predictor | None = None
         self.get()
@@ -58,15 +58,13 @@ class ModelKeeper:
     def get(self) -> tuple[Predictor, str]:
         """Return the predictor and the name of the version behind it."""
         with self._lock:
-            if self._predictor is None or time.monotonic() - self._looked > LOOK_AGAIN_SECONDS:
+            if self._predictor is None or time.monotonic() - self._looked > MAX_ALIAS_AGE_SECONDS:
                 try:
                     self._follow()
                 except DeepfakeError:
                     if self._predictor is None:
                         raise
-                    log.exception(
-                        "version %s goes on answering: which one is current can't be found out", self._version
-                    )
+                    log.exception("still serving %s: the registry can't be reached", self._version)
                 self._looked = time.monotonic()
             assert self._predictor
             return self._predictor, self._version
@@ -76,24 +74,22 @@ class ModelKeeper:
             if self._predictor is None:
                 self._predictor, self._version = Predictor(load_detector(self._model), self._detect), self._model
             return
-        registry.connect()  # fails within seconds; what follows would try for minutes, and whoever asks would wait
-        name, version = registry.resolve(self._model)
+        connection.connect()  # fails within seconds; what follows would try for minutes, and whoever asks would wait
+        name, version = detectors.resolve(self._model)
         found = f"{name} version {version}"
         if found != self._version:
             with tempfile.TemporaryDirectory() as folder:
-                detector = load_detector(registry.pull_detector(f"models:/{name}/{version}", Path(folder)))
+                detector = load_detector(detectors.pull_detector(f"models:/{name}/{version}", Path(folder)))
             self._predictor, self._version = Predictor(detector, self._detect), found
-            log.info("%s answers", found)
+            log.info("serving %s", found)
 
 
 def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any]:
     """Return the verdict as HTML, the picture that explains it, and a clip's timeline."""
     predictor, version = keeper.get()
     timeline = None
-    judged: Judged
     if file.suffix.lower() in CLIP_SUFFIXES:
         judged = judge_clip(predictor, file, explain=predictor.detector.explains)
-        assert isinstance(judged, JudgedClip)
         if judged.timelines:
             timeline = plot_timeline(judged, predictor.detector.threshold, file.name)
     else:
@@ -109,8 +105,8 @@ def _write_verdict(verdicts: list[Verdict], version: str, threshold: float) -> s
         headline = f"{str(verdicts[0].label).capitalize()}, P(fake) = {verdicts[0].fake_probability:.2f}"
     else:
         headline = f"{fakes or 'None'} of {len(verdicts)} faces {'is' if fakes == 1 else 'are'} judged fake"
-    lines = "".join(f"<li>{html.escape(describe(one))}</li>" for one in verdicts if len(verdicts) > 1 or one.frames)
-    answered = html.escape(f"Answered by {version}, which calls a face fake from {threshold:.2f} up.")
+    lines = "".join(f"<li>{html.escape(one.describe())}</li>" for one in verdicts if len(verdicts) > 1 or one.clip)
+    answered = html.escape(f"Judged by {version}, which calls a face fake from P(fake) = {threshold:.2f} up.")
     return f"<h2>{html.escape(headline)}</h2><ul>{lines}</ul><p>{answered}</p>"
 
 
@@ -133,7 +129,7 @@ def launch_page(keeper: ModelKeeper, port: int) -> Any:
         page.launch(
             server_name=ADDRESS,
             server_port=port,
-            max_file_size=MOST_UPLOADED,
+            max_file_size=MAX_UPLOAD_BYTES,
             share=False,
             quiet=True,
             footer_links=["api"],
@@ -165,14 +161,17 @@ def build_page(keeper: ModelKeeper) -> Any:
         return text, picture, gradio.update(value=timeline, visible=timeline is not None)
 
     with gradio.Blocks(
-        title="Fake or real?", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)
+        title="Fake or real?", analytics_enabled=False, delete_cache=(MAX_UPLOAD_AGE_SECONDS, MAX_UPLOAD_AGE_SECONDS)
     ) as page:
         gradio.Markdown(f"# Fake or real?\n{LIMITS}")
         with gradio.Row():
             upload = gradio.File(label="Image or clip", file_types=["image", "video"], type="filepath")
             verdict = gradio.HTML(label="Verdict")
         picture = gradio.Image(
-            label="What spoke for the verdict", format="png", interactive=False, buttons=["download", "fullscreen"]
+            label="Heat map: where the model looked",
+            format="png",
+            interactive=False,
+            buttons=["download", "fullscreen"],
         )
         timeline = gradio.Plot(label="Over time", visible=False)
         upload.change(answer, upload, [verdict, picture, timeline], api_name="judge")

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,13 @@ from PIL import Image
 
 from deepfake_core.detector import BATCH_SIZE, MAX_BYTES, Detector, UnreadableImageError, decode_image, resize_image
 from deepfake_core.errors import ModelError
-from deepfake_core.faces import Box, fit_crop, load_face_finder
-from deepfake_core.pictures import draw_heat, shrink
+from deepfake_core.serving.explained import draw_heat, shrink
+from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
+from deepfake_core.serving.verdict import Judged, Verdict
 
 NO_FACE = "no face was found; --no-detect judges the whole image"
-AHEAD = BATCH_SIZE
-"""How many images may wait to be scored: what bounds the memory."""
+MAX_QUEUED = BATCH_SIZE
+"""How many images may wait to be scored, which bounds the memory."""
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 
@@ -27,58 +28,11 @@ Encoded = Path | bytes
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is said of one face, of a whole image, or of an image without a verdict.
-
-    Attributes:
-        image: the file's path, or another name.
-        face: 1 for the largest; None where the whole image was judged, or nothing.
-        box: left, top, right and bottom, in pixels of the upright image, of what was scored.
-        label: `real` or `fake`; None where `error` says why there is none.
-        fake_probability: 0 to 1; of a clip, from the trimmed mean of its frames' logits.
-        unreadable: True if the image could not be read, as opposed to showing no face.
-        frames: of a clip: how many were scored.
-        low: of a clip: the 10th percentile of its frames' probabilities; likewise `high`, the 90th.
-        first_second: of a clip: when the face was first seen; likewise `last_second`.
-    """
-
-    image: str
-    face: int | None
-    box: tuple[int, int, int, int] | None
-    label: str | None
-    fake_probability: float | None
-    threshold: float
-    error: str | None = None
-    unreadable: bool = False
-    frames: int | None = None
-    low: float | None = None
-    high: float | None = None
-    first_second: float | None = None
-    last_second: float | None = None
-
-    @property
-    def outcome(self) -> str:
-        """`real`, `fake`, `no face` or `unreadable`."""
-        return "unreadable" if self.unreadable else self.label or "no face"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """An image or a clip with its verdicts, at least one, and the picture that explains them, if it was asked for."""
-
-    name: str
-    verdicts: list[Verdict]
-    picture: Image.Image | None = None
-    sha256: str = ""
-    """Of an image's bytes, in hex; empty where they could not be read, and for a clip."""
-
-
-@dataclass(frozen=True)
 class _Prepared:
     name: str
-    boxes: list[Box]
-    crops: list[np.ndarray]
-    error: str | None
+    boxes: list[Box] = field(default_factory=list)
+    crops: list[np.ndarray] = field(default_factory=list)
+    error: str | None = None
     unreadable: bool = False
     width: int = 0
     sha256: str = ""
@@ -108,13 +62,13 @@ class Predictor:
         detect: look for faces; False judges each image as a whole.
 
     Raises:
-        ModelError: if faces shall be found on a processor that the face detector has no build for.
+        ModelError: if `detect` is set on a processor that the face detector has no build for.
     """
 
     def __init__(self, detector: Detector, detect: bool = True) -> None:
         self.detector = detector
         self._find: Callable[[Image.Image], list[Box]] | None = load_face_finder() if detect else None
-        self._finding = threading.Lock()  # its threads share the cores; two searches at once only wait for each other
+        self._finding = threading.Lock()  # its threads share the cores: two searches at once only slow each other down
 
     @property
     def detects(self) -> bool:
@@ -129,7 +83,7 @@ class Predictor:
         batch: list[_Prepared] = []
         for prepared in self._prepare_ahead(images, explain):
             batch.append(prepared)
-            if sum(len(one.crops) for one in batch) >= BATCH_SIZE or len(batch) >= AHEAD:
+            if sum(len(one.crops) for one in batch) >= BATCH_SIZE or len(batch) >= MAX_QUEUED:
                 yield from self._score(batch)
                 batch = []
         yield from self._score(batch)
@@ -140,7 +94,7 @@ class Predictor:
         try:
             for name, image in images:
                 waiting.append(pool.submit(self._prepare, name, image, explain))
-                if len(waiting) >= AHEAD:
+                if len(waiting) >= MAX_QUEUED:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -172,13 +126,18 @@ class Predictor:
             sha256 = hashlib.sha256(data).hexdigest()
             decoded = decode_image(data)
         except UnreadableImageError as exc:
-            return _Prepared(name, [], [], str(exc), unreadable=True, sha256=sha256)
+            return _Prepared(name, error=str(exc), unreadable=True, sha256=sha256)
         except OSError as exc:
-            return _Prepared(name, [], [], f"can't be read ({exc.strerror})", unreadable=True)
+            return _Prepared(name, error=f"can't be read ({exc.strerror})", unreadable=True)
         cut = self.cut_faces(decoded)
-        boxes, crops = [box for box, _ in cut], [crop for _, crop in cut]
-        preview = shrink(decoded) if explain else None
-        return _Prepared(name, boxes, crops, None if cut else NO_FACE, False, decoded.width, sha256, preview)
+        return _Prepared(
+            name,
+            boxes=[box for box, _ in cut],
+            crops=[crop for _, crop in cut],
+            width=decoded.width,
+            sha256=sha256,
+            preview=shrink(decoded) if explain else None,
+        )
 
     def _score(self, batch: list[_Prepared]) -> Iterator[Judged]:
         crops = [crop for one in batch for crop in one.crops]
@@ -199,22 +158,28 @@ class Predictor:
                 for face, (box, score) in enumerate(zip(one.boxes, scores[mine], strict=True), 1)
             ]
             if not verdicts:
+                error = one.error or NO_FACE
                 verdicts = [
-                    Verdict(one.name, None, None, None, None, self.detector.threshold, one.error, one.unreadable)
+                    Verdict.refuse(one.name, self.detector.threshold, error, unreadable=one.unreadable),
                 ]
             picture = None
             if one.preview:
                 scale = one.preview.width / one.width
                 boxes = [box.scale(scale) for box in one.boxes]
                 fakes = [verdict.label == "fake" for verdict in verdicts if verdict.box]
-                lines = [describe(verdict) for verdict in verdicts]
+                lines = [verdict.describe() for verdict in verdicts]
                 picture = draw_heat(one.preview, boxes, [] if heat is None else list(heat[mine]), fakes, lines)
             yield Judged(one.name, verdicts, picture, one.sha256)
 
     def _judge(self, name: str, face: int | None, box: Box, score: float) -> Verdict:
-        label = self.detector.label(score)
-        corners = (int(box.left), int(box.top), int(box.right), int(box.bottom))
-        return Verdict(name, face, corners, label, float(score), self.detector.threshold)
+        return Verdict(
+            image=name,
+            face=face,
+            box=box.corners,
+            label=self.detector.label(score),
+            fake_probability=float(score),
+            threshold=self.detector.threshold,
+        )
 
 
 def find_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], int]:
@@ -230,15 +195,6 @@ def find_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], int
             f"A folder must hold files of kind {', '.join(suffixes)}. Received: {folder}, which holds none."
         )
     return known, len(files) - len(known)
-
-
-def describe(verdict: Verdict) -> str:
-    """Return a verdict as a line, such as `face 1: fake, P(fake) = 0.93`."""
-    if verdict.fake_probability is None:
-        return str(verdict.error)
-    face = f"face {verdict.face}: " if verdict.face else ""
-    spread = f" ({verdict.low:.2f} to {verdict.high:.2f} over {verdict.frames} frames)" if verdict.frames else ""
-    return f"{face}{verdict.label}, P(fake) = {verdict.fake_probability:.2f}{spread}"
 
 
 def _read(image: Encoded) -> bytes:

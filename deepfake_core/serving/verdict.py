@@ -1,34 +1,31 @@
-"""From images as they come to verdicts, a row per face: decoded and searched side by side, scored in batches."""
+"""A verdict: whether one face, or a whole image, is real or fake."""
 
-import hashlib
-import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from deepfake_core.detector import BATCH_SIZE, MAX_BYTES, Detector, UnreadableImageError, decode_image, resize_image
-from deepfake_core.errors import ModelError
-from deepfake_core.faces import Box, fit_crop, load_face_finder
-from deepfake_core.pictures import draw_heat, shrink
 
-NO_FACE = "no face was found; --no-detect judges the whole image"
-AHEAD = BATCH_SIZE
-"""How many images may wait to be scored: what bounds the memory."""
+@dataclass(frozen=True)
+class Clip:
+    """How a face did over a clip.
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+    Attributes:
+        frames: how many were scored.
+        low: 10th percentile of their probabilities; likewise `high`, the 90th.
+        first_second: when the face was first seen; likewise `last_second`.
+    """
 
-Encoded = Path | bytes
+    frames: int
+    low: float
+    high: float
+    first_second: float
+    last_second: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of one face, of a whole image, or of an image without a verdict.
+    """The verdict on one face or a whole image, or why there is none.
 
     Attributes:
         image: the file's path, or another name.
@@ -37,9 +34,7 @@ class Verdict:
         label: `real` or `fake`; None where `error` says why there is none.
         fake_probability: 0 to 1; of a clip, from the trimmed mean of its frames' logits.
         unreadable: True if the image could not be read, as opposed to showing no face.
-        frames: of a clip: how many were scored.
-        low: of a clip: the 10th percentile of its frames' probabilities; likewise `high`, the 90th.
-        first_second: of a clip: when the face was first seen; likewise `last_second`.
+        clip: None for an image.
     """
 
     image: str
@@ -50,203 +45,47 @@ class Verdict:
     threshold: float
     error: str | None = None
     unreadable: bool = False
-    frames: int | None = None
-    low: float | None = None
-    high: float | None = None
-    first_second: float | None = None
-    last_second: float | None = None
+    clip: Clip | None = None
+
+    @classmethod
+    def refuse(cls, image: str, threshold: float, error: str, *, unreadable: bool = False) -> "Verdict":
+        """Return that there is no verdict, and why."""
+        return cls(image, None, None, None, None, threshold, error, unreadable)
 
     @property
     def outcome(self) -> str:
         """`real`, `fake`, `no face` or `unreadable`."""
         return "unreadable" if self.unreadable else self.label or "no face"
 
+    def as_row(self) -> dict[str, Any]:
+        """Return it as plain values by `COLUMNS`; those of a clip for a clip alone."""
+        row = asdict(self)
+        return row | (row.pop("clip") or {})
+
+    def describe(self) -> str:
+        """Return it as a line, such as `face 1: fake, P(fake) = 0.93`."""
+        if self.fake_probability is None:
+            return str(self.error)
+        face = f"face {self.face}: " if self.face else ""
+        spread = f" ({self.clip.low:.2f} to {self.clip.high:.2f} over {self.clip.frames} frames)" if self.clip else ""
+        return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}"
+
+
+COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name != "clip")
+
 
 @dataclass(frozen=True)
 class Judged:
-    """An image or a clip with its verdicts, at least one, and the picture that explains them, if it was asked for."""
+    """An image or a clip with its verdicts, at least one.
+
+    Attributes:
+        picture: explains the verdicts; None if it was not asked for.
+        sha256: of an image's bytes, in hex; empty where they could not be read, and for a clip.
+        timelines: of a clip: for each verdict, the seconds at which the face was seen, and its scores.
+    """
 
     name: str
     verdicts: list[Verdict]
     picture: Image.Image | None = None
     sha256: str = ""
-    """Of an image's bytes, in hex; empty where they could not be read, and for a clip."""
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    name: str
-    boxes: list[Box]
-    crops: list[np.ndarray]
-    error: str | None
-    unreadable: bool = False
-    width: int = 0
-    sha256: str = ""
-    preview: Image.Image | None = None
-    """The image, scaled down; None where no picture was asked for."""
-
-
-def load_detector(folder: str | Path) -> Detector:
-    """Load a pulled model.
-
-    Raises:
-        ModelError: if it lacks a file, or one is damaged.
-    """
-    try:
-        return Detector(folder)
-    except Exception as exc:
-        raise ModelError(
-            "A model's folder must hold model.onnx and detector.json as `deepfake pull` writes them. Received: "
-            f"{folder}, which can't be loaded ({type(exc).__name__}: {exc}). Pull it again."
-        ) from exc
-
-
-class Predictor:
-    """A detector for images as they come.
-
-    Args:
-        detect: look for faces; False judges each image as a whole.
-
-    Raises:
-        ModelError: if faces shall be found on a processor that the face detector has no build for.
-    """
-
-    def __init__(self, detector: Detector, detect: bool = True) -> None:
-        self.detector = detector
-        self._find: Callable[[Image.Image], list[Box]] | None = load_face_finder() if detect else None
-        self._finding = threading.Lock()  # its threads share the cores; two searches at once only wait for each other
-
-    @property
-    def detects(self) -> bool:
-        return self._find is not None
-
-    def judge(self, images: Iterable[tuple[str, Encoded]], explain: bool = False) -> Iterator[Judged]:
-        """Judge named images in order, in bounded memory; one that can't be read harms no other.
-
-        Args:
-            explain: draw pictures, for which the model must carry heat maps.
-        """
-        batch: list[_Prepared] = []
-        for prepared in self._prepare_ahead(images, explain):
-            batch.append(prepared)
-            if sum(len(one.crops) for one in batch) >= BATCH_SIZE or len(batch) >= AHEAD:
-                yield from self._score(batch)
-                batch = []
-        yield from self._score(batch)
-
-    def _prepare_ahead(self, images: Iterable[tuple[str, Encoded]], explain: bool) -> Iterator[_Prepared]:
-        pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
-        waiting: deque[Future[_Prepared]] = deque()
-        try:
-            for name, image in images:
-                waiting.append(pool.submit(self._prepare, name, image, explain))
-                if len(waiting) >= AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def cut_faces(self, image: Image.Image) -> list[tuple[Box, np.ndarray]]:
-        """Return what is to be scored of an image: around each face, largest first, or all of it without detection.
-
-        Returns:
-            Boxes, and uint8 arrays of shape (image_size, image_size, 3).
-        """
-        whole = Box(0, 0, *image.size)
-        boxes = [whole]
-        if self._find:
-            with self._finding:
-                faces = self._find(image)
-            boxes = [fit_crop(face, *image.size) for face in faces]
-        crops = []
-        for box in boxes:
-            part = image if box == whole else image.crop((box.left, box.top, box.right, box.bottom))
-            crops.append((box, resize_image(part, self.detector.image_size)))
-        return crops
-
-    def _prepare(self, name: str, image: Encoded, explain: bool) -> _Prepared:
-        sha256 = ""
-        try:
-            data = _read(image)
-            sha256 = hashlib.sha256(data).hexdigest()
-            decoded = decode_image(data)
-        except UnreadableImageError as exc:
-            return _Prepared(name, [], [], str(exc), unreadable=True, sha256=sha256)
-        except OSError as exc:
-            return _Prepared(name, [], [], f"can't be read ({exc.strerror})", unreadable=True)
-        cut = self.cut_faces(decoded)
-        boxes, crops = [box for box, _ in cut], [crop for _, crop in cut]
-        preview = shrink(decoded) if explain else None
-        return _Prepared(name, boxes, crops, None if cut else NO_FACE, False, decoded.width, sha256, preview)
-
-    def _score(self, batch: list[_Prepared]) -> Iterator[Judged]:
-        crops = [crop for one in batch for crop in one.crops]
-        explain = any(one.preview for one in batch)
-        heat = None
-        if not crops:
-            scores = np.zeros(0, np.float32)
-        elif explain:
-            scores, heat = self.detector.explain(np.stack(crops))
-        else:
-            scores = self.detector.score(np.stack(crops))
-        start = 0
-        for one in batch:
-            mine = slice(start, start + len(one.crops))
-            start = mine.stop
-            verdicts = [
-                self._judge(one.name, face if self.detects else None, box, score)
-                for face, (box, score) in enumerate(zip(one.boxes, scores[mine], strict=True), 1)
-            ]
-            if not verdicts:
-                verdicts = [
-                    Verdict(one.name, None, None, None, None, self.detector.threshold, one.error, one.unreadable)
-                ]
-            picture = None
-            if one.preview:
-                scale = one.preview.width / one.width
-                boxes = [box.scale(scale) for box in one.boxes]
-                fakes = [verdict.label == "fake" for verdict in verdicts if verdict.box]
-                lines = [describe(verdict) for verdict in verdicts]
-                picture = draw_heat(one.preview, boxes, [] if heat is None else list(heat[mine]), fakes, lines)
-            yield Judged(one.name, verdicts, picture, one.sha256)
-
-    def _judge(self, name: str, face: int | None, box: Box, score: float) -> Verdict:
-        label = self.detector.label(score)
-        corners = (int(box.left), int(box.top), int(box.right), int(box.bottom))
-        return Verdict(name, face, corners, label, float(score), self.detector.threshold)
-
-
-def find_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], int]:
-    """Return the files in a folder, and in those below, that have one of the suffixes; and how many have none of them.
-
-    Raises:
-        ModelError: if none has.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    known = [file for file in files if file.suffix.lower() in suffixes]
-    if not known:
-        raise ModelError(
-            f"A folder must hold files of kind {', '.join(suffixes)}. Received: {folder}, which holds none."
-        )
-    return known, len(files) - len(known)
-
-
-def describe(verdict: Verdict) -> str:
-    """Return a verdict as a line, such as `face 1: fake, P(fake) = 0.93`."""
-    if verdict.fake_probability is None:
-        return str(verdict.error)
-    face = f"face {verdict.face}: " if verdict.face else ""
-    spread = f" ({verdict.low:.2f} to {verdict.high:.2f} over {verdict.frames} frames)" if verdict.frames else ""
-    return f"{face}{verdict.label}, P(fake) = {verdict.fake_probability:.2f}{spread}"
-
-
-def _read(image: Encoded) -> bytes:
-    if isinstance(image, bytes):
-        data = image
-    else:
-        with image.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise UnreadableImageError("too_large", f"may hold {MAX_BYTES:,} bytes at most")
-    return data
+    timelines: list[tuple[list[float], list[float]]] = field(default_factory=list)

@@ -3,19 +3,18 @@
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all, both in one unit (bytes, images, epochs)."""
+from deepfake_core.errors import DiskSpaceError
 
 
 @contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
-    """Yield a path beside to write to; it is renamed into place when the body ends, removed if it raises."""
+    """Yield a temporary path to write to; rename it into place when the body ends, remove it if the body raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -37,23 +36,21 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def watch_progress(measure: Callable[[], int], total: int, on_progress: Progress | None) -> Iterator[None]:
-    """Report every second what a library has done that tells it in no other way, and the total at the end."""
-    if on_progress is None or not total:
-        yield
-        return
-    done = threading.Event()
+def require_space(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Refuse to start writing what does not fit on the disk.
 
-    def report() -> None:
-        while not done.wait(1.0):
-            on_progress(measure(), total)
+    Args:
+        folder: an existing folder on that disk.
+        needed: bytes.
+        what: subject of the message, such as `owner/faces`.
+        remedy: what else than making room would help, such as `set XDG_CACHE_HOME to another disk`.
 
-    watcher = threading.Thread(target=report, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-    on_progress(total, total)
+    Raises:
+        DiskSpaceError: if fewer bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskSpaceError(
+            f"{what} needs {needed / 1e9:.2f} GB more on the disk of {folder}, which has {free / 1e9:.2f} GB free. "
+            f"Make room, or {remedy}."
+        )

@@ -1,36 +1,30 @@
-"""Where data is shared: a place at an fsspec URL, and the folder on this disk in which the work on it goes on.
+"""The data folder on this disk, the paths below it, and the URL at which machines share it.
 
-What is fetched gets its name on this disk once its SHA-256 is the expected one. Of a folder, `SHA256SUMS` is published
-last: without it, nothing counts as published. `lock_folder` holds for this machine alone. Across machines, Prefect's
-limit of one retrain at a time keeps runs apart; what must never be lost is added under new names, never overwritten.
+Nothing else in the project writes out a path below the data folder. What is fetched gets its name on this disk once its
+SHA-256 is the expected one. `lock_folder` holds for this machine alone; across machines, Prefect's limit of one retrain
+at a time keeps runs apart, and what must never be lost is added under new names, never overwritten.
 """
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
-import shutil
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from errno import EINVAL
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import filelock
 import fsspec
+import platformdirs
 from fsspec.callbacks import Callback
 
-from deepfake_core.detector import MAX_BYTES
 from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DownloadError
-from deepfake_core.files import Progress, hash_file, watch_progress, write_beside
+from deepfake_core.storage.files import hash_file, require_space, write_beside
+from deepfake_core.storage.progress import Progress, watch_progress
 
-log = logging.getLogger(__name__)
-
-SUMS, PACKED = "SHA256SUMS", "images.zip"
-PARTS_AT_ONCE = 4
+MAX_CONCURRENT_PARTS = 4
 """Parts of one object that s3fs holds in memory; each has 50 MB, or more in objects of 500 GB and above."""
 
 CREDENTIALS_HELP = (
@@ -54,10 +48,57 @@ class Store:
     def address(self) -> str:
         return self.url or str(self.folder)
 
+    # The paths below the folder. Where it is shared, the same names stand below the URL.
+
+    def archives(self, source: str = "") -> Path:
+        """Return the folder of a Kaggle source's zips, each with its provenance as JSON; without a name, of all."""
+        return self.folder / "archives" / source
+
+    def indexes(self) -> Path:
+        """Return the folder of image indexes, a Parquet file per archive: a cache."""
+        return self.folder / "indexes"
+
+    def splits(self, version: str = "") -> Path:
+        """Return the folder of a data set; without a version, of all."""
+        return self.folder / "splits" / version
+
+    def split_memory(self) -> Path:
+        """Return the Parquet file that remembers the split of every image; never removed."""
+        return self.folder / "splits" / "memory.parquet"
+
+    def shared_memory(self) -> Path:
+        """Return the folder of the Parquet files in which machines tell each other what they remember."""
+        return self.folder / "memory"
+
+    def batches(self, version: str = "", image_size: int = 0) -> Path:
+        """Return the folder of a data set's decoded images at one size in pixels; without a version, of all: a cache.
+
+        Its name begins with the data set's version, so that housekeeping removes both together.
+        """
+        return self.folder / "batches" / (f"{version}-{image_size}px" if version else "")
+
+    def training(self, version: str = "", name: str = "") -> Path:
+        """Return the folder of an unfinished training's state, named as `batches` are; without a version, of all."""
+        return self.folder / "training" / (f"{version}-{name}" if version else "")
+
+    def sample(self) -> Path:
+        """Return the folder of the archives that `--sample` draws."""
+        return self.folder / "sample"
+
+    def name(self, path: Path) -> str:
+        """Return the name below the URL of a path below the folder."""
+        return path.relative_to(self.folder).as_posix()
+
+    def address_of(self, path: Path) -> str:
+        """Return where others find a path below the folder: its URL, or the path itself where nothing is shared."""
+        return f"{self.url}/{self.name(path)}" if self.url else str(path)
+
+    # What is at the URL
+
     @cached_property
     def _place(self) -> tuple[Any, str]:
         scheme = self.url.partition("://")[0]
-        options = {"max_concurrency": PARTS_AT_ONCE} if scheme in ("s3", "s3a") else {}
+        options = {"max_concurrency": MAX_CONCURRENT_PARTS} if scheme in ("s3", "s3a") else {}
         try:
             return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
         except ImportError as exc:
@@ -78,146 +119,77 @@ class Store:
             DownloadError: it can't be reached.
         """
         if self.url:
-            self.list_names("")
+            self.list_names(self.folder)
 
-    def list_names(self, name: str) -> list[str]:
-        """Return the last parts of the names that begin with `name/`, in order; none if there are none."""
+    def list_names(self, folder: Path) -> list[str]:
+        """Return the names directly below a shared folder, in order; none if it is not there."""
         files, root = self._place
         with contextlib.suppress(FileNotFoundError), self._translate_errors():
-            return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in files.ls(f"{root}/{name}", detail=False))
+            found = files.ls(f"{root}/{self.name(folder)}".removesuffix("/."), detail=False)
+            return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
         return []
 
-    def read(self, name: str) -> bytes | None:
-        """Return a small object; None if there is none."""
+    def read(self, path: Path) -> bytes | None:
+        """Return a small object by its path on this disk; None if there is none at the URL."""
         files, root = self._place
         with contextlib.suppress(FileNotFoundError), self._translate_errors():
-            return files.cat_file(f"{root}/{name}")
+            return files.cat_file(f"{root}/{self.name(path)}")
         return None
 
-    def fetch(self, name: str, target: Path, sha256: str, marker: str, on_progress: Progress | None = None) -> None:
-        """Write an object to a path, whole and with the SHA-256 that is expected, or not at all.
+    def remove(self, path: Path) -> None:
+        """Remove an object."""
+        files, root = self._place
+        with self._translate_errors():
+            files.rm_file(f"{root}/{self.name(path)}")
+
+    def fetch(
+        self, path: Path, sha256: str, marker: Path, on_progress: Progress | None = None, target: Path | None = None
+    ) -> None:
+        """Write an object to its path on this disk, whole and with the SHA-256 that is expected, or not at all.
 
         Args:
             marker: the object without which this one does not count as published.
+            target: another path on this disk to write to.
 
         Raises:
-            ArchiveError: if it is absent, differs, or does not fit on the disk.
+            ArchiveError: if it is absent or differs.
+            DiskSpaceError: if it does not fit on the disk.
         """
         files, root = self._place
-        rule = f"{self.url}/{name} must be there with the SHA-256 {sha256}"
-        way_out = f"Delete {self.url}/{marker} and run `prepare` again: what is missing there is published anew."
-        with write_beside(target) as beside:
+        rule = f"{self.url}/{self.name(path)} must be there with the SHA-256 {sha256}"
+        remedy = (
+            f"Delete {self.url}/{self.name(marker)} and run `prepare` again: what is missing there is published again."
+        )
+        with write_beside(target or path) as beside:
             try:
                 with self._translate_errors():
-                    size = files.info(f"{root}/{name}")["size"]
-                    _check_free_space(target.parent, size, self.url)
+                    size = files.info(f"{root}/{self.name(path)}")["size"]
+                    what = f"What is fetched from {self.url}"
+                    require_space(beside.parent, size, what, "set XDG_CACHE_HOME to another disk")
                     count = Callback()
                     with watch_progress(lambda: count.value, size, on_progress):
-                        files.get_file(f"{root}/{name}", str(beside), callback=count)
+                        files.get_file(f"{root}/{self.name(path)}", str(beside), callback=count)
             except FileNotFoundError as exc:
-                raise ArchiveError(f"{rule}. Received: nothing. {way_out}") from exc
+                raise ArchiveError(f"{rule}. Received: nothing. {remedy}") from exc
             received = hash_file(beside)
             if received != sha256:
-                raise ArchiveError(f"{rule}. Received: {received}. {way_out}")
+                raise ArchiveError(f"{rule}. Received: {received}. {remedy}")
 
-    def publish(self, name: str, file: Path | None = None, on_progress: Progress | None = None) -> None:
-        """Write a file of the folder, or another one, to the store under its name. It appears there whole."""
+    def publish(self, path: Path, file: Path | None = None, on_progress: Progress | None = None) -> None:
+        """Write a file to the URL under its name below the folder, or another `file` under that name; it appears whole.
+
+        Raises:
+            ConfigurationError, CredentialsError, DownloadError: if the store refuses it or can't be reached.
+        """
         files, root = self._place
-        file = file or self.folder / name
+        file = file or path
         count = Callback()
         with self._translate_errors(), watch_progress(lambda: count.value, file.stat().st_size, on_progress):
-            files.put_file(str(file), f"{root}/{name}", callback=count)
-
-    def publish_folder(self, name: str, members: Mapping[str, str], on_progress: Progress | None = None) -> None:
-        """Publish a folder: its members in one zip, the files beside them each on its own, `SHA256SUMS` last.
-
-        What is there already is not written again.
-
-        Args:
-            members: the folder's files below it, each with its SHA-256, or "" if it is not known.
-
-        Raises:
-            ArchiveError: if a member has other bytes.
-        """
-        folder = self.folder / name
-        beside = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_plain(file.name))
-        sums = {file: hash_file(folder / file) for file in beside}
-        published = _parse_sums(self.read(f"{name}/{SUMS}") or b"")
-        if published == sums | {PACKED: published.get(PACKED, "")}:
-            log.info("%s/%s is published already", self.url, name)
-            _write_sums(folder, published)
-            return
-        if published:  # whoever fetches it meanwhile shall not take old and new together for whole
-            files, root = self._place
-            with self._translate_errors():
-                files.rm_file(f"{root}/{name}/{SUMS}")
-        for file in beside:
-            self.publish(f"{name}/{file}")
-        if PACKED not in published:
-            packed = folder.with_name(f".{folder.name}.{PACKED}")
-            try:
-                _pack(folder, members, packed)
-                published[PACKED] = hash_file(packed)
-                self.publish(f"{name}/{PACKED}", packed, on_progress)
-            finally:
-                packed.unlink(missing_ok=True)
-        _write_sums(folder, sums | {PACKED: published[PACKED]})
-        self.publish(f"{name}/{SUMS}")
-        log.info("%s/%s is published: %d images", self.url, name, len(members))
-
-    def fetch_folder(
-        self, name: str, list_members: Callable[[Path], Mapping[str, str]], on_progress: Progress | None = None
-    ) -> bool:
-        """Bring a published folder to this disk, whole or not at all; return whether it was published.
-
-        What is here already is not fetched again.
-
-        Args:
-            list_members: called with a folder that holds the files beside the members, verified; returns the members
-                that belong there, each with its SHA-256, or "" if it is not known. No name that the store tells is
-                written to unless it is among these.
-
-        Raises:
-            ArchiveError: if an object or a member is damaged, or a member has a name that does not belong there.
-        """
-        folder, content = self.folder / name, self.read(f"{name}/{SUMS}")
-        if content is None:
-            return False
-        here = folder / SUMS
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # of two trainings, one fetches
-            if here.exists() and here.read_bytes() == content:
-                return True
-            sums = _parse_sums(content)
-            if PACKED not in sums:
-                raise ArchiveError(
-                    f"{self.url}/{name}/{SUMS} must list {PACKED}. Received: {sorted(sums)}. Publish it anew."
-                )
-            beside = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(beside, ignore_errors=True)  # left by a run that was killed: the lock is ours
-            try:
-                for file in sorted(set(sums) - {PACKED}):
-                    self.fetch(f"{name}/{file}", beside / file, sums[file], f"{name}/{SUMS}")
-                members = list_members(beside)
-                if folder.is_dir():  # the same members, and something new about them
-                    here.unlink(missing_ok=True)
-                    for file in sorted(set(sums) - {PACKED}):
-                        (beside / file).replace(folder / file)
-                    _write_sums(folder, sums)
-                    return True
-                self.fetch(f"{name}/{PACKED}", beside / PACKED, sums[PACKED], f"{name}/{SUMS}", on_progress)
-                _unpack(beside / PACKED, members, beside)
-                (beside / PACKED).unlink()
-                _write_sums(beside, sums)
-                beside.replace(folder)
-            finally:
-                shutil.rmtree(beside, ignore_errors=True)
-        log.info("%s/%s is here and verified: %d images", self.url, name, len(members))
-        return True
+            files.put_file(str(file), f"{root}/{self.name(path)}", callback=count)
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Say what a person can do; an absent object stays a FileNotFoundError."""
+        """Explain what a person can do; an absent object stays a FileNotFoundError."""
         try:
             yield
         except FileNotFoundError as exc:
@@ -240,7 +212,7 @@ class Store:
                 ) from exc
             if (isinstance(exc, OSError) and exc.errno == EINVAL) or "Validation" in kind:
                 raise ConfigurationError(
-                    f"The store must understand what it is asked. {self.url}{_name_endpoint()} answered: {exc}. "
+                    f"The store must understand the request. {self.url}{_name_endpoint()} answered: {exc}. "
                     "Correct `data.data_dir`, AWS_ENDPOINT_URL or AWS_DEFAULT_REGION."
                 ) from exc
             raise DownloadError(
@@ -250,10 +222,12 @@ class Store:
 
 
 def open_store(data_dir: str | Path) -> Store:
-    """Return where data lies. A URL's cache is a folder in ~/.cache/deepfake (XDG_CACHE_HOME). Nothing is asked yet.
+    """Return the store that `data.data_dir` names. A URL's cache is below the user's cache folder (XDG_CACHE_HOME).
+
+    Nothing is asked of the network yet.
 
     Raises:
-        ConfigurationError: for a URL that is none, or that holds a user name or password.
+        ConfigurationError: for a malformed URL, or one that holds a user name or password.
     """
     address = str(data_dir)
     if not re.match(r"[\w+.:-]+:/", address):
@@ -266,17 +240,29 @@ def open_store(data_dir: str | Path) -> Store:
             f"{CREDENTIALS_HELP}"
         )
     url = address.rstrip("/")
-    found = re.fullmatch(r"[a-z][a-z0-9+.-]*://(/?[^/].*)", url)
-    if not found:
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(/?[^/].*)", url):
         raise ConfigurationError(f"{rule}. Received: {address}")
     readable = re.sub(r"[^\w.-]+", "-", url)[:80]
     digest = hashlib.sha256(f"{url} {_name_endpoint()}".encode()).hexdigest()[:8]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return Store(caches / "deepfake" / f"{readable}-{digest}", url)
+    return Store(platformdirs.user_cache_path("deepfake", appauthor=False) / f"{readable}-{digest}", url)
+
+
+def locate_dataset(address: str | Path) -> tuple[Store, str]:
+    """Return the store that a data set's folder or URL belongs to, and the version that the address names.
+
+    Args:
+        address: as `Store.address_of(store.splits(version))` gave it, perhaps on another machine.
+    """
+    root, _, version = str(address).rpartition("/splits/")
+    store = open_store(root or address)
+    if store.url:
+        return store, version
+    folder = Path(address).expanduser().resolve()
+    return Store(folder.parent.parent), folder.name
 
 
 def _name_endpoint() -> str:
-    """The same bucket name at another endpoint is another bucket."""
+    """Name the endpoint that the environment sets: the same bucket name at another endpoint is another bucket."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     return f" at {endpoint}" if endpoint else ""
 
@@ -289,77 +275,3 @@ def _list_failures() -> tuple[type[Exception], ...]:
     except ImportError:
         return (OSError,)
     return OSError, BotoCoreError, ClientError
-
-
-def _check_free_space(folder: Path, needed: int, url: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ArchiveError(
-            f"What is fetched from {url} needs {needed / 1e9:.2f} GB on the disk of {folder}, which has "
-            f"{free / 1e9:.2f} GB free. Make room, or set XDG_CACHE_HOME to another disk."
-        )
-
-
-def _is_plain(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*", name) is not None and name not in (SUMS, PACKED)
-
-
-def _parse_sums(content: bytes) -> dict[str, str]:
-    """Read what `sha256sum` writes; lines of another form, or with a name that leads elsewhere, don't count."""
-    lines = re.findall(r"^([0-9a-f]{64})  (\w[\w.-]*)$", content.decode(errors="replace"), re.MULTILINE | re.ASCII)
-    return {name: sha256 for sha256, name in lines if name == PACKED or _is_plain(name)}
-
-
-def _write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    with write_beside(folder / SUMS) as beside:
-        beside.write_text("".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items())))
-
-
-def _pack(folder: Path, members: Mapping[str, str], file: Path) -> None:
-    with zipfile.ZipFile(file, "w") as packed:
-        for name in sorted(members):
-            data = (folder / name).read_bytes()
-            _check_member(name, data, members[name], folder)
-            packed.writestr(zipfile.ZipInfo(name), data)  # a fixed date, no compression: same images, same bytes
-
-
-def _unpack(file: Path, members: Mapping[str, str], folder: Path) -> None:
-    """Write the members of a zip; their names must be exactly those of `members`."""
-    with _open_zip(file) as packed:
-        infos = packed.infolist()
-        names = [info.filename for info in infos]
-        if sorted(names) != sorted(members):
-            odd = sorted(set(names) ^ set(members)) or "repeated names"
-            raise ArchiveError(
-                f"The images of a published data set must be those of its manifest, each once. Received: {odd[:3]} in "
-                f"one alone, {len(names)} images instead of {len(members)}. Nothing was written; publish it anew."
-            )
-        for info in infos:
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_BYTES:
-                raise ArchiveError(
-                    f"An image must be stored as it is, in at most {MAX_BYTES:,} bytes. Received: {info.filename!r} of "
-                    f"{info.file_size:,} bytes. Nothing was written; publish the data set anew."
-                )
-            data = packed.read(info)
-            _check_member(info.filename, data, members[info.filename], file)
-            target = folder / info.filename
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-
-
-@contextlib.contextmanager
-def _open_zip(file: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with zipfile.ZipFile(file) as packed:
-            yield packed
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as exc:
-        raise ArchiveError(f"{PACKED} must be a whole zip. Received: one that can't be read ({exc}).") from exc
-
-
-def _check_member(name: str, data: bytes, sha256: str, place: Path) -> None:
-    received = hashlib.sha256(data).hexdigest()
-    if sha256 and received != sha256:
-        raise ArchiveError(
-            f"An image must have the bytes that the manifest names. Received: {name} in {place} with the SHA-256 "
-            f"{received}. Remove the data set and run `prepare` again."
-        )

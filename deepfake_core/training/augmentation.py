@@ -28,7 +28,7 @@ cv2.setNumThreads(1)
 """Of the process, in which nothing else uses OpenCV: on images this small, a second thread saves no time, and takes as
 much again from the training."""
 
-SCALE = (0.5, 1.0)
+RESIZE_SHARES = (0.5, 1.0)
 BLUR_PIXELS = (0.3, 1.5)
 JPEG_QUALITY = (40, 95)
 
@@ -79,7 +79,7 @@ def degrade_image(image: np.ndarray, shares: AugmentationParameters, random: np.
     """
     size = image.shape[0]
     if random.random() < shares.resize:
-        side = round(size * random.uniform(*SCALE))
+        side = round(size * random.uniform(*RESIZE_SHARES))
         small = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
         image = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
     if random.random() < shares.blur:

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from deepfake_core.batches import Images
 from deepfake_core.config import EvaluationParameters, ThresholdRule
+from deepfake_core.data.images import Images
 from deepfake_core.detector import DESCRIPTION, Detector, apply_temperature
-from deepfake_core.files import write_json
+from deepfake_core.storage.files import write_json
 
 log = logging.getLogger(__name__)
 
-TEMPERATURES = (0.05, 20.0)
+TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
 def calibrate_detector(folder: Path, val: Images, parameters: EvaluationParameters) -> None:
@@ -43,7 +43,7 @@ def fit_temperature(labels: np.ndarray, scores: np.ndarray) -> float:
         fake = np.clip(apply_temperature(scores, float(np.exp(log_temperature))).astype(np.float64), 1e-12, 1 - 1e-12)
         return -float(np.mean(np.where(labels == 1, np.log(fake), np.log(1 - fake))))
 
-    bounds = tuple(np.log(TEMPERATURES))
+    bounds = tuple(np.log(TEMPERATURE_BOUNDS))
     return float(np.exp(minimize_scalar(measure_loss, bounds=bounds, method="bounded").x))
 
 

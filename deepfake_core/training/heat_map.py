@@ -7,8 +7,8 @@ from keras import layers, ops
 
 
 class ExplainedNetwork(keras.Model):
-    """A network that returns P(fake) of shape (n, 1), and a heat map (n, height, width) of what spoke for fake (above
-    0) or for real (below 0).
+    """A network that returns P(fake) of shape (n, 1), and a heat map (n, height, width): evidence for fake
+    above 0, evidence for real below 0.
 
     Grad-CAM, Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
     ICCV 2017, section 3: the last features with positions, each channel weighted by the mean over positions of the
@@ -55,6 +55,6 @@ def _apply_slope(layer: Any, before: Any, after: Any, gradient: Any, is_last: bo
         raise TypeError(
             "Behind a candidate's features lie Flatten or GlobalAveragePooling2D, then Dropout, LeakyReLU, and Dense "
             f"with ReLU or no activation, the last with a sigmoid. Received: {layer.name}, {activation}. Teach "
-            "deepfake_core/explanation.py its slope."
+            "deepfake_core/training/heat_map.py its slope."
         )
     return gradient

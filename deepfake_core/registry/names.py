@@ -1,0 +1,40 @@
+"""The names that this project uses in MLflow."""
+
+EXPERIMENT = "deepfake-detection"
+
+# Aliases of versions
+PRODUCTION = "production"
+PREVIOUS = "previous"
+NO_VERSION = "none"
+"""Where a tag names a version, and there was none."""
+
+# Artifacts of runs and versions
+DETECTOR = "detector"
+CHECKPOINT_FOLDER = "checkpoint"
+MANIFEST = "dataset/manifest.parquet"
+PROBE = "probe"
+REPORT = "report.html"
+SCORES = "evaluation/scores.csv"
+
+# Tags of versions, and the first ones of runs too
+DATASET_VERSION = "dataset_version"
+DRAWN_IMAGES = "drawn_images"
+FILES_REMOVED = "files_removed"
+"""When the model files were removed."""
+ARCHITECTURE = "architecture"
+FLOW_RUN_ID = "flow_run_id"
+FINGERPRINT = "fingerprint"
+TEST_AUC = "test_auc"
+DECISION = "decision"
+REASONS = "reasons"
+COMPARED_WITH = "compared_with"
+REPLACED = "replaced"
+REPLACED_BY = "replaced_by"
+REPLACED_BECAUSE = "replaced_because"
+PRODUCTION_SINCE = "production_since"
+PRODUCTION_UNTIL = "production_until"
+PRODUCTION_BY = "production_by"
+PRODUCTION_BECAUSE = "production_because"
+
+PROMOTED, NOT_PROMOTED = "promoted", "not promoted"
+"""Values of `DECISION`."""

@@ -1,0 +1,85 @@
+"""The model card: what a version is, what it was measured at, and what a reader must know before using it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+from deepfake_core.evaluation.promotion import Cost, Decision
+from deepfake_core.evaluation.test_split import Measured
+
+MIN_CLASS_IMAGES = 100
+"""Below so many test images of a class, the report warns of chance."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What identifies a registered version and how to make it again.
+
+    Attributes:
+        candidates: one row per candidate trained, as `tabulate_candidates` makes it.
+        settings: dotted names and values of the winner's parameters.
+    """
+
+    name: str
+    version: str
+    architecture: str
+    run: str
+    commit: str
+    seed: int
+    temperature: float
+    cost: Cost
+    candidates: pd.DataFrame
+    settings: Mapping[str, Any]
+
+
+def write_model_card(
+    facts: ModelFacts, dataset: Dataset, measured: Measured, decision: Decision, robustness: pd.DataFrame
+) -> str:
+    """Return the registered version's description as Markdown, after Mitchell et al., "Model Cards for Model
+    Reporting", FAT* 2019, section 4."""
+    metrics = "\n".join(
+        f"| {METRIC_TITLES[name]} | {estimate} |" for name, estimate in measured.evaluation.metrics.items()
+    )
+    sources = "\n".join(
+        f"| {name} | {part.confusion.total} | {part.metrics.get('auc', 'one class')} |"
+        for name, part in measured.evaluation.sources.items()
+    )
+    worst = robustness.sort_values("auc_lost", ascending=False)[:3].itertuples()
+    weak = "; ".join(f"{row.change} {row.strength:g}: AUC {row.auc:.3f}" for row in worst)
+    warnings = "\n".join(f"- {warning}" for warning in list_warnings(dataset, measured)) or "- none found"
+    return (
+        f"**{facts.architecture}**, tells fake faces (1) from real ones (0). Input: one face, resized to "
+        f"{measured.images.pixels.shape[1]} x {measured.images.pixels.shape[1]} pixels. Fake from P(fake) = "
+        f"{measured.threshold:.4f} up; scores are calibrated with temperature {facts.temperature:.3f}.\n\n"
+        f"**Decision**: {'promoted' if decision.promoted else 'not promoted'}. {decision.text}\n\n"
+        f"**Trained on** data set {dataset.version}: {', '.join(dataset.source_names)}.\n\n"
+        f"**On the {len(measured.images)} test images**, with 95 % intervals:\n\n| metric | value |\n|---|---|\n"
+        f"{metrics}\n\n| source | images | AUC |\n|---|---|---|\n{sources}\n\n"
+        f"**Changes of the image that cost most**: {weak or 'not measured'}.\n\n**Warnings**\n\n{warnings}\n\n"
+        "**Not for**: deciding about a person without one looking; faces, edits and generators of other kinds than "
+        "the sources hold.\n\n"
+        f"**Made** by run {facts.run}, commit {facts.commit}, seed {facts.seed}.\n"
+    )
+
+
+def list_warnings(dataset: Dataset, measured: Measured) -> list[str]:
+    """Return what a reader must know before any metric."""
+    warnings = []
+    if dataset.is_drawn:
+        warnings.append("Images of this data set are drawn: the metrics say nothing about real faces.")
+    if measured.facts_are_strong:
+        warnings.append(
+            f"File facts alone (size, bytes per pixel, JPEG table, mean colour) reach AUC "
+            f"{measured.file_facts.metrics['auc']} on the test images, the model {measured.evaluation.metrics['auc']}: "
+            "it may have learned how the files were made, not how faces were forged."
+        )
+    confusion = measured.evaluation.confusion
+    if min(confusion.fakes, confusion.reals) < MIN_CLASS_IMAGES:
+        warnings.append(
+            f"The test split holds only {confusion.reals} real and {confusion.fakes} fake images: mind the intervals."
+        )
+    return warnings
