@@ -25,13 +25,15 @@ from typing import Any, get_args
 from matplotlib.figure import Figure
 
 from deepfake_core.config import Architecture, DataParameters, Recipe
+from deepfake_core.data.dataset import Dataset, open_dataset
+from deepfake_core.data.images import load_seen
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation import evaluate_on_test, load_seen, measure_robustness
-from deepfake_core.files import write_json
-from deepfake_core.manifest import Dataset, open_dataset
-from deepfake_core.metrics import Evaluation, evaluate_detector
+from deepfake_core.evaluation.metrics import Evaluation, evaluate_detector
+from deepfake_core.evaluation.robustness import measure_robustness
+from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.models import CANDIDATES
-from deepfake_core.training import train_candidate
+from deepfake_core.storage.files import write_json
+from deepfake_core.training.fit import train_candidate
 from flows.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results"

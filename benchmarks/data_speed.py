@@ -36,13 +36,15 @@ import simplejpeg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from deepfake_core import hashes
-from deepfake_core.archive import Archive, fetch_archive
 from deepfake_core.config import KAGGLE_SOURCES, DataParameters, Source
-from deepfake_core.duplicates import RADIUS
-from deepfake_core.files import write_json
-from deepfake_core.index import SMALLEST_SIDE, build_index
-from deepfake_core.manifest import assign_splits, publish_dataset
+from deepfake_core.data import hashes, neighbours
+from deepfake_core.data.archive import Archive
+from deepfake_core.data.duplicates import RADIUS
+from deepfake_core.data.index import MIN_DECODED_SIDE, build_index
+from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.publishing import publish_dataset
+from deepfake_core.data.splits import assign_splits
+from deepfake_core.storage.files import write_json
 
 FOLDER = Path(__file__).parent / "results"
 CORES = os.cpu_count() or 1
@@ -97,7 +99,7 @@ def measure_index(images: Sequence[bytes], folder: Path, rounds: int) -> dict[st
             build_index(archive, Path(data_dir))
 
     def decode(data: bytes) -> None:
-        simplejpeg.decode_jpeg(data, "GRAY", min_height=SMALLEST_SIDE, min_width=SMALLEST_SIDE)
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=MIN_DECODED_SIDE, min_width=MIN_DECODED_SIDE)
 
     seconds = time_rounds(
         rounds,
@@ -187,9 +189,9 @@ def search(count: int, exact: bool | None) -> dict:
     """Search `count` simulated hashes; `exact` forces one of the two ways, None leaves the choice to the product."""
     simulated, pairs_at = plant_neighbours(count)
     if exact is not None:
-        hashes.EXACT_COMPARISONS = 10**15 if exact else 0
+        neighbours.MAX_EXACT_COMPARISONS = 10**15 if exact else 0
     start = time.perf_counter()
-    near = hashes.find_neighbours(simulated[None], RADIUS)
+    near = neighbours.find_neighbours(simulated[None], RADIUS)
     seconds = time.perf_counter() - start
     found = set(zip(near.images.tolist(), near.viewed.tolist(), strict=True))
     return {
@@ -213,7 +215,7 @@ def search_views(count: int) -> dict:
     """Search as `find_links` does, through all views."""
     simulated, _ = plant_neighbours(count * len(hashes.VIEWS))
     start = time.perf_counter()
-    hashes.find_neighbours(simulated.reshape(len(hashes.VIEWS), count, -1), RADIUS)
+    neighbours.find_neighbours(simulated.reshape(len(hashes.VIEWS), count, -1), RADIUS)
     return {"images": count, "seconds": time.perf_counter() - start, "peak_memory_gb": read_peak_memory()}
 
 

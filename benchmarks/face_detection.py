@@ -24,10 +24,10 @@ import numpy as np
 import skimage
 from PIL import Image
 
-from deepfake_core import faces
 from deepfake_core.config import DataParameters
-from deepfake_core.faces import Box, fit_crop, load_face_finder
-from deepfake_core.files import write_json
+from deepfake_core.serving import faces
+from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
+from deepfake_core.storage.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SCENES = (
@@ -74,12 +74,12 @@ def make_finders() -> dict[str, Callable[[Image.Image], list[Box]]]:
 
     def find_at(sure: int, longest: int = 1280, again: int = 320) -> Callable[[Image.Image], list[Box]]:
         def find(image: Image.Image) -> list[Box]:
-            before = faces.SURE, faces.LONGEST_SIDE, faces.LONGEST_SIDE_AGAIN
-            faces.SURE, faces.LONGEST_SIDE, faces.LONGEST_SIDE_AGAIN = sure, longest, again
+            before = faces.SURE, faces.LONGEST_SIDE, faces.MAX_SECOND_SEARCH_SIDE
+            faces.SURE, faces.LONGEST_SIDE, faces.MAX_SECOND_SEARCH_SIDE = sure, longest, again
             try:
                 return ours(image)
             finally:
-                faces.SURE, faces.LONGEST_SIDE, faces.LONGEST_SIDE_AGAIN = before
+                faces.SURE, faces.LONGEST_SIDE, faces.MAX_SECOND_SEARCH_SIDE = before
 
         return find
 

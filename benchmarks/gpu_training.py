@@ -30,8 +30,8 @@ if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
 import keras
 import numpy as np
 
-from deepfake_core.augmentation import Augmentation
 from deepfake_core.models import CANDIDATES
+from deepfake_core.training.augmentation import Augmentation
 
 
 class ResidentImages(keras.layers.Layer):

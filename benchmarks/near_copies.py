@@ -20,11 +20,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageEnhance, ImageFilter
 
-from deepfake_core.archive import fetch_archive
 from deepfake_core.config import KAGGLE_SOURCES
-from deepfake_core.duplicates import find_links, mark_duplicates
-from deepfake_core.files import write_json
-from deepfake_core.index import build_index
+from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.index import build_index
+from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.storage.files import write_json
 
 RESULTS = Path(__file__).parent / "results" / "near_copies.json"
 SOURCES = [KAGGLE_SOURCES[0], KAGGLE_SOURCES[2]]

@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from deepfake_core import registry
 from deepfake_core.config import DataParameters, PromotionParameters, TrainingParameters
-from deepfake_core.files import write_json
-from deepfake_core.manifest import open_dataset
+from deepfake_core.data.dataset import open_dataset
+from deepfake_core.registry import runs, versions
+from deepfake_core.storage.files import write_json
 from flows.command_line import print_outcome
 from flows.prepare import prepare
 from flows.retrain import retrain
@@ -53,7 +53,7 @@ def main() -> None:
         trained = time.perf_counter() - start
 
         published = open_dataset(dataset)
-        registered = registry.read_version(PromotionParameters().model_name, version)
+        registered = versions.read_version(PromotionParameters().model_name, version)
         print_outcome(published, registered)
         write_json(
             RESULTS,
@@ -64,7 +64,7 @@ def main() -> None:
                 "dataset_version": published.version,
                 "metrics": dict(sorted(registered.metrics.items())),
                 "architecture": registered.tags["architecture"],
-                "threshold": float(registry.read_parameters(registered.run_id)["threshold"]),
+                "threshold": float(runs.read_parameters(registered.run_id)["threshold"]),
                 "decision": registered.tags["decision"],
                 "reasons": registered.tags["reasons"],
                 "seconds": {"prepare": prepared, "prepare again": prepared_again, "retrain": trained},

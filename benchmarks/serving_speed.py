@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from deepfake_core.detector import Detector, decode_image, resize_image
-from deepfake_core.files import write_json
 from deepfake_core.models import CANDIDATES
-from deepfake_core.predictor import Predictor
-from deepfake_core.training import CHECKPOINT, export_detector
+from deepfake_core.serving.predictor import Predictor
+from deepfake_core.storage.files import write_json
+from deepfake_core.training.export import CHECKPOINT, export_detector
 
 RESULTS = Path(__file__).parent / "results"
 BARE = """

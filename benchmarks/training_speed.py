@@ -26,13 +26,14 @@ import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
 
-from deepfake_core.batches import Batches, Images, load_images
 from deepfake_core.config import DataParameters, Precision
-from deepfake_core.devices import choose_precision, compute_in
-from deepfake_core.files import write_json
-from deepfake_core.manifest import open_dataset
+from deepfake_core.data.dataset import open_dataset
+from deepfake_core.data.images import Images, load_images
 from deepfake_core.models import CANDIDATES
-from deepfake_core.optimizer import FusedAdam
+from deepfake_core.storage.files import write_json
+from deepfake_core.training.batches import Batches
+from deepfake_core.training.devices import choose_precision, compute_in
+from deepfake_core.training.optimizer import FusedAdam
 from flows.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results"

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepfake_core import sample
+from deepfake_core.demo import faces, forgeries
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -52,7 +52,7 @@ def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
 def draw_portrait(seed: int, size: int = 160) -> Image.Image:
     """Draw a person, whose face a detector finds."""
     random = np.random.default_rng(seed)
-    return sample.take_photograph(random, sample.Pose.draw(random), size)
+    return forgeries.take_photograph(random, faces.Pose.draw(random), size)
 
 
 def draw_scene(people: Mapping[tuple[int, int], Image.Image], width: int = 640, height: int = 480) -> Image.Image:

@@ -14,11 +14,12 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flow_engine import run_flow
 
-from deepfake_core import registry, training
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
-from deepfake_core.devices import describe_hardware, sees_only_cpus
+from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
-from deepfake_core.manifest import open_dataset
+from deepfake_core.registry import connection, detectors, fingerprint, production, versions
+from deepfake_core.training import fit
+from deepfake_core.training.devices import describe_hardware, sees_only_cpus
 from flows.check_sources import check_sources
 from flows.command_line import read_settings
 from flows.leave_one_out import leave_one_out
@@ -58,13 +59,13 @@ def two_zips(tracking):
 
 
 def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
-    monkeypatch.setattr(registry, "read_git_commit", lambda: "c" * 40)  # committed, as on a worker
+    monkeypatch.setattr(fingerprint, "read_git_commit", lambda: "c" * 40)  # committed, as on a worker
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with caplog.at_level(logging.INFO, "deepfake_core"):
         dataset, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
     assert version == "1"
     assert open_dataset(dataset).description["counts"]["reasons"] == {"copy": 80, "kept": 80}
-    assert registry.find_production(NAME) == "1"
+    assert production.find_production(NAME) == "1"
     assert "160 usable images: 80 copy, 80 kept" in caplog.text
 
     forbid_work(monkeypatch)
@@ -74,14 +75,14 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     assert same.result() == (dataset, "1")
     again, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS, force=True)
     assert (again, version) == (dataset, "2")
-    second = registry.read_version(NAME, "2")
+    second = versions.read_version(NAME, "2")
     assert second.tags["compared_with"] == "1"
     ours, theirs = re.search(r"AUC ([\d.]+), production's ([\d.]+) on", second.tags["reasons"]).groups()
     assert float(ours) == pytest.approx(second.metrics["test/auc"], abs=1e-4)
-    assert float(theirs) == pytest.approx(registry.read_version(NAME, "1").metrics["test/auc"], abs=1e-4)
+    assert float(theirs) == pytest.approx(versions.read_version(NAME, "1").metrics["test/auc"], abs=1e-4)
     promoted = second.tags["decision"] == "promoted"
-    assert second.metrics["test/auc"] > registry.read_version(NAME, "1").metrics["test/auc"] or not promoted
-    assert registry.find_production(NAME) == ("2" if promoted else "1")
+    assert second.metrics["test/auc"] > versions.read_version(NAME, "1").metrics["test/auc"] or not promoted
+    assert production.find_production(NAME) == ("2" if promoted else "1")
 
     with get_client(sync_client=True) as client:
         artifacts = client.read_artifacts(limit=200)
@@ -139,7 +140,7 @@ def check_run(run_id: str) -> dict:
     assert parent.data.params["training.seed"] == "0"
     assert parent.data.params["data.test_fraction"] == "0.15"
     assert "@" in parent.data.params["data.sources"]
-    assert parent.data.tags["mlflow.source.git.commit"] == registry.read_git_commit()
+    assert parent.data.tags["mlflow.source.git.commit"] == fingerprint.read_git_commit()
     (dataset,) = parent.inputs.dataset_inputs
     assert dataset.dataset.digest == parent.data.tags["dataset_version"]
     return {"params": run.data.params, "metrics": run.data.metrics}
@@ -158,8 +159,8 @@ def test_retrain_on_real_images(tracking):
     counts = open_dataset(dataset).description["counts"]
     assert counts["reasons"] == {"duplicate": 160, "kept": 160, "not_an_image": 3}
     assert counts["sources"]["real-vs-fake-faces"] == {"files": 80, "duplicate": 80}
-    assert registry.find_production(NAME) == version == "1"
-    metrics = check_run(registry.read_version(NAME, version).run_id)["metrics"]
+    assert production.find_production(NAME) == version == "1"
+    metrics = check_run(versions.read_version(NAME, version).run_id)["metrics"]
     assert "test/140k-real-and-fake-faces/auc" in metrics
     assert "test/real-and-fake-face-detection/auc" in metrics
 
@@ -169,19 +170,19 @@ def test_a_retrain_that_failed_late_goes_on_with_what_was_trained_which_is_below
 ):
     data = parameters(tracking, two_zips[0])
     with monkeypatch.context() as broken:
-        broken.setattr(registry, "register_detector", None)
+        broken.setattr(detectors, "register_detector", None)
         with pytest.raises(TypeError):
             retrain(data, TINY, promotion=NO_FLOORS)
     (folder,) = (Path(data.data_dir) / "training").iterdir()
     assert "-cnn-" in folder.name
     with monkeypatch.context() as untrained:
-        untrained.setattr(training, "_fit", None)
+        untrained.setattr(fit, "_fit", None)
         _, version = retrain(data, TINY, promotion=PromotionParameters(min_precision=1, min_recall=1))
-    run = check_run(registry.read_version(NAME, version).run_id)
+    run = check_run(versions.read_version(NAME, version).run_id)
     assert {"val/auc", "val_loss", "seconds"} <= set(run["metrics"])
     assert not folder.exists()
-    assert registry.read_version(NAME, version).tags["decision"] == "not promoted"
-    assert registry.find_production(NAME) is None
+    assert versions.read_version(NAME, version).tags["decision"] == "not promoted"
+    assert production.find_production(NAME) is None
 
 
 def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):
@@ -189,16 +190,16 @@ def test_drawn_images_never_replace_a_model_of_photographs(tracking, two_zips):
     drawn = two_zips[0].model_copy(update={"drawn": True})
     better = TINY.model_copy(update={"epochs": 2, "seed": 5})
     _, version = retrain(parameters(tracking, drawn), better, promotion=NO_FLOORS)
-    tags = registry.read_version(NAME, version).tags
+    tags = versions.read_version(NAME, version).tags
     assert tags["decision"] == "not promoted"
     assert "NOT met: drawn images never replace" in tags["reasons"]
-    assert registry.find_production(NAME) == "1"
+    assert production.find_production(NAME) == "1"
 
 
 def test_what_went_into_production_meanwhile_is_compared_with(tracking, two_zips, monkeypatch):
     """Two retrains end together: the other one's version goes into production while ours is compared."""
     retrain(parameters(tracking, two_zips[0]), TINY, promotion=NO_FLOORS)
-    client = registry.connect()
+    client = connection.connect()
     first = client.get_model_version(NAME, "1")
     client.create_model_version(NAME, first.source, first.run_id, tags=first.tags)
     always = NO_FLOORS.model_copy(update={"min_probability": 0.500001, "max_recall_drop": 1})
@@ -206,16 +207,16 @@ def test_what_went_into_production_meanwhile_is_compared_with(tracking, two_zips
     compare = model_tasks.compare_scores
 
     def compare_slowly(*arguments):
-        seen.append(registry.find_production(NAME))
+        seen.append(production.find_production(NAME))
         if len(seen) == 1:
-            registry.move_production(NAME, "2", "1", "the other retrain")
+            production.move_production(NAME, "2", "1", "the other retrain")
         return dataclasses.replace(compare(*arguments), probability=1.0)  # whatever the figures: ours is better
 
     monkeypatch.setattr(model_tasks, "compare_scores", compare_slowly)
     retrain(parameters(tracking, two_zips[0]), TINY.model_copy(update={"seed": 2}), promotion=always)
     assert seen == ["1", "2"]
-    assert registry.find_production(NAME) == "3"
-    tags = registry.read_version(NAME, "3").tags
+    assert production.find_production(NAME) == "3"
+    tags = versions.read_version(NAME, "3").tags
     assert tags["compared_with"] == tags["replaced"] == "2"
 
 
@@ -230,7 +231,7 @@ def test_images_that_production_learned_are_left_out_of_the_comparison(tracking,
     learned = set(first.loc[first["split"].isin(("train", "val")), "sha256"])
     left = (~test["sha256"].isin(learned)).sum()
     assert 0 < left < len(test)
-    assert f"on the same {left} images" in registry.read_version(NAME, version).tags["reasons"]
+    assert f"on the same {left} images" in versions.read_version(NAME, version).tags["reasons"]
 
 
 def retrain_folder(tracking: Path) -> Path:
@@ -247,7 +248,7 @@ def test_leave_one_out_tests_on_what_it_never_saw_and_registers_nothing(tracking
     for source, (seen, own) in found.items():
         assert set(seen.sources) == {"one", "two"} - {source}
         assert own.confusion.total == 80
-    assert registry.list_versions(NAME) == []
+    assert versions.list_versions(NAME) == []
 
 
 def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_zips):
@@ -265,7 +266,7 @@ def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_z
     with pytest.raises(DatasetError, match="no fake image"):
         retrain(parameters(tracking, Source(name=str(one_class))), TINY, promotion=NO_FLOORS)
     assert not (tracking / "data" / "splits").exists()
-    assert registry.list_versions(NAME) == []
+    assert versions.list_versions(NAME) == []
 
 
 @pytest.fixture

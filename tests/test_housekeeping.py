@@ -12,20 +12,25 @@ import pandas as pd
 import pytest
 from prefect.client.orchestration import get_client
 
-from deepfake_core import housekeeping, registry, training
-from deepfake_core.archive import fetch_archive
-from deepfake_core.batches import load_images
+from deepfake_core import housekeeping
 from deepfake_core.cli import _build_parser, main
 from deepfake_core.config import DataParameters, Source, TrainingParameters
-from deepfake_core.duplicates import find_links, mark_duplicates
+from deepfake_core.data.dataset import Dataset, open_dataset
+from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.images import load_images
+from deepfake_core.data.index import build_index
+from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.publishing import publish_dataset
+from deepfake_core.data.split_memory import read_memory
+from deepfake_core.data.splits import assign_splits
 from deepfake_core.errors import ConfigurationError, LockedError, ModelError, ServiceError
-from deepfake_core.files import hash_file
 from deepfake_core.housekeeping import clean
-from deepfake_core.index import build_index
-from deepfake_core.manifest import Dataset, assign_splits, open_dataset, publish_dataset, read_memory
+from deepfake_core.registry import connection, detectors, model_files, production, runs, versions
+from deepfake_core.storage.files import hash_file
+from deepfake_core.training import export, fit
 from flows.clean import clean as clean_flow
 from tests.conftest import draw_portrait, faces, hold_data, jpeg, write_zip
-from tests.test_training import RECIPE, candidate  # noqa: F401 - a fixture
+from tests.training.test_fit import RECIPE, candidate  # noqa: F401 - a fixture
 
 NAME = "deepfake-detector"
 SOURCE = "owner/faces"
@@ -48,7 +53,7 @@ def prepare(data_dir: Path, version: int) -> Dataset:
 
 
 def find_state(dataset: Dataset) -> Path:
-    return training.find_folder(dataset, "cnn", RECIPE, TrainingParameters())
+    return fit.find_folder(dataset, "cnn", RECIPE, TrainingParameters())
 
 
 def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
@@ -57,14 +62,14 @@ def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
     load_images(dataset, "val", 32)
     find_state(dataset).mkdir(parents=True)
     (find_state(dataset) / "history.csv").write_text("epoch\n")
-    with registry.open_run(f"retrain {number}", tags={"dataset_version": dataset.version}) as parent:
+    with runs.open_run(f"retrain {number}", tags={"dataset_version": dataset.version}) as parent:
         for name in ("cnn", "loser"):
-            with registry.open_run(name, parent) as run_id:
-                registry.log_file(run_id, detector / training.CHECKPOINT, registry.CHECKPOINT_FOLDER)
-                registry.log_metrics(run_id, {"test/auc": 0.9})
+            with runs.open_run(name, parent) as run_id:
+                runs.log_file(run_id, detector / export.CHECKPOINT, runs.CHECKPOINT_FOLDER)
+                runs.log_metrics(run_id, {"test/auc": 0.9})
             if name == "cnn":
                 tags = {"decision": "promoted", "dataset_version": dataset.version}
-                registry.register_detector(run_id, detector, NAME, jpeg(1), tags)
+                detectors.register_detector(run_id, detector, NAME, jpeg(1), tags)
     return dataset
 
 
@@ -76,8 +81,8 @@ def years_once(candidate, tmp_path_factory):  # noqa: F811
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         versions = [retrain(folder / "data", number, candidate.folder).version for number in range(1, 6)]
-        registry.move_production(NAME, "1", None, "first")
-        registry.move_production(NAME, "2", "1", "better")
+        production.move_production(NAME, "1", None, "first")
+        production.move_production(NAME, "2", "1", "better")
     shutil.copytree(folder, folder.with_name("before"))
     return folder, versions
 
@@ -92,7 +97,7 @@ def years(years_once, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setenv("COLUMNS", "200")
-    registry.connect()
+    connection.connect()
     return folder / "data", versions
 
 
@@ -106,11 +111,11 @@ def list_datasets(data_dir: Path) -> set[str]:
 
 
 def pull(version: str, folder: Path) -> set[str]:
-    return {file.name for file in registry.pull_detector(f"models:/{NAME}/{version}", folder).iterdir()}
+    return {file.name for file in detectors.pull_detector(f"models:/{NAME}/{version}", folder).iterdir()}
 
 
 def find_run(version: str) -> mlflow.entities.Run:
-    return mlflow.MlflowClient().get_run(registry.read_version(NAME, version).run_id)
+    return mlflow.MlflowClient().get_run(versions.read_version(NAME, version).run_id)
 
 
 def test_what_production_and_a_rollback_need_stays_whatever_is_kept(years, tmp_path, capsys):
@@ -147,15 +152,15 @@ def test_of_a_version_whose_files_went_the_history_stays_and_all_else_says_so(ye
     client = mlflow.MlflowClient()
     run = find_run("3")
     assert run.data.metrics == {"test/auc": 0.9}
-    assert registry.read_version(NAME, "3").tags["decision"] == "promoted"
+    assert versions.read_version(NAME, "3").tags["decision"] == "promoted"
     assert time.strptime(run.data.tags["files_removed"], "%Y-%m-%d %H:%M:%S %z")
     assert client.list_artifacts(run.info.run_id, "checkpoint") == []
     message = "Received: version 3 of deepfake-detector, whose files were removed 2"
     with pytest.raises(ModelError, match=message):
         pull("3", tmp_path / "pulled")
     with pytest.raises(ModelError, match=message):
-        registry.promote_by_hand(NAME, "3", "why not")
-    assert registry.find_production(NAME) == "2"
+        production.promote_by_hand(NAME, "3", "why not")
+    assert production.find_production(NAME) == "2"
     (tmp_path / "faces" / "real").mkdir(parents=True)
     (tmp_path / "faces" / "fake").mkdir()
     for label in ("real", "fake"):
@@ -216,7 +221,7 @@ def test_a_dry_run_removes_nothing_and_says_what_the_real_one_frees(years, monke
 
 def test_what_a_killed_call_left_half_done_goes_with_the_next(years, tmp_path):
     data_dir, (_, _, third, fourth, _) = years
-    registry.tag_version(NAME, "3", {registry.FILES_REMOVED: "2030-01-01 00:00:00 +0000"})
+    versions.tag_version(NAME, "3", {versions.FILES_REMOVED: "2030-01-01 00:00:00 +0000"})
     (data_dir / "splits" / third).rename(data_dir / "splits" / f".{third}.partial")
     shutil.rmtree(data_dir / "splits" / f".{third}.partial" / "train")
     (data_dir / "archives" / SOURCE / "4.zip").unlink()
@@ -253,7 +258,7 @@ def test_what_a_run_is_at_stays_until_it_must_have_been_killed(years):
     clean(data_dir, keep=1)
     assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 2, 4)}
     assert client.list_artifacts(find_run("3").info.run_id, "checkpoint")
-    assert "files_removed" not in registry.read_version(NAME, "3").tags
+    assert "files_removed" not in versions.read_version(NAME, "3").tags
 
     experiment = find_run("3").info.experiment_id
     client.update_run(parent, "FAILED")
@@ -268,11 +273,11 @@ def test_a_version_that_another_name_or_alias_needs_keeps_its_files(years, tmp_p
     client = mlflow.MlflowClient()
     client.copy_model_version(f"models:/{NAME}/3", "other")
     client.set_registered_model_alias("other", "champion", "1")
-    planned = registry.find_unneeded_files(NAME, keep=1)
+    planned = model_files.find_unneeded_files(NAME, keep=1)
     (fourth,) = [files for files in planned if files.versions]
     assert fourth.versions == ("4",)
     client.set_registered_model_alias(NAME, "canary", "4")  # between planning and removing
-    assert not registry.remove_model_files(NAME, fourth)
+    assert not model_files.remove_model_files(NAME, fourth)
     clean(data_dir, keep=1)
     assert pull("3", tmp_path / "3") == pull("4", tmp_path / "4")
     assert list_datasets(data_dir) == set(versions)
@@ -326,7 +331,7 @@ def test_model_files_out_of_reach_are_said(years):
         pytest.raises(
             ServiceError, match=r"mlflow-artifacts:/1.*Set MLFLOW_TRACKING_URI as on the machine that trains"
         ),
-        registry._open_artifacts(stored_by_a_server),
+        model_files._open_artifacts(stored_by_a_server),
     ):
         pass
 

@@ -14,10 +14,10 @@ import mlflow
 import pytest
 import requests
 
-from deepfake_core import registry
 from deepfake_core.detector import Detector
+from deepfake_core.registry import detectors, model_files, production, runs
 from tests.conftest import draw_portrait, free_port, jpeg, wait_until
-from tests.test_training import candidate  # noqa: F401 - a fixture
+from tests.training.test_fit import candidate  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -61,9 +61,9 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
 
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         wait_until(lambda: "startup complete" in (tmp_path / "server.log").read_text(), 60)
-        with registry.open_run("cnn") as run_id:
-            registry.log_metrics(run_id, {"test/auc": 0.9})
-        version = registry.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
+        with runs.open_run("cnn") as run_id:
+            runs.log_metrics(run_id, {"test/auc": 0.9})
+        version = detectors.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
 
         def deepfake(*arguments: str) -> str:
             return subprocess.run(
@@ -90,13 +90,13 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
             assert f"Install deepfake-retraining[{extra}]" in lacking.stderr
 
         for _ in range(2):
-            with registry.open_run("cnn") as run_id:
-                registry.log_file(run_id, candidate.folder / "checkpoint.keras", registry.CHECKPOINT_FOLDER)
-            registry.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
-        (unneeded,) = registry.find_unneeded_files("deepfake-detector", keep=1)
+            with runs.open_run("cnn") as run_id:
+                runs.log_file(run_id, candidate.folder / "checkpoint.keras", runs.CHECKPOINT_FOLDER)
+            detectors.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
+        (unneeded,) = model_files.find_unneeded_files("deepfake-detector", keep=1)
         assert unneeded.versions == ("2",)  # 1 is in production
         stored = measure(tmp_path)
-        assert registry.remove_model_files("deepfake-detector", unneeded)
+        assert model_files.remove_model_files("deepfake-detector", unneeded)
         assert stored - measure(tmp_path) == unneeded.bytes > 0
         model = ("--model", "models:/deepfake-detector/2")
         removed = subprocess.run([python.parent / "deepfake", "pull", "second", *model], capture_output=True, text=True)
@@ -132,10 +132,10 @@ def test_the_registered_model_stands_alone_and_is_served(candidate, tmp_path, mo
     """With mlflow and the model's own requirements, and the project absent: load it, and POST to it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    with registry.open_run("cnn") as run_id:
+    with runs.open_run("cnn") as run_id:
         pass
-    version = registry.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
-    registry.move_production("deepfake-detector", version, None, "test")
+    version = detectors.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
+    production.move_production("deepfake-detector", version, None, "test")
     images = [jpeg(1), b"no image", jpeg(2)]
     for number, data in enumerate(images):
         Path(f"{number}.jpg").write_bytes(data)

@@ -28,7 +28,7 @@ from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Running
 
-from deepfake_core import registry
+from deepfake_core.registry import fingerprint, versions
 from deployments import alerts
 from deployments.stack import control, make_environment
 from tasks.announcement import announce
@@ -39,7 +39,7 @@ from tests.kaggle_server import HIDDEN, KaggleServer
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-NAME = registry.DEFAULT_MODEL
+NAME = versions.DEFAULT_MODEL
 TOKEN = "KGAT_5e1f0c3a9b7d"
 PICTURES = os.environ.get("PICTURES")
 """Folder for the README's pictures; `make pictures` sets it."""
@@ -176,7 +176,7 @@ def test_a_run_that_waits_is_late_and_one_that_fails_says_why(stack):
     assert failed.state.is_failed()
     assert "train/gpu" in failed.state.message
     assert "ended as Cancelled" in failed.state.message
-    assert registry.list_versions(NAME) == []
+    assert versions.list_versions(NAME) == []
     words = (f"retrain run {failed.name}: Failed", "ended as Cancelled", "run again", f"/runs/flow-run/{failed.id}")
     wait_until(lambda: stack.was_told(*words), 60)
 
@@ -262,7 +262,7 @@ def test_a_person_retrains_in_the_browser(stack, chromium):
         take_picture(page, "mlflow-version")
         browser.close()
     wait_until(lambda: stack.was_told(f"{NAME} version 1", "is now in production"), 60)
-    assert mlflow.MlflowClient().get_run(registry.read_version(NAME, "1").run_id).data.params["training.epochs"] == "2"
+    assert mlflow.MlflowClient().get_run(versions.read_version(NAME, "1").run_id).data.params["training.epochs"] == "2"
 
 
 def take_picture(page: Any, name: str) -> None:
@@ -273,7 +273,7 @@ def take_picture(page: Any, name: str) -> None:
 
 def test_the_command_line_retrains_on_two_workers(stack):
     """What the browser trained is not trained again, unless the checkout has uncommitted changes."""
-    before = registry.list_versions(NAME)
+    before = versions.list_versions(NAME)
     parameters = json.dumps(
         {"training": {"candidates": ["cnn"], "image_size": 32, "epochs": 2, "augmentation": {"zoom": 0.2}}}
     )
@@ -287,13 +287,13 @@ def test_the_command_line_retrains_on_two_workers(stack):
     assert done.returncode == 0, done.stdout + done.stderr
     run = find_runs("retrain/manual")[0]
     assert run.state.is_completed(), run.state
-    if before and not registry.read_git_commit().endswith("-dirty"):
+    if before and not fingerprint.read_git_commit().endswith("-dirty"):
         assert run.state.message.startswith("Nothing changed since version 1 (promoted)")
-        assert len(registry.list_versions(NAME)) == len(before)
+        assert len(versions.list_versions(NAME)) == len(before)
     trained = find_runs("train/gpu")[0]
     assert trained.work_pool_name == "gpu"
     assert trained.state.is_completed()
-    newest = registry.list_versions(NAME)[0]
+    newest = versions.list_versions(NAME)[0]
     assert newest.tags["flow_run_id"] == str(trained.id)
     logged = mlflow.MlflowClient().get_run(newest.run_id).data.params
     assert logged["training.augmentation.zoom"] == "0.2"  # what was set reached the other worker, and nothing else did

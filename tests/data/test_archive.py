@@ -7,9 +7,10 @@ import zipfile
 
 import pytest
 
-from deepfake_core import archive
-from deepfake_core.archive import fetch_archive, verify_zip
 from deepfake_core.config import KAGGLE_SOURCES, Source
+from deepfake_core.data import archive
+from deepfake_core.data.archive import verify_zip
+from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.errors import (
     ArchiveError,
     CredentialsError,

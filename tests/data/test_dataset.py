@@ -10,20 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepfake_core.archive import fetch_archive
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.duplicates import LINK_COLUMNS, find_links, mark_duplicates
+from deepfake_core.data.dataset import open_dataset
+from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, mark_duplicates
+from deepfake_core.data.index import build_index
+from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.publishing import _hash_content, publish_dataset
+from deepfake_core.data.split_memory import _remember, read_memory
+from deepfake_core.data.splits import assign_splits
 from deepfake_core.errors import ArchiveError, DatasetError, LockedError
-from deepfake_core.index import build_index
-from deepfake_core.manifest import (
-    _hash_content,
-    _remember,
-    assign_splits,
-    lock_folder,
-    open_dataset,
-    publish_dataset,
-    read_memory,
-)
+from deepfake_core.storage.locks import lock_folder
 from tests.conftest import draw_image, encode, faces, hold_data, jpeg, recode, write_zip
 
 COLUMNS = [  # the first eleven are named in the issue that founded the project; users' notebooks read them

@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from deepfake_core.archive import fetch_archive
 from deepfake_core.config import Source
-from deepfake_core.duplicates import LINK_COLUMNS, find_links, mark_duplicates
-from deepfake_core.index import build_index
+from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, mark_duplicates
+from deepfake_core.data.index import build_index
+from deepfake_core.data.kaggle import fetch_archive
 from tests.conftest import SHARED, draw_image, encode, faces, jpeg, needs_shared, recode, write_zip
 
 
@@ -79,7 +79,7 @@ def test_unusable_rows_keep_their_reason_and_group_with_nothing():
 
 
 def test_a_chain_does_not_swallow_a_class(monkeypatch, caplog):
-    monkeypatch.setattr("deepfake_core.duplicates.MOST_IN_GROUP", 5)
+    monkeypatch.setattr("deepfake_core.duplicates.MAX_GROUP_IMAGES", 5)
     names = [f"{i:03}" for i in range(100)]
     images = rows_of(*(("a", "1", name, "fake", "") for name in names))
     chain = links_of(*((one, other, False) for one, other in itertools.pairwise(names)))

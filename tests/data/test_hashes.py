@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from deepfake_core import hashes
-from deepfake_core.hashes import VIEWS, View, find_neighbours, hash_thumbnails, shrink_images
+from deepfake_core.data import neighbours
+from deepfake_core.data.hashes import VIEWS, View, hash_thumbnails, shrink_images
+from deepfake_core.data.neighbours import find_neighbours
 from tests.conftest import draw_image, encode
 
 RADIUS = 60
@@ -114,7 +115,7 @@ def test_all_that_are_compared_are_found_and_no_others():
 
 def test_among_many_nearly_all_are_found_and_no_others(monkeypatch):
     simulated, planted = simulate(20_000, (0, 20, 40, 50, RADIUS, RADIUS + 1), pairs=400)
-    monkeypatch.setattr(hashes, "EXACT_COMPARISONS", 0)
+    monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", 0)
     near = find_neighbours(simulated[None], RADIUS)
     found = dict(zip(zip(near.images, near.viewed, strict=True), near.distances, strict=True))
     assert set(found) <= set().union(*(planted[distance] for distance in (0, 20, 40, 50, RADIUS)))
@@ -129,7 +130,7 @@ def test_among_many_nearly_all_are_found_and_no_others(monkeypatch):
 
 @pytest.mark.parametrize("exact_comparisons", [10**10, 0])
 def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_comparisons):
-    monkeypatch.setattr(hashes, "EXACT_COMPARISONS", exact_comparisons)
+    monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", exact_comparisons)
     random = np.random.default_rng(0)
     views = random.integers(0, 256, (3, 500, 32), dtype=np.uint8)
     views[1, 7] = views[0, 3]  # image 7 seen through view 1 is image 3
@@ -141,12 +142,12 @@ def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_com
 
 @pytest.mark.parametrize("exact_comparisons", [10**10, 0])
 def test_thousands_of_nearly_equal_hashes_stay_linked_in_bounded_space(monkeypatch, exact_comparisons):
-    monkeypatch.setattr(hashes, "EXACT_COMPARISONS", exact_comparisons)
-    monkeypatch.setattr(hashes, "TABLES", 40)
+    monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", exact_comparisons)
+    monkeypatch.setattr(neighbours, "TABLES", 40)
     frames = np.zeros((3000, 32), np.uint8)
     frames[:, :2] = np.arange(3000, dtype=np.uint16)[:, None].view(np.uint8)
     near = find_neighbours(frames[None], RADIUS)
-    assert len(near.images) <= 3000 * hashes.MOST_NEIGHBOURS * (1 if exact_comparisons else 40)
+    assert len(near.images) <= 3000 * neighbours.MAX_NEIGHBOURS * (1 if exact_comparisons else 40)
     linked = {0}
     for one, other in sorted(zip(near.images.tolist(), near.viewed.tolist(), strict=True), key=lambda pair: pair[1]):
         if one in linked:

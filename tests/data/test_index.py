@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepfake_core import detector
-from deepfake_core.archive import fetch_archive
 from deepfake_core.config import Source
+from deepfake_core.data.hashes import shrink_images
+from deepfake_core.data.index import _decode, build_index
+from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.errors import DatasetError
-from deepfake_core.hashes import shrink_images
-from deepfake_core.index import _decode, build_index
 from tests.conftest import draw_image, encode, faces, jpeg, recode, write_zip
 
 

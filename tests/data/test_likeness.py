@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepfake_core.duplicates import LEAST_LIKENESS, MOST_DIFFERENCE
-from deepfake_core.hashes import shrink_images
-from deepfake_core.likeness import measure_difference, measure_likeness, measure_pairs
+from deepfake_core.data.duplicates import MIN_LIKENESS, MAX_COPY_DIFFERENCE
+from deepfake_core.data.hashes import shrink_images
+from deepfake_core.data.likeness import measure_difference, measure_likeness, measure_pairs
 from tests.conftest import draw_image
-from tests.test_hashes import CHANGES
+from tests.data.test_hashes import CHANGES
 
 
 def look(image: Image.Image) -> np.ndarray:
@@ -19,7 +19,7 @@ def test_copies_are_the_same_picture(change):
         image = draw_image(seed, 256, 24)
         one, other = look(image), look(CHANGES[change](image))
         assert measure_likeness(one, other) > 0.9
-        assert measure_difference(one, other) <= MOST_DIFFERENCE
+        assert measure_difference(one, other) <= MAX_COPY_DIFFERENCE
 
 
 @pytest.mark.parametrize("box", [(8, 8, 248, 248), (12, 0, 256, 250), (0, 14, 246, 256)])
@@ -27,8 +27,8 @@ def test_crops_are_alike_but_not_the_same_picture(box):
     for seed in range(5):
         image = draw_image(seed, 256, 24)
         one, other = look(image), look(image.crop(box))
-        assert measure_likeness(one, other) > LEAST_LIKENESS
-        assert measure_difference(one, other) > MOST_DIFFERENCE
+        assert measure_likeness(one, other) > MIN_LIKENESS
+        assert measure_difference(one, other) > MAX_COPY_DIFFERENCE
 
 
 def test_an_edit_is_alike_but_not_the_same_picture():
@@ -37,8 +37,8 @@ def test_an_edit_is_alike_but_not_the_same_picture():
         edited = image.copy()
         edited.paste(draw_image(seed + 100, 64), (96, 160))
         one, other = look(image), look(edited)
-        assert measure_likeness(one, other) > LEAST_LIKENESS
-        assert measure_difference(one, other) > MOST_DIFFERENCE
+        assert measure_likeness(one, other) > MIN_LIKENESS
+        assert measure_difference(one, other) > MAX_COPY_DIFFERENCE
 
 
 def test_other_pictures_are_not_alike():
@@ -56,7 +56,7 @@ def test_pairs_are_measured_one_by_one_whatever_stands_beside_them():
     likeness, difference = measure_pairs(thumbnails, first, second, mirrored)
     assert (likeness[mirrored] == 1).all()
     assert (difference[mirrored] == 0).all()
-    assert (likeness[~mirrored] < LEAST_LIKENESS).all()
+    assert (likeness[~mirrored] < MIN_LIKENESS).all()
     alone = measure_pairs(thumbnails, first[5:6], second[5:6], mirrored[5:6])
     assert alone[:, 0].tolist() == [likeness[5], difference[5]]
 

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from deepfake_core import sample
-from deepfake_core.archive import fetch_archive
 from deepfake_core.config import KAGGLE_SOURCES
+from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.index import build_index
+from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.demo import archives, faces, forgeries
+from deepfake_core.demo.archives import draw_archives
 from deepfake_core.detector import UnreadableImageError, decode_image
-from deepfake_core.duplicates import find_links, mark_duplicates
-from deepfake_core.index import build_index
-from deepfake_core.sample import draw_archives
 
 PER_CLASS = 6
 CIPLAB, REUPLOAD, FACES_140K = (f"{source.short_name}.zip" for source in KAGGLE_SOURCES)
@@ -175,7 +175,7 @@ def test_same_arguments_draw_the_same_bytes(folder, tmp_path):
 def test_another_seed_draws_other_faces(zips, tmp_path):
     draw_archives(tmp_path, PER_CLASS, seed=1)
     for name in (REUPLOAD, FACES_140K):
-        drawn = {data for data in read_zip(tmp_path / name).values() if data != sample.SAVED_PAGE}
+        drawn = {data for data in read_zip(tmp_path / name).values() if data != archives.SAVED_PAGE}
         assert len(drawn) >= 2 * PER_CLASS
         assert not drawn & set(zips[name].values())
 
@@ -212,7 +212,7 @@ def test_other_arguments_draw_again(other, tmp_path):
 def test_a_draw_that_is_interrupted_is_not_taken_for_whole(tmp_path, monkeypatch):
     draw_archives(tmp_path, 1)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    pack = sample._pack
+    pack = archives._pack
 
     def interrupt_the_second(members):
         if any(name.startswith("real_and_fake_face/") for name in members):
@@ -220,7 +220,7 @@ def test_a_draw_that_is_interrupted_is_not_taken_for_whole(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sample, "_pack", interrupt_the_second)
+        patch.setattr(archives, "_pack", interrupt_the_second)
         draw_archives(tmp_path, 2)
     assert (tmp_path / CIPLAB).read_bytes() != whole[CIPLAB]
     draw_archives(tmp_path, 1)
@@ -243,24 +243,24 @@ def test_generated_fakes_carry_a_grid_and_reals_none(zips):
 def draw_pairs(draw: Callable[..., Image.Image]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield eight persons without noise, and what `draw` makes of the same persons in the same poses."""
     for number in range(8):
-        pose = sample.Pose.draw(np.random.default_rng(number))
-        both = (each(np.random.default_rng(number), pose, 64) for each in (sample.draw_face, draw))
+        pose = faces.Pose.draw(np.random.default_rng(number))
+        both = (each(np.random.default_rng(number), pose, 64) for each in (faces.draw_face, draw))
         plain, drawn = (np.asarray(image, dtype=np.float64) for image in both)
         yield plain, drawn
 
 
 def test_generated_fakes_are_colder_than_photographs():
-    for plain, drawn in draw_pairs(sample.generate_face):
+    for plain, drawn in draw_pairs(forgeries.generate_face):
         assert measure_coldness(drawn) > measure_coldness(plain) * 1.1
-    for plain, drawn in draw_pairs(sample.take_photograph):
+    for plain, drawn in draw_pairs(forgeries.take_photograph):
         assert measure_coldness(drawn) == pytest.approx(measure_coldness(plain), rel=0.02)
 
 
 def test_generated_fakes_keep_the_face_and_lack_noise(monkeypatch):
-    monkeypatch.setattr(sample, "UNEVENNESS", (0, 0))
-    monkeypatch.setattr(sample, "GENERATOR_TONE", (0, 0))
-    fakes = [np.std(drawn - plain) for plain, drawn in draw_pairs(sample.generate_face)]
-    photographs = [np.std(drawn - plain) for plain, drawn in draw_pairs(sample.take_photograph)]
+    monkeypatch.setattr(forgeries, "UNEVENNESS", (0, 0))
+    monkeypatch.setattr(forgeries, "GENERATOR_TONE", (0, 0))
+    fakes = [np.std(drawn - plain) for plain, drawn in draw_pairs(forgeries.generate_face)]
+    photographs = [np.std(drawn - plain) for plain, drawn in draw_pairs(forgeries.take_photograph)]
     assert max(fakes) < 2.1
     assert np.mean(photographs) > 1.5 * np.mean(fakes)
 
@@ -268,13 +268,13 @@ def test_generated_fakes_keep_the_face_and_lack_noise(monkeypatch):
 @pytest.mark.parametrize("part", range(4))
 def test_spliced_fakes_differ_in_the_parts_that_the_bits_name(part):
     bits = "".join("1" if position == part else "0" for position in range(4))
-    whole = sample.splice_face(np.random.default_rng(3), "easy", "0000")
-    spliced = sample.splice_face(np.random.default_rng(3), "easy", bits)
+    whole = forgeries.splice_face(np.random.default_rng(3), "easy", "0000")
+    spliced = forgeries.splice_face(np.random.default_rng(3), "easy", bits)
     before, after = np.asarray(whole, dtype=np.float64), np.asarray(spliced, dtype=np.float64)
     changed = np.abs(before - after).max(axis=2) > 0
     rows, columns = np.nonzero(changed)
-    centre, extents = (np.array(pair) for pair in sample.PARTS[part])
-    pose = sample.Pose.draw(np.random.default_rng(3))
+    centre, extents = (np.array(pair) for pair in forgeries.PARTS[part])
+    pose = faces.Pose.draw(np.random.default_rng(3))
     middle, reach = pose.place(centre[None], 256)[0], extents * pose.scale * 128 + 2
     assert (np.abs(np.stack([columns, rows], axis=1) - middle) <= reach).all()
     assert changed.sum() > 0.5 * 4 * reach.prod()
@@ -283,11 +283,11 @@ def test_spliced_fakes_differ_in_the_parts_that_the_bits_name(part):
 
 def test_upsampling_leaves_a_grid_only_if_the_kernel_is_uneven():
     flat = np.full((8, 8, 3), 100.0)
-    assert np.allclose(sample.upsample(flat, EVEN), 100) and sample.upsample(flat, EVEN).shape == (16, 16, 3)
-    uneven = sample.upsample(flat, EVEN + np.array((-0.05, 0.1, -0.05)))
+    assert np.allclose(forgeries.upsample(flat, EVEN), 100) and forgeries.upsample(flat, EVEN).shape == (16, 16, 3)
+    uneven = forgeries.upsample(flat, EVEN + np.array((-0.05, 0.1, -0.05)))
     assert np.allclose(uneven[::2, ::2], 121) and np.allclose(uneven[1::2, 1::2], 81)
 
 
 def test_faces_are_placed_where_the_pose_says():
-    pose = sample.Pose(angle=0.0, scale=1.0, x=0.5, y=0.0, turn=0.0)
+    pose = faces.Pose(angle=0.0, scale=1.0, x=0.5, y=0.0, turn=0.0)
     assert np.allclose(pose.place(np.array([[0.0, 0.0], [0.5, -1.0]]), 200), [[150, 100], [200, 0]])

@@ -3,16 +3,9 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from deepfake_core.metrics import (
-    FALSE_ALARMS,
-    FIGURES,
-    Confusion,
-    compute_figures,
-    cross_sources,
-    draw_resamples,
-    evaluate_scores,
-    find_parts,
-)
+from deepfake_core.evaluation.bootstrap import FALSE_ALARM_RATES, METRIC_TITLES, compute_metrics, draw_resamples
+from deepfake_core.evaluation.metrics import Confusion, cross_sources, evaluate_scores
+from deepfake_core.evaluation.parts import find_parts
 
 LABELS = np.array([1, 1, 1, 0, 0, 0, 0])
 SCORES = np.array([0.9, 0.6, 0.2, 0.7, 0.5, 0.1, 0.0])
@@ -55,7 +48,7 @@ def test_every_figure_of_every_resample_is_scikit_learns(seed):
     labels, scores = draw_scores(80, seed)
     scores = np.round(scores, 1 + seed % 2)  # with ties
     weights = draw_resamples(np.arange(80) // 2, count=20, seed=seed)
-    ours = compute_figures(labels, scores, 0.5, weights)
+    ours = compute_metrics(labels, scores, 0.5, weights)
     for position, weight in enumerate(weights):
         said = scores >= 0.5
         expected = {
@@ -70,7 +63,7 @@ def test_every_figure_of_every_resample_is_scikit_learns(seed):
         false_alarms, recall, _ = sklearn_metrics.roc_curve(
             labels, scores, sample_weight=weight, drop_intermediate=False
         )
-        expected |= {name: recall[false_alarms <= rate + 1e-9].max() for name, rate in FALSE_ALARMS.items()}
+        expected |= {name: recall[false_alarms <= rate + 1e-9].max() for name, rate in FALSE_ALARM_RATES.items()}
         for name, value in expected.items():
             assert ours[name][position] == pytest.approx(value), name
 
@@ -78,7 +71,7 @@ def test_every_figure_of_every_resample_is_scikit_learns(seed):
 def test_calibration_error_is_the_distance_between_score_and_share():
     labels = np.array([0, 0, 0, 1, 1, 1, 1, 1])
     scores = np.array([0.3, 0.3, 0.3, 0.3, 0.9, 0.9, 0.9, 0.9])
-    figures = evaluate_scores(labels, scores, 0.5).figures
+    figures = evaluate_scores(labels, scores, 0.5).metrics
     assert figures["ece"].value == pytest.approx((4 * abs(0.3 - 0.25) + 4 * abs(0.9 - 1)) / 8)
 
 
@@ -95,12 +88,12 @@ def test_resamples_keep_groups_together_and_draw_as_many_groups_as_there_are():
 @pytest.mark.slow
 def test_95_of_100_intervals_hold_the_truth():
     labels, scores = draw_scores(400_000)
-    truth = compute_figures(labels, scores, 0.5, np.ones((1, len(labels)), np.uint8))
+    truth = compute_metrics(labels, scores, 0.5, np.ones((1, len(labels)), np.uint8))
     names = ("auc", "recall", "accuracy", "brier")
     held = dict.fromkeys(names, 0)
     for seed in range(200):
         sample = draw_scores(300, seed + 1)
-        figures = evaluate_scores(*sample, 0.5).figures
+        figures = evaluate_scores(*sample, 0.5).metrics
         for name in names:
             held[name] += figures[name].low <= truth[name][0] <= figures[name].high
     assert all(180 <= count <= 200 for count in held.values()), held
@@ -108,9 +101,9 @@ def test_95_of_100_intervals_hold_the_truth():
 
 def test_near_copies_widen_the_interval():
     labels, scores = draw_scores(60)
-    once = evaluate_scores(labels, scores, 0.5).figures["auc"]
+    once = evaluate_scores(labels, scores, 0.5).metrics["auc"]
     tenfold = rows(["a"] * 600, groups=list(np.tile(np.arange(60), 10)))
-    copied = evaluate_scores(np.tile(labels, 10), np.tile(scores, 10), 0.5, tenfold).figures["auc"]
+    copied = evaluate_scores(np.tile(labels, 10), np.tile(scores, 10), 0.5, tenfold).metrics["auc"]
     assert copied.high - copied.low == pytest.approx(once.high - once.low, rel=0.15)
 
 
@@ -155,7 +148,7 @@ def test_file_names_tell_origin_and_edit():
 def test_the_table_has_a_row_for_each_part_and_a_column_for_each_figure():
     table = pd.DataFrame(evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "a", "b", "a", "a", "c", "c"])).list_rows())
     assert table["name"].tolist() == ["all", "a", "b", "c"]
-    assert {name for figure in FIGURES for name in (figure, f"{figure}_low", f"{figure}_high")} <= set(table.columns)
+    assert {name for figure in METRIC_TITLES for name in (figure, f"{figure}_low", f"{figure}_high")} <= set(table.columns)
     assert pd.isna(table.loc[3, "auc"])
 
 

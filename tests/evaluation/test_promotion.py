@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from deepfake_core.config import PromotionParameters
-from deepfake_core.metrics import Confusion, Estimate, Evaluation
-from deepfake_core.promotion import Comparison, Cost, Scored, compare_scores, decide_promotion
+from deepfake_core.evaluation.metrics import Confusion, Estimate, Evaluation
+from deepfake_core.evaluation.promotion import Comparison, Cost, Scored, compare_scores, decide_promotion
 
 FLOORS = PromotionParameters(min_precision=0.8, min_recall=0.7)
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)

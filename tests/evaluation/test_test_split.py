@@ -10,22 +10,24 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from deepfake_core import plots, robustness
-from deepfake_core.batches import Images
 from deepfake_core.config import PromotionParameters
+from deepfake_core.data.images import Images, load_same, load_seen
+from deepfake_core.data.shortcuts import score_file_facts
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, ModelError
-from deepfake_core.evaluation import evaluate_on_test, load_same, load_seen, measure_robustness
-from deepfake_core.explanation import ExplainedNetwork
-from deepfake_core.manifest import find_trained_on
-from deepfake_core.model_report import ModelFacts, list_warnings, render_report, write_model_card
+from deepfake_core.evaluation import robustness
+from deepfake_core.evaluation.promotion import Scored, compare_scores, decide_promotion, measure_cost
+from deepfake_core.evaluation.robustness import measure_robustness
+from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.models import CANDIDATES
-from deepfake_core.promotion import Scored, compare_scores, decide_promotion, measure_cost
-from deepfake_core.shortcuts import score_file_facts
-from deepfake_core.training import check_parity, load_network
+from deepfake_core.registry.challenge import find_trained_on
+from deepfake_core.reports import plots
+from deepfake_core.reports.model_report import ModelFacts, list_warnings, render_report, write_model_card
+from deepfake_core.training.export import check_parity, load_network
+from deepfake_core.training.heat_map import ExplainedNetwork
 from tests.conftest import draw_image, encode, faces, write_zip
-from tests.test_manifest import prepare
-from tests.test_training import SIZE, candidate, stripes  # noqa: F401 - a fixture
+from tests.data.test_dataset import prepare
+from tests.training.test_fit import SIZE, candidate, stripes  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +272,7 @@ def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, cand
     body = page[page.index("<body>") :]
     assert f"version 7: {'promoted' if decision.promoted else 'not promoted'}</h1>" in body
     assert body.index("which was in production") < body.index("On the test split")
-    assert f"{result.evaluation.figures['auc'].value:.3f}" in body
+    assert f"{result.evaluation.metrics['auc'].value:.3f}" in body
     for reason in decision.reasons:
         assert reason.split(",")[0] in body.replace("&#39;", "'")
         assert reason in card
@@ -284,7 +286,7 @@ def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
     reals = {name: data for name, data in faces(40, start=700).items() if name.startswith("real")}
     dataset = prepare(tmp_path, write_zip(tmp_path / "both.zip", faces(40)), write_zip(tmp_path / "real.zip", reals))
     page, card, result, _ = make_report(dataset, candidate.folder)
-    assert "auc" not in result.evaluation.sources["real"].figures
+    assert "auc" not in result.evaluation.sources["real"].metrics
     assert "<td>real</td><td>\N{EN DASH}</td><td>\N{EN DASH}</td>" in page
     assert "one class" in card
 

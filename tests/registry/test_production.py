@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from deepfake_core import registry
-from deepfake_core.calibration import calibrate_detector
 from deepfake_core.cli import main
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
+from deepfake_core.registry import connection, detectors, probe, production, runs, versions
+from deepfake_core.training.calibration import calibrate_detector
 from flows.production import health, promote, roll_back
 from tests.conftest import jpeg
-from tests.test_training import candidate, stripes  # noqa: F401 - a fixture
+from tests.training.test_fit import candidate, stripes  # noqa: F401 - a fixture
 
 NAME = "deepfake-detector"
 PROBE = [jpeg(number) for number in range(4)]
@@ -49,12 +49,12 @@ def versions_once(candidate, tmp_path_factory):  # noqa: F811
             ),
             start=1,
         ):
-            with registry.open_run("cnn") as run_id:
-                registry.log_parameters(run_id, {"threshold": Detector(detector).threshold})
-                registry.log_text(run_id, write_scores(Detector(detector), 60, seed=min(number, 2)), registry.SCORES)
+            with runs.open_run("cnn") as run_id:
+                runs.log_parameters(run_id, {"threshold": Detector(detector).threshold})
+                runs.log_text(run_id, write_scores(Detector(detector), 60, seed=min(number, 2)), runs.SCORES)
                 scores = [row.fake_probability for row in Detector(detector).predict(PROBE)]
-                registry.log_probe(run_id, PROBE, scores)
-            registry.register_detector(run_id, detector, NAME, jpeg(1), tags)
+                probe.log_probe(run_id, PROBE, scores)
+            detectors.register_detector(run_id, detector, NAME, jpeg(1), tags)
     return folder
 
 
@@ -64,19 +64,19 @@ def versions(versions_once, monkeypatch, tmp_path):
     shutil.copy(versions_once / "mlflow.db", tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    return registry.connect()
+    return connection.connect()
 
 
 def find_aliases() -> dict[str, str]:
-    return {alias: one.version for one in registry.list_versions(NAME) for alias in one.aliases}
+    return {alias: one.version for one in versions.list_versions(NAME) for alias in one.aliases}
 
 
 def test_both_versions_say_who_replaced_whom_when_and_why(versions):
     assert versions
-    registry.move_production(NAME, "1", None, "first")
-    registry.move_production(NAME, "2", "1", "AUC 0.9, production's 0.8")
+    production.move_production(NAME, "1", None, "first")
+    production.move_production(NAME, "2", "1", "AUC 0.9, production's 0.8")
     assert find_aliases() == {"production": "2", "previous": "1"}
-    first, second = (registry.read_version(NAME, number).tags for number in "12")
+    first, second = (versions.read_version(NAME, number).tags for number in "12")
     assert first["replaced"] == "none"
     assert first["replaced_by"] == "2"
     assert first["replaced_because"] == second["production_because"] == "AUC 0.9, production's 0.8"
@@ -86,19 +86,19 @@ def test_both_versions_say_who_replaced_whom_when_and_why(versions):
 
 
 def test_production_does_not_move_for_who_looked_too_early(versions):
-    registry.move_production(NAME, "1", None, "first")
+    production.move_production(NAME, "1", None, "first")
     with pytest.raises(ProductionMovedError, match=r"Received: version 1, no longer None\. Compare again"):
-        registry.move_production(NAME, "2", None, "looked before")
+        production.move_production(NAME, "2", None, "looked before")
     assert find_aliases() == {"production": "1"}
-    assert "production_since" not in registry.read_version(NAME, "2").tags
+    assert "production_since" not in versions.read_version(NAME, "2").tags
     assert [model.name for model in versions.search_registered_models()] == [NAME]  # the lock is gone
 
 
 def race(version: str, ready, results) -> None:
-    registry.connect()
+    connection.connect()
     ready.wait()
     try:
-        registry.move_production(NAME, version, None, f"race of {version}")
+        production.move_production(NAME, version, None, f"race of {version}")
         results.put(version)
     except ProductionMovedError:
         results.put(None)
@@ -117,47 +117,47 @@ def test_of_processes_that_move_at_once_one_wins(versions):
         racer.join()
     (winner,) = [version for version in outcomes if version]
     assert find_aliases() == {"production": winner}
-    since = [number for number in "123" if "production_since" in registry.read_version(NAME, number).tags]
+    since = [number for number in "123" if "production_since" in versions.read_version(NAME, number).tags]
     assert since == [winner]
 
 
 def test_a_lock_that_was_left_behind_is_removed(versions, monkeypatch, caplog):
     versions.create_registered_model(f"{NAME}-alias-lock")
-    monkeypatch.setattr(registry, "LOCK_SECONDS", 1)
-    registry.move_production(NAME, "1", None, "after a crash")
+    monkeypatch.setattr(production, "MAX_LOCK_SECONDS", 1)
+    production.move_production(NAME, "1", None, "after a crash")
     assert "left behind" in caplog.text
-    assert registry.find_production(NAME) == "1"
+    assert production.find_production(NAME) == "1"
 
 
 def test_rollbacks_go_back_one_by_one_and_never_forward(versions):
     assert versions
     for version, expected in (("1", None), ("2", "1"), ("3", "2")):
-        registry.move_production(NAME, version, expected, "better")
-    assert registry.roll_back(NAME, "misjudges agency photographs") == ("2", "3")
+        production.move_production(NAME, version, expected, "better")
+    assert production.roll_back(NAME, "misjudges agency photographs") == ("2", "3")
     assert find_aliases() == {"production": "2", "previous": "1"}
-    assert registry.roll_back(NAME, "that too") == ("1", "2")
+    assert production.roll_back(NAME, "that too") == ("1", "2")
     assert find_aliases() == {"production": "1"}
     with pytest.raises(ModelError, match="in production, which replaced none"):
-        registry.roll_back(NAME, "and that")
-    tags = registry.read_version(NAME, "3").tags
+        production.roll_back(NAME, "and that")
+    tags = versions.read_version(NAME, "3").tags
     assert tags["replaced_by"] == "2"
     assert tags["replaced_because"] == "rolled back from version 3: misjudges agency photographs"
 
 
 def test_an_unsuitable_version_needs_force_which_is_recorded(versions):
     assert versions
-    registry.promote_by_hand(NAME, "1", "start")
+    production.promote_by_hand(NAME, "1", "start")
     with pytest.raises(ModelError, match=r"version 3 of deepfake-detector: NOT met: AUC 0\.5\. Choose another"):
-        registry.promote_by_hand(NAME, "3", "trust me")
+        production.promote_by_hand(NAME, "3", "trust me")
     with pytest.raises(ModelError, match="drawn images, production on photographs"):
-        registry.promote_by_hand(NAME, "4", "pretty")
+        production.promote_by_hand(NAME, "4", "pretty")
     with pytest.raises(ModelError, match="must not be in production yet"):
-        registry.promote_by_hand(NAME, "1", "again", force=True)
+        production.promote_by_hand(NAME, "1", "again", force=True)
     with pytest.raises(ModelError, match="a number that the registry knows"):
-        registry.promote_by_hand(NAME, "9", "typo")
-    assert registry.find_production(NAME) == "1"
-    assert registry.promote_by_hand(NAME, "3", "trust me", force=True) == "1"
-    because = registry.read_version(NAME, "3").tags["production_because"]
+        production.promote_by_hand(NAME, "9", "typo")
+    assert production.find_production(NAME) == "1"
+    assert production.promote_by_hand(NAME, "3", "trust me", force=True) == "1"
+    because = versions.read_version(NAME, "3").tags["production_because"]
     assert because == "by hand: trust me (forced, though NOT met: AUC 0.5)"
 
 
@@ -167,7 +167,7 @@ def test_the_command_line_asks_first(versions, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda question: print(question) or "n")
     assert main(["promote", "2", "--reason", "better"]) == 1
     assert "Put version 2 into production instead of 1? [y/N]" in capsys.readouterr().out
-    assert registry.find_production(NAME) == "1"
+    assert production.find_production(NAME) == "1"
     monkeypatch.setattr("builtins.input", lambda _: "y")
     assert main(["promote", "2", "--reason", "better"]) == 0
     assert main(["promote", "3", "--reason", "no"]) == 2
@@ -231,9 +231,9 @@ def test_the_same_as_flows(versions):
 def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
     with pytest.raises(ModelError, match="There must be a production model"):
         health()
-    registry.move_production(NAME, "1", None, "first")
+    production.move_production(NAME, "1", None, "first")
     assert "the scores of 4 probe images differ by" in health()
-    run_id = registry.read_version(NAME, "1").run_id
+    run_id = versions.read_version(NAME, "1").run_id
     probe = versions.download_artifacts(run_id, "probe/scores.json")
     scores = json.loads(Path(probe).read_text())
     versions.log_text(run_id, json.dumps([scores[0] + 0.01, *scores[1:]]), "probe/scores.json")
@@ -245,11 +245,11 @@ def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
 
 
 def test_an_older_version_without_a_probe_is_said(versions):
-    with registry.open_run("old") as run_id:
+    with runs.open_run("old") as run_id:
         pass
-    old = registry.ModelVersion(NAME, "1", run_id, (), {}, {}, "")
+    old = versions.ModelVersion(NAME, "1", run_id, (), {}, {}, "")
     assert versions
     with pytest.raises(ModelError, match="needs probe images"):
-        registry.check_probe(old)
-    assert registry.read_manifest(old) is None
-    assert registry.read_text(run_id, registry.SCORES) is None
+        probe.check_probe(old)
+    assert runs.read_manifest(old) is None
+    assert runs.read_text(run_id, runs.SCORES) is None

@@ -9,11 +9,11 @@ import mlflow
 import pandas as pd
 import pytest
 
-from deepfake_core import registry
 from deepfake_core.cli import main
 from deepfake_core.errors import ModelError, ServiceError
+from deepfake_core.registry import connection, detectors, fingerprint, production, runs, versions
 from tests.conftest import draw_image, draw_portrait, encode, free_port, jpeg
-from tests.test_training import SIZE, candidate  # noqa: F401 - a fixture
+from tests.training.test_fit import SIZE, candidate  # noqa: F401 - a fixture
 
 NAME = "deepfake-detector"
 
@@ -24,11 +24,11 @@ def registered_once(candidate, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        with registry.open_run("retrain") as parent:
-            with registry.open_run("cnn", parent) as run_id:
-                registry.log_parameters(run_id, {"training": {"epochs": 3, "augmentation": {"zoom": 0.1}}})
-                registry.log_metrics(run_id, {"test/auc": 0.9, "test/precision": 0.8, "test/recall": 0.7})
-            version = registry.register_detector(run_id, candidate.folder, NAME, jpeg(1), {"flow_run_id": "f1"})
+        with runs.open_run("retrain") as parent:
+            with runs.open_run("cnn", parent) as run_id:
+                runs.log_parameters(run_id, {"training": {"epochs": 3, "augmentation": {"zoom": 0.1}}})
+                runs.log_metrics(run_id, {"test/auc": 0.9, "test/precision": 0.8, "test/recall": 0.7})
+            version = detectors.register_detector(run_id, candidate.folder, NAME, jpeg(1), {"flow_run_id": "f1"})
     return folder, (parent, run_id, version)
 
 
@@ -38,7 +38,7 @@ def registered(registered_once, monkeypatch):
     folder, ids = registered_once
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    registry.connect()
+    connection.connect()
     return ids
 
 
@@ -46,7 +46,7 @@ def test_runs_are_nested_and_carry_the_commit(registered):
     parent, run_id, _ = registered
     run = mlflow.MlflowClient().get_run(run_id)
     assert run.data.tags["mlflow.parentRunId"] == parent
-    assert run.data.tags["mlflow.source.git.commit"] == registry.read_git_commit()
+    assert run.data.tags["mlflow.source.git.commit"] == fingerprint.read_git_commit()
     assert run.data.params == {"training.epochs": "3", "training.augmentation.zoom": "0.1"}
     assert mlflow.get_experiment(run.info.experiment_id).name == "deepfake-detection"
     assert run.info.status == "FINISHED"
@@ -54,17 +54,17 @@ def test_runs_are_nested_and_carry_the_commit(registered):
 
 @pytest.mark.usefixtures("tracking")
 def test_a_run_whose_body_fails_is_failed():
-    with pytest.raises(KeyError), registry.open_run("broken") as run_id:
+    with pytest.raises(KeyError), runs.open_run("broken") as run_id:
         raise KeyError("x")
     assert mlflow.MlflowClient().get_run(run_id).info.status == "FAILED"
 
 
 @pytest.mark.usefixtures("tracking")
 def test_no_model_and_no_alias_both_mean_no_production_yet():
-    registry.connect()
-    assert registry.find_production(NAME) is None
+    connection.connect()
+    assert production.find_production(NAME) is None
     mlflow.MlflowClient().create_registered_model(NAME)
-    assert registry.find_production(NAME) is None
+    assert production.find_production(NAME) is None
 
 
 def test_pyfunc_model_answers_bytes_alone_and_harms_no_row(registered, tmp_path):
@@ -100,7 +100,7 @@ def test_each_version_runs_its_own_code_whatever_else_is_called_detector(registe
 
 def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
     _, _, version = registered
-    registry.move_production(NAME, version, expected=registry.find_production(NAME), reason="test")
+    production.move_production(NAME, version, expected=production.find_production(NAME), reason="test")
     face = tmp_path / "face.jpg"
     draw_portrait(1).save(face)
 
@@ -148,7 +148,7 @@ def test_pull_never_writes_into_a_folder_that_holds_files(registered, tmp_path, 
 def test_versions_lists_figures_and_decision(registered, capsys, monkeypatch):
     _, _, version = registered
     monkeypatch.setenv("COLUMNS", "200")
-    registry.tag_version(NAME, version, {"decision": "promoted", "reasons": "met: a; met: b"})
+    versions.tag_version(NAME, version, {"decision": "promoted", "reasons": "met: a; met: b"})
     assert main(["versions"]) == 0
     out = capsys.readouterr().out
     for word in ("0.8000", "0.7000", "0.9000", "promoted", "met: a", "met: b", "production"):
@@ -157,9 +157,9 @@ def test_versions_lists_figures_and_decision(registered, capsys, monkeypatch):
 
 def test_version_is_found_by_its_flow_run(registered):
     _, _, version = registered
-    assert registry.find_version(NAME, "f1") == version
+    assert versions.find_version(NAME, "f1") == version
     with pytest.raises(ModelError, match="MLFLOW_TRACKING_URI on all workers"):
-        registry.find_version(NAME, "f2")
+        versions.find_version(NAME, "f2")
 
 
 def test_an_unknown_version_is_a_clear_error(registered, capsys):
@@ -174,32 +174,32 @@ def test_an_unreachable_server_is_said_at_once(monkeypatch):
     port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     with pytest.raises(ServiceError, match=rf"127.0.0.1:{port}.*correct\s+MLFLOW_TRACKING_URI"):
-        registry.connect()
+        connection.connect()
 
 
 def test_an_image_knows_its_commit_by_a_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("GIT_COMMIT", "c" * 40)
-    assert registry.read_git_commit() != "c" * 40  # a checkout is asked itself
+    assert fingerprint.read_git_commit() != "c" * 40  # a checkout is asked itself
     monkeypatch.setenv("PATH", str(tmp_path))  # no git, as in the image
-    assert registry.read_git_commit() == "c" * 40
+    assert fingerprint.read_git_commit() == "c" * 40
     monkeypatch.setenv("GIT_COMMIT", "")
-    assert registry.read_git_commit() == "unknown"
+    assert fingerprint.read_git_commit() == "unknown"
 
 
 @pytest.mark.usefixtures("tracking")
 def test_a_training_is_the_same_if_data_parameters_and_committed_code_are(monkeypatch):
-    client = registry.connect()
-    monkeypatch.setattr(registry, "read_git_commit", lambda: "c" * 40)
-    known = registry.fingerprint_training("d1", {"seed": 1})
-    assert registry.find_same_training(NAME, known) is None
+    client = connection.connect()
+    monkeypatch.setattr(fingerprint, "read_git_commit", lambda: "c" * 40)
+    known = fingerprint.fingerprint_training("d1", {"seed": 1})
+    assert fingerprint.find_same_training(NAME, known) is None
     client.create_registered_model(NAME)
-    with registry.open_run("cnn") as run_id:
+    with runs.open_run("cnn") as run_id:
         pass
     for fingerprint in (known, known, ""):
         client.create_model_version(NAME, "file:///nowhere", run_id, tags={"fingerprint": fingerprint})
-    assert registry.find_same_training(NAME, known).version == "2"
+    assert fingerprint.find_same_training(NAME, known).version == "2"
     for data, parameters in (("d2", {"seed": 1}), ("d1", {"seed": 2})):
-        assert registry.find_same_training(NAME, registry.fingerprint_training(data, parameters)) is None
+        assert fingerprint.find_same_training(NAME, fingerprint.fingerprint_training(data, parameters)) is None
     for commit in ("e" * 40, "c" * 40 + "-dirty", "unknown"):
-        monkeypatch.setattr(registry, "read_git_commit", lambda commit=commit: commit)
-        assert registry.find_same_training(NAME, registry.fingerprint_training("d1", {"seed": 1})) is None
+        monkeypatch.setattr(fingerprint, "read_git_commit", lambda commit=commit: commit)
+        assert fingerprint.find_same_training(NAME, fingerprint.fingerprint_training("d1", {"seed": 1})) is None

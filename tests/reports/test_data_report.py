@@ -3,13 +3,15 @@ import re
 import pandas as pd
 import pytest
 
-from deepfake_core.archive import fetch_archive
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.data_report import write_report
-from deepfake_core.duplicates import find_links, mark_duplicates
-from deepfake_core.index import build_index
-from deepfake_core.manifest import Dataset, assign_splits, publish_dataset
-from deepfake_core.shortcuts import find_shortcuts
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.index import build_index
+from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.publishing import publish_dataset
+from deepfake_core.data.shortcuts import find_shortcuts
+from deepfake_core.data.splits import assign_splits
+from deepfake_core.reports.data_report import write_report
 from tests.conftest import draw_image, encode, faces, jpeg, write_zip
 
 HOSTILE = "real/<script>alert(1)</script>&.jpg"

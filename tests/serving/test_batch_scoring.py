@@ -9,15 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deepfake_core import batch_scoring, registry
-from deepfake_core.batch_scoring import score_images
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, ModelError
-from deepfake_core.predictor import Predictor
+from deepfake_core.registry import connection, detectors, production
+from deepfake_core.serving import batch_scoring
+from deepfake_core.serving.batch_scoring import score_images
+from deepfake_core.serving.predictor import Predictor
 from flows.score import score
 from tests.conftest import draw_portrait, encode, jpeg
-from tests.test_registry import NAME, registered, registered_once  # noqa: F401 - fixtures
-from tests.test_training import candidate  # noqa: F401 - a fixture
+from tests.registry.test_versions import NAME, registered, registered_once  # noqa: F401 - fixtures
+from tests.training.test_fit import candidate  # noqa: F401 - a fixture
 
 IMAGES = {"a.jpg": jpeg(1), "below/b.png": encode(draw_portrait(2), "PNG"), "c.webp": b"words"}
 
@@ -89,13 +90,13 @@ def test_what_holds_no_images_is_said_and_leaves_nothing(predictor, tmp_path):
 @pytest.mark.usefixtures("prefect_api")
 def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):  # noqa: F811
     *_, version = registered
-    registry.move_production(NAME, version, registry.find_production(NAME), "test")
+    production.move_production(NAME, version, production.find_production(NAME), "test")
     path = score(str(folder), str(tmp_path / "scores.parquet"), detect=True)
     rows = pd.read_parquet(path)
     assert rows.set_index("image").loc["below/b.png", "face"] == 1
     assert "no face" in rows.set_index("image").loc["a.jpg", "error"]
     (found,) = mlflow.MlflowClient().search_runs(
-        [mlflow.get_experiment_by_name(registry.EXPERIMENT).experiment_id], "tags.model_version != ''"
+        [mlflow.get_experiment_by_name(connection.EXPERIMENT).experiment_id], "tags.model_version != ''"
     )
     run = mlflow.get_run(found.info.run_id)
     assert run.data.tags["model_version"] == f"{NAME}/{version}"
@@ -103,6 +104,6 @@ def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path): 
     assert mlflow.get_logged_model(run.inputs.model_inputs[0].model_id).source_run_id == registered[1]
     (dataset,) = run.inputs.dataset_inputs
     assert json.loads(dataset.dataset.source) == {"uri": str(folder)}
-    detector = Detector(registry.pull_detector(f"models:/{NAME}/{version}", tmp_path / "pulled"))
+    detector = Detector(detectors.pull_detector(f"models:/{NAME}/{version}", tmp_path / "pulled"))
     again = score_images(Predictor(detector, detect=False), folder, tmp_path / "again.parquet")
     assert dataset.dataset.digest == again.digest

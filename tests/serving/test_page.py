@@ -9,17 +9,18 @@ import pytest
 import requests
 from PIL import Image
 
-from deepfake_core import page_server, registry
 from deepfake_core.cli import main
 from deepfake_core.errors import ModelError
+from deepfake_core.registry import connection, detectors, production, runs, versions
+from deepfake_core.serving import page
 from tests.conftest import draw_portrait, draw_scene, free_port, jpeg
-from tests.test_training import candidate  # noqa: F401 - a fixture
-from tests.test_video import write_clip
+from tests.serving.test_video import write_clip
+from tests.training.test_fit import candidate  # noqa: F401 - a fixture
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-NAME = registry.DEFAULT_MODEL
+NAME = versions.DEFAULT_MODEL
 SECONDS = 60_000
 """Milliseconds, in truth: how long a busy machine may take for an answer."""
 
@@ -32,15 +33,15 @@ def served(candidate, tmp_path_factory):  # noqa: F811
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        patch.setattr(page_server, "MOST_UPLOADED", 1_000_000)
-        patch.setattr(page_server, "LOOK_AGAIN_SECONDS", 0)
+        patch.setattr(page, "MAX_UPLOAD_BYTES", 1_000_000)
+        patch.setattr(page, "MAX_ALIAS_AGE_SECONDS", 0)
         for _ in range(2):
-            with registry.open_run("cnn") as run_id:
-                version = registry.register_detector(run_id, candidate.folder, NAME, jpeg(1), {})
+            with runs.open_run("cnn") as run_id:
+                version = detectors.register_detector(run_id, candidate.folder, NAME, jpeg(1), {})
         assert version == "2"
-        registry.move_production(NAME, "1", None, "test")
+        production.move_production(NAME, "1", None, "test")
         port = free_port()
-        page = page_server.launch_page(page_server.ModelKeeper(f"models:/{NAME}@production", detect=True), port)
+        page = page.launch_page(page.ModelKeeper(f"models:/{NAME}@production", detect=True), port)
         yield f"http://127.0.0.1:{port}", port
         page.close()
 
@@ -126,7 +127,7 @@ def test_a_request_can_name_no_file_and_no_address(served, tmp_path, how):
 def test_the_page_follows_production(page, served, tmp_path):
     draw_portrait(1).save(tmp_path / "face.png")
     drop(page, tmp_path / "face.png").get_by_text("Answered by deepfake-detector version 1").wait_for()
-    registry.move_production(NAME, "2", "1", "test")
+    production.move_production(NAME, "2", "1", "test")
     page.goto(served[0])
     drop(page, tmp_path / "face.png").get_by_text("Answered by deepfake-detector version 2").wait_for()
 
@@ -134,26 +135,26 @@ def test_the_page_follows_production(page, served, tmp_path):
 @pytest.mark.slow
 def test_a_registry_that_went_away_stops_no_answer(served, caplog):
     assert served
-    keeper = page_server.ModelKeeper(f"models:/{NAME}@production", detect=False)
+    keeper = page.ModelKeeper(f"models:/{NAME}@production", detect=False)
     _, version = keeper.get()
-    registry.mlflow.MlflowClient().delete_registered_model_alias(NAME, "production")
+    versions.mlflow.MlflowClient().delete_registered_model_alias(NAME, "production")
     assert keeper.get()[1] == version
     assert "goes on answering" in caplog.text
     with pytest.raises(ModelError, match="must be a version in the registry"):
-        page_server.ModelKeeper(f"models:/{NAME}@production", detect=False)
+        page.ModelKeeper(f"models:/{NAME}@production", detect=False)
 
 
 @pytest.mark.slow
 def test_a_tracking_server_that_is_down_holds_no_answer_up(served, caplog, monkeypatch):
     assert served
-    keeper = page_server.ModelKeeper(f"models:/{NAME}/1", detect=False)
+    keeper = page.ModelKeeper(f"models:/{NAME}/1", detect=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     started = time.monotonic()
     assert keeper.get()[1] == f"{NAME} version 1"
     assert time.monotonic() - started < 30
     assert "goes on answering" in caplog.text
     monkeypatch.undo()
-    registry.connect()
+    connection.connect()
 
 
 @pytest.mark.slow

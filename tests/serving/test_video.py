@@ -6,13 +6,14 @@ from PIL import Image
 
 av = pytest.importorskip("av")
 
-from deepfake_core import video  # noqa: E402
 from deepfake_core.cli import main  # noqa: E402
 from deepfake_core.detector import Detector, UnreadableImageError  # noqa: E402
-from deepfake_core.predictor import Predictor  # noqa: E402
-from deepfake_core.video import average_scores, judge_clip, plot_timeline, sample_frames  # noqa: E402
+from deepfake_core.serving import frames, video  # noqa: E402
+from deepfake_core.serving.frames import sample_frames  # noqa: E402
+from deepfake_core.serving.predictor import Predictor  # noqa: E402
+from deepfake_core.serving.video import average_scores, judge_clip, plot_timeline
 from tests.conftest import draw_portrait, draw_scene  # noqa: E402
-from tests.test_training import candidate  # noqa: E402, F401 - a fixture
+from tests.training.test_fit import candidate  # noqa: E402, F401 - a fixture
 
 RATE = 25
 
@@ -75,7 +76,7 @@ def test_nothing_is_decoded_twice_and_little_where_key_frames_lie_near(tmp_path,
     decoded = 0
     to_image = av.VideoFrame.to_image
     assert to_image
-    sample = video._sample
+    sample = frames._sample
 
     class Counting:
         def __init__(self, container):
@@ -90,7 +91,7 @@ def test_nothing_is_decoded_twice_and_little_where_key_frames_lie_near(tmp_path,
                 decoded += 1
                 yield frame
 
-    monkeypatch.setattr(video, "_sample", lambda container, count: sample(Counting(container), count))
+    monkeypatch.setattr(frames, "_sample", lambda container, count: sample(Counting(container), count))
     assert len(list(sample_frames(file, 20))) == 20
     assert decoded == 20
 

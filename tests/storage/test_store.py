@@ -14,18 +14,20 @@ import pytest
 import requests
 from moto.server import ThreadedMotoServer
 
-from deepfake_core import registry
-from deepfake_core.archive import fetch_archive, find_new_version, share_archive
 from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, Source, TrainingParameters
+from deepfake_core.data.dataset import open_dataset, share_dataset
+from deepfake_core.data.kaggle import fetch_archive, find_new_version, share_archive
+from deepfake_core.data.split_memory import read_memory
 from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DatasetError, DownloadError
-from deepfake_core.manifest import open_dataset, read_memory, share_dataset
-from deepfake_core.store import PACKED, SUMS, Store, open_store
+from deepfake_core.registry import connection, versions
+from deepfake_core.storage.shared_folder import PACKED, SUMS
+from deepfake_core.storage.store import Store, open_store
 from flows.check_sources import check_sources
 from flows.prepare import prepare as prepare_flow
 from flows.train import train
 from tests.conftest import faces, free_port, write_zip
+from tests.data.test_dataset import prepare
 from tests.kaggle_server import HIDDEN, KaggleServer
-from tests.test_manifest import prepare
 
 SOURCE = Source(name="owner/some-faces")
 names = itertools.count()
@@ -353,10 +355,10 @@ def test_one_machine_prepares_and_another_trains(url, go_to, kaggle):
         PromotionParameters(min_precision=0, min_recall=0),
     )
     assert {path.name for path in here.iterdir()} == {"splits", "batches", "training"}
-    tags = registry.read_version("deepfake-detector", version).tags
+    tags = versions.read_version("deepfake-detector", version).tags
     assert tags["dataset_version"] == open_dataset(address).version
-    run = registry.connect().get_run(registry.read_version("deepfake-detector", version).run_id)
-    parent = registry.connect().get_run(run.data.tags["mlflow.parentRunId"])
+    run = connection.connect().get_run(versions.read_version("deepfake-detector", version).run_id)
+    parent = connection.connect().get_run(run.data.tags["mlflow.parentRunId"])
     (logged,) = parent.inputs.dataset_inputs
     assert json.loads(logged.dataset.source) == {"uri": f"{address}/manifest.parquet"}
     assert prepare_flow(data) == address  # on a machine that only fetched

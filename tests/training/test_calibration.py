@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepfake_core.calibration import calibrate_detector, choose_threshold, fit_temperature
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector, apply_temperature
-from deepfake_core.metrics import Confusion, evaluate_scores
-from tests.test_metrics import draw_scores
-from tests.test_training import candidate, stripes  # noqa: F401 - a fixture
+from deepfake_core.evaluation.metrics import Confusion, evaluate_scores
+from deepfake_core.training.calibration import calibrate_detector, choose_threshold, fit_temperature
+from tests.evaluation.test_metrics import draw_scores
+from tests.training.test_fit import candidate, stripes  # noqa: F401 - a fixture
 
 
 def make_overconfident(count=4000, temperature=3.0):
@@ -27,7 +27,7 @@ def test_the_temperature_makes_a_score_mean_its_share():
     temperature = fit_temperature(labels, scores)
     assert temperature == pytest.approx(3, rel=0.1)
     before, after = (
-        evaluate_scores(labels, one, 0.5).figures for one in (scores, apply_temperature(scores, temperature))
+        evaluate_scores(labels, one, 0.5).metrics for one in (scores, apply_temperature(scores, temperature))
     )
     assert before["ece"].value > 0.1
     assert after["ece"].value < 0.03

@@ -9,12 +9,12 @@ from pathlib import Path
 import keras
 import pytest
 
-from deepfake_core import devices
 from deepfake_core.detector import Detector
-from deepfake_core.devices import choose_precision, describe_hardware, require_gpu
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
-from tests.test_training import stripes
+from deepfake_core.training import devices
+from deepfake_core.training.devices import choose_precision, describe_hardware, require_gpu
+from tests.training.test_fit import stripes
 
 HERE = Path(__file__).parents[1]
 
@@ -62,7 +62,7 @@ TRAIN = """
 import sys
 from pathlib import Path
 from deepfake_core.training import train_candidate
-from tests.test_training import RECIPE, stripes
+from tests.training.test_fit import RECIPE, stripes
 from deepfake_core.models import CANDIDATES
 recipe = CANDIDATES["cnn"].RECIPE.model_copy(update=RECIPE.model_dump(exclude={"augmentation"}) | {
     "augmentation": RECIPE.augmentation, "epochs": 2, "weights": "none"})

@@ -12,17 +12,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_core import batches, plots, training
-from deepfake_core.augmentation import Augmentation
-from deepfake_core.batches import Batches, Images, load_images
 from deepfake_core.config import AugmentationParameters
+from deepfake_core.data.images import Images, load_images
 from deepfake_core.detector import Detector, decode_image, resize_image
 from deepfake_core.errors import ConfigurationError, LockedError, ModelError
-from deepfake_core.metrics import Confusion
+from deepfake_core.evaluation.metrics import Confusion
 from deepfake_core.models import CANDIDATES, efficientnet_lite0
-from deepfake_core.optimizer import FusedAdam
+from deepfake_core.reports import plots
+from deepfake_core.training import batches, checkpoints, fit
+from deepfake_core.training.augmentation import Augmentation
+from deepfake_core.training.batches import Batches
+from deepfake_core.training.optimizer import FusedAdam
 from tests.conftest import draw_image, encode, faces, hold_data, write_zip
-from tests.test_manifest import prepare
+from tests.data.test_dataset import prepare
 
 SIZE = 32
 STILL = AugmentationParameters(rotation=0, width_shift=0, height_shift=0, zoom=0, horizontal_flip=False)
@@ -49,7 +51,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def candidate(tmp_path_factory):
     folder = tmp_path_factory.mktemp("candidate")
-    return training.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, folder, seed=1)
+    return fit.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, folder, seed=1)
 
 
 def test_cached_images_are_what_serving_would_see(dataset):
@@ -122,7 +124,7 @@ def test_each_epoch_of_fit_fetches_its_own_order():
     model.compile(FusedAdam(0.001), "binary_crossentropy")
     pipeline = noted.for_fit()
     asked.clear()
-    model.fit(pipeline, epochs=3, shuffle=False, callbacks=[training._Reseed(noted, 3)], verbose=0)
+    model.fit(pipeline, epochs=3, shuffle=False, callbacks=[checkpoints._Reseed(noted, 3)], verbose=0)
     assert sorted(asked) == [(epoch, index) for epoch in range(3) for index in range(len(noted))]
 
 
@@ -186,7 +188,7 @@ def test_crops_are_parts_of_their_images_at_random_places():
 def test_crops_are_for_networks_that_take_any_size(tmp_path):
     recipe = RECIPE.model_copy(update={"augmentation": STILL.model_copy(update={"crop": 0.75})})
     with pytest.raises(ConfigurationError, match=r"`training.augmentation.crop` must be 1 for cnn.*Received: 0.75"):
-        training.train_candidate("cnn", stripes(8, 0), stripes(8, 1), recipe, tmp_path)
+        fit.train_candidate("cnn", stripes(8, 0), stripes(8, 1), recipe, tmp_path)
 
 
 def warp_on_accelerator(pixels, parameters):
@@ -321,7 +323,7 @@ def test_training_stops_early_and_repeats_with_its_seed(tmp_path):
     histories = []
     for name in ("first", "second"):
         reported = []
-        candidate = training.train_candidate(
+        candidate = fit.train_candidate(
             "cnn",
             noise,
             noise,
@@ -356,7 +358,7 @@ def train_transfer(folder, die_in_epoch=None):
     with pytest.MonkeyPatch.context() as patch:  # a backbone of the same layers, but few of them, and untrained
         patch.setattr(efficientnet_lite0, "BLOCKS", efficientnet_lite0.BLOCKS[:2])
         patch.setattr(efficientnet_lite0, "load_imagenet", lambda backbone: None)  # noqa: ARG005
-        training.train_candidate("efficientnet_lite0", stripes(48, 0), stripes(16, 1), recipe, folder, 1, 1, on_epoch)
+        fit.train_candidate("efficientnet_lite0", stripes(48, 0), stripes(16, 1), recipe, folder, 1, 1, on_epoch)
     return reported
 
 
@@ -379,7 +381,7 @@ def die_between_weights_and_epoch(epoch):
 def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert train_transfer(whole) == [1, 2, 3, 4]
-    code = "import sys; from pathlib import Path; from tests.test_training import *; "
+    code = "import sys; from pathlib import Path; from tests.training.test_fit import *; "
     code += "die_between_weights_and_epoch(2); train_transfer(Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(killed)]
     assert subprocess.run(command, cwd=Path(__file__).parents[1], timeout=300).returncode == -signal.SIGKILL
@@ -387,7 +389,9 @@ def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     with pytest.raises(Killed):
         train_transfer(killed, die_in_epoch=3)
     assert train_transfer(killed) == [1, 2, 3, 4]
-    uninterrupted, resumed = (pd.read_csv(folder / "history.csv")[list(training.METRICS)] for folder in (whole, killed))
+    uninterrupted, resumed = (
+        pd.read_csv(folder / "history.csv")[list(checkpoints.METRICS)] for folder in (whole, killed)
+    )
     assert np.allclose(uninterrupted, resumed, rtol=1e-3, atol=1e-5)
     images = stripes(32, 5).pixels
     scores = [Detector(folder / "detector").score(images) for folder in (whole, killed)]
@@ -396,22 +400,22 @@ def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
 
 def test_a_finished_training_is_not_repeated(candidate):
     before = (candidate.folder / "checkpoint.keras").stat().st_mtime_ns
-    again = training.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, candidate.folder.parent, seed=1)
+    again = fit.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, candidate.folder.parent, seed=1)
     assert again.history.equals(candidate.history)
     assert (candidate.folder / "checkpoint.keras").stat().st_mtime_ns == before
 
 
 def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
-    record = training._Record("cnn", RECIPE, tmp_path, tmp_path, None, None)
+    record = checkpoints._Record("cnn", RECIPE, tmp_path, tmp_path, None, None)
     record.on_epoch_begin(0)
     with pytest.raises(ModelError, match=r"must stay finite. Received: nan in epoch 1 of cnn.*Lower training"):
-        record.on_epoch_end(0, dict.fromkeys(training.METRICS, float("nan")))
+        record.on_epoch_end(0, dict.fromkeys(checkpoints.METRICS, float("nan")))
     assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_never_train_in_one_folder(tmp_path):
     with hold_data(tmp_path, "a training of cnn"), pytest.raises(LockedError, match=r"a training of cnn.*its seed"):
-        training.train_candidate("cnn", stripes(8, 0), stripes(8, 1), RECIPE, tmp_path)
+        fit.train_candidate("cnn", stripes(8, 0), stripes(8, 1), RECIPE, tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
@@ -420,7 +424,7 @@ def test_memory_stays_flat_from_epoch_to_epoch(tmp_path):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     memory = []
-    training.train_candidate(
+    fit.train_candidate(
         "cnn",
         stripes(512, 0),
         stripes(32, 1),
