@@ -38,22 +38,22 @@ pictures: .venv/installed browser  ## take the pictures of Prefect's and MLflow'
 
 bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder of the three zips
 	$(BIN)/python benchmarks/retrain.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_results
+	$(BIN)/python benchmarks/render.py
 
 bench-data: .venv/installed  ## measure near copies and the speed of preparing data: make bench-data ARCHIVES=folder
 	$(BIN)/python benchmarks/near_copies.py $(ARCHIVES)
 	$(BIN)/python benchmarks/data_speed.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_results
+	$(BIN)/python benchmarks/render.py
 
 bench-training: .venv/installed  ## measure candidates and training speed, hours: make bench-training ARCHIVES=folder
 	$(BIN)/python benchmarks/training_speed.py $(ARCHIVES)
 	$(BIN)/python benchmarks/candidates.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_results
+	$(BIN)/python benchmarks/render.py
 
 bench-serving: .venv/installed  ## measure face detection and how fast predict answers: make bench-serving ARCHIVES=folder
 	$(BIN)/python benchmarks/face_detection.py $(ARCHIVES)
 	$(BIN)/python benchmarks/serving_speed.py $(ARCHIVES)
-	$(BIN)/python -m tests.test_results
+	$(BIN)/python benchmarks/render.py
 
 lock: .venv/installed  ## write requirements.lock, and the image's deployments/gpu.lock, anew from pyproject.toml
 	$(LOCK) --all-extras --output-file requirements.lock
