@@ -16,6 +16,7 @@ from mkdocs.config import load_config
 from mlflow.cli import cli as mlflow_cli
 from prefect.cli._app import _app as prefect_cli
 from prefect.cli._utilities import load_json_key_values
+from prefect.cli.deployment import run as run_deployment
 from prefect.client.schemas.objects import BlockDocument
 from prefect.flows import load_flow_from_entrypoint
 
@@ -126,16 +127,16 @@ def check_uv(arguments, _flows):
 def check_prefect(arguments, flows):
     """Have Prefect's command line read the arguments, and the flow of a deployment its parameters."""
     function, given, _ = prefect_cli.parse_args(arguments, exit_on_error=False, print_error=False)
-    if (function.__module__, function.__name__) == ("prefect.cli.deployment", "run"):
+    if function is run_deployment:
         parameters = load_json_key_values(given.arguments.get("params", []), "parameter")
         flows[given.arguments["name"]].validate_parameters(parameters)
 
 
 def check_mlflow(arguments, _flows):
     """Have MLflow's command line read the arguments, down to the subcommand that would run."""
-    command, context = mlflow_cli, None
+    command = mlflow_cli
     while isinstance(command, click.Group):
-        name, command, arguments = command.resolve_command(context or click.Context(command), arguments)
+        name, command, arguments = command.resolve_command(click.Context(command), arguments)
     command.make_context(name, arguments)
 
 
