@@ -45,6 +45,7 @@ from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.storage.files import write_json
+from deepfake_core.storage.store import open_store
 
 FOLDER = Path(__file__).parent / "results"
 CORES = os.cpu_count() or 1
@@ -88,7 +89,7 @@ def write_zip(path: Path, images: Sequence[bytes]) -> Archive:
     with zipfile.ZipFile(path, "w") as archive:
         for number, data in enumerate(images):
             archive.writestr(f"{('real', 'fake')[number % 2]}/{number}.jpg", data)
-    return fetch_archive(Source(name=str(path)), path.parent)
+    return fetch_archive(Source(name=str(path)), open_store(path.parent))
 
 
 def measure_index(images: Sequence[bytes], folder: Path, rounds: int) -> dict[str, float]:
@@ -96,7 +97,7 @@ def measure_index(images: Sequence[bytes], folder: Path, rounds: int) -> dict[st
 
     def index() -> None:
         with tempfile.TemporaryDirectory(dir=folder) as data_dir:
-            build_index(archive, Path(data_dir))
+            build_index(archive, open_store(data_dir))
 
     def decode(data: bytes) -> None:
         simplejpeg.decode_jpeg(data, "GRAY", min_height=MIN_DECODED_SIDE, min_width=MIN_DECODED_SIDE)
@@ -124,7 +125,7 @@ def measure_growth(images: Sequence[bytes], folder: Path) -> dict[str, float]:
             for name, part, data_dir in (("first", before, first), ("grown", after, first), ("afresh", after, second)):
                 archive = write_zip(source, part)
                 start = time.perf_counter()
-                build_index(archive, Path(data_dir))
+                build_index(archive, open_store(data_dir))
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {"images": len(after), "new_images": len(after) - len(before)} | {
@@ -134,7 +135,7 @@ def measure_growth(images: Sequence[bytes], folder: Path) -> dict[str, float]:
 
 def measure_merge(images: Sequence[bytes], folder: Path) -> dict[str, float]:
     archive = write_zip(folder / "images.zip", images)
-    index = build_index(archive, folder)
+    index = build_index(archive, open_store(folder))
     rows = index.assign(group=index["sha256"], kept=True, reason="kept", copy_of="")  # all, though they are copies
     links = index[["sha256"]].iloc[:0].assign(image="", other="")
     originals, copies, data_dir = folder / "originals", folder / "copies", folder / "data"

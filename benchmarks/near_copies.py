@@ -25,6 +25,7 @@ from deepfake_core.data.duplicates import find_links, mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.storage.files import write_json
+from deepfake_core.storage.store import open_store
 
 RESULTS = Path(__file__).parent / "results" / "near_copies.json"
 SOURCES = [KAGGLE_SOURCES[0], KAGGLE_SOURCES[2]]
@@ -139,7 +140,7 @@ def index_images(images: dict[str, bytes]) -> pd.DataFrame:
             for name, data in images.items():
                 archive.writestr(name, data)
         source = SOURCES[1].model_copy(update={"name": str(path), "csv_real_label": None})
-        return build_index(fetch_archive(source, Path(folder)), Path(folder))
+        return build_index(fetch_archive(source, open_store(folder)), open_store(folder))
 
 
 def main() -> None:

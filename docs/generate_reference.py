@@ -13,7 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic_settings import CliSettingsSource
 
-from deepfake_core.cli import _build_parser
+from deepfake_core.cli import build_parser
 from deepfake_core.config import (
     AugmentationParameters,
     DataParameters,
@@ -75,7 +75,7 @@ def write_parameters() -> str:
 
 def write_command_line() -> str:
     """Give every command's own help text."""
-    parser = _build_parser()
+    parser = build_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parsers = {"deepfake": parser, **{f"deepfake {name}": one for name, one in commands.choices.items()}}
     parsers["python -m flows.retrain"] = CliSettingsSource(RetrainSettings).root_parser

@@ -1,33 +1,20 @@
-"""Small real things that tests share: drawn images, zips, a temporary Prefect and MLflow."""
+"""Fixtures that several files of tests use."""
 
-import io
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
-import numpy as np
+import filelock
 import pytest
-from PIL import Image
 
-from deepfake_core.demo import faces, forgeries
+from tests.builders import NAME, RECIPE, jpeg, stripes, write_zip
+
+if TYPE_CHECKING:
+    from deepfake_core.training.fit import Candidate
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-T = TypeVar("T")
-SHARED = Path(__file__).parents[2] / "shared"
-
-needs_shared = pytest.mark.skipif(
-    not (SHARED / "build_archives.py").is_file(), reason="the shared face images lie beside the checkout; not here"
-)
-
 
 LONGEST = ("test_stack.py", "test_flows.py", "test_training.py", "test_production.py", "test_devices.py")
 
@@ -37,86 +24,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
-def draw_image(seed: int, size: int = 48, cells: int = 6) -> Image.Image:
-    """Draw a random picture of so many smooth cells a side; other seeds give other pictures."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of this run of the tests that all of its processes share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
-def encode(image: Image.Image, form: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+@pytest.fixture(scope="session")
+def candidate(shared_folder: Path) -> "Candidate":
+    """Train a small network, once for all processes; whoever changes its folder copies it first."""
+    from deepfake_core.training.fit import Training, train_candidate
 
-
-def draw_portrait(seed: int, size: int = 160) -> Image.Image:
-    """Draw a person, whose face a detector finds."""
-    random = np.random.default_rng(seed)
-    return forgeries.take_photograph(random, faces.Pose.draw(random), size)
-
-
-def draw_scene(people: Mapping[tuple[int, int], Image.Image], width: int = 640, height: int = 480) -> Image.Image:
-    """Paste people at their left and top onto a background without faces."""
-    scene = draw_image(99, max(width, height), cells=4).crop((0, 0, width, height))
-    for corner, person in people.items():
-        scene.paste(person, corner)
-    return scene
-
-
-def jpeg(seed: int, size: int = 48) -> bytes:
-    return encode(draw_image(seed, size), quality=90)
-
-
-def recode(data: bytes) -> bytes:
-    """Return other bytes with the same pixels: a JPEG with a comment segment."""
-    return data[:2] + b"\xff\xfe\x00\x07hello" + data[2:]
-
-
-def write_zip(path: Path, members: Mapping[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(name), data)
-    return path
-
-
-def faces(count: int, start: int = 0) -> dict[str, bytes]:
-    """Return `count` images per class, as members of a zip."""
-    members = {f"real/{i}.jpg": jpeg(start + i) for i in range(count)}
-    return members | {f"fake/{i}.jpg": jpeg(10_000 + start + i) for i in range(count)}
-
-
-def free_port() -> int:
-    """Return a port on loopback that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def wait_until(condition: Callable[[], T], seconds: float) -> T:
-    """Return the condition's value once it is true; fail after some seconds."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
-        time.sleep(1)
-    return result
-
-
-@contextmanager
-def hold_data(data_dir: Path, holder: str) -> Iterator[subprocess.Popen]:
-    """Let another process hold the data folder's lock; it is killed at the end."""
-    code = (
-        "import sys, time; from pathlib import Path; from deepfake_core.manifest import lock_folder\n"
-        "with lock_folder(Path(sys.argv[1]), sys.argv[2]): print('held', flush=True); time.sleep(600)"
-    )
-    command = [sys.executable, "-c", code, str(data_dir), holder]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
-        try:
-            assert other.stdout is not None
-            assert other.stdout.readline() == "held\n"
-            yield other
-        finally:
-            other.kill()
+    with filelock.FileLock(shared_folder / "candidate.lock"):
+        return train_candidate(
+            Training("cnn", RECIPE, seed=1), stripes(96, 0), stripes(32, 1), shared_folder / "candidate"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -139,12 +62,54 @@ def make_zip(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture(scope="session")
+def empty_database(shared_folder: Path) -> Path:
+    """Return an MLflow database that holds nothing yet: making its tables takes seconds."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    database = shared_folder / "empty.db"
+    with filelock.FileLock(shared_folder / "empty.lock"):
+        if not database.exists():
+            SqlAlchemyStore(f"sqlite:///{shared_folder}/making.db", str(shared_folder / "mlruns"))
+            (shared_folder / "making.db").rename(database)
+    return database
+
+
 @pytest.fixture
-def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
     """Put MLflow into a folder of its own, which is also the current folder."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def registered_once(candidate, tmp_path_factory):
+    from deepfake_core.registry import detectors, runs
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        with runs.open_run("retrain") as parent:
+            with runs.open_run("cnn", parent) as run_id:
+                runs.log_parameters(run_id, {"training": {"epochs": 3, "augmentation": {"zoom": 0.1}}})
+                runs.log_metrics(run_id, {"test/auc": 0.9, "test/precision": 0.8, "test/recall": 0.7})
+            version = detectors.register_detector(run_id, candidate.folder, NAME, jpeg(1), {"flow_run_id": "f1"})
+    return folder, (parent, run_id, version)
+
+
+@pytest.fixture
+def registered(registered_once, monkeypatch):
+    """Give the parent run, the candidate's run and the version, in an MLflow that holds just these."""
+    from deepfake_core.registry import connection
+
+    folder, ids = registered_once
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    connection.connect()
+    return ids
 
 
 @pytest.fixture(scope="session")

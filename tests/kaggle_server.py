@@ -21,7 +21,7 @@ from typing import Self
 import trustme
 
 from deepfake_core.config import KAGGLE_SOURCES
-from tests.conftest import write_zip
+from tests.builders import write_zip
 
 API, STORAGE = "api.kaggle.com", "storage.googleapis.com"
 CHUNK = 1 << 16

@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import BlockDocument
 from prefect.flows import load_flow_from_entrypoint
 
 from deepfake_core import errors
-from deepfake_core.cli import _build_parser
+from deepfake_core.cli import build_parser
 from deepfake_core.models import CANDIDATES
 from deployments.alerts import BLOCK, make_automations
 from docs.generate_reference import GROUPS
@@ -92,7 +92,7 @@ def example_files(tmp_path, monkeypatch):
 
 
 def check_deepfake(arguments, _flows):
-    _build_parser().parse_args(arguments)
+    build_parser().parse_args(arguments)
 
 
 def check_make(arguments, _flows):

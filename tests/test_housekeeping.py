@@ -13,8 +13,8 @@ import pytest
 from prefect.client.orchestration import get_client
 
 from deepfake_core import housekeeping
-from deepfake_core.cli import _build_parser, main
-from deepfake_core.config import DataParameters, Source, TrainingParameters
+from deepfake_core.cli import build_parser, main
+from deepfake_core.config import DEFAULT_KEEP, DataParameters, Source
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.data.duplicates import find_links, mark_duplicates
 from deepfake_core.data.images import load_images
@@ -25,14 +25,15 @@ from deepfake_core.data.split_memory import read_memory
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.errors import ConfigurationError, LockedError, ModelError, ServiceError
 from deepfake_core.housekeeping import clean
-from deepfake_core.registry import connection, detectors, model_files, production, runs, versions
+from deepfake_core.registry import connection, detectors, model_files, names, production, runs
+from deepfake_core.registry.versions import read_version, tag_version
 from deepfake_core.storage.files import hash_file
-from deepfake_core.training import export, fit
+from deepfake_core.storage.store import open_store
+from deepfake_core.training.checkpoints import CHECKPOINT
+from deepfake_core.training.fit import Training
 from flows.clean import clean as clean_flow
-from tests.conftest import draw_portrait, faces, hold_data, jpeg, write_zip
-from tests.training.test_fit import RECIPE, candidate  # noqa: F401 - a fixture
+from tests.builders import NAME, RECIPE, draw_portrait, faces, hold_data, jpeg, write_zip
 
-NAME = "deepfake-detector"
 SOURCE = "owner/faces"
 DAY = 24 * 3600
 
@@ -42,18 +43,16 @@ def prepare(data_dir: Path, version: int) -> Dataset:
     zipped = write_zip(data_dir / "archives" / SOURCE / f"{version}.zip", faces(18 + 2 * version))
     provenance = {"sha256": hash_file(zipped), "bytes": zipped.stat().st_size, "version": version}
     zipped.with_suffix(".json").write_text(json.dumps(provenance))
-    data = DataParameters(
-        sources=(Source(name=SOURCE, version=version),), data_dir=data_dir, test_fraction=0.25, val_fraction=0.25
-    )
-    archives = [fetch_archive(data.sources[0], data_dir)]
-    index = build_index(archives[0], data_dir)
+    store, data = open_store(data_dir), DataParameters(sources=(Source(name=SOURCE, version=version),))
+    archives = [fetch_archive(data.sources[0], store)]
+    index = build_index(archives[0], store)
     links = find_links(index)
-    rows = assign_splits(mark_duplicates(index, links), links, read_memory(data_dir), 0.25, 0.25)
-    return publish_dataset(rows, archives, data)
+    rows = assign_splits(mark_duplicates(index, links), links, read_memory(store), 0.25, 0.25)
+    return publish_dataset(rows, archives, store, data)
 
 
 def find_state(dataset: Dataset) -> Path:
-    return fit.find_folder(dataset, "cnn", RECIPE, TrainingParameters())
+    return Training("cnn", RECIPE).folder(dataset)
 
 
 def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
@@ -65,7 +64,7 @@ def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
     with runs.open_run(f"retrain {number}", tags={"dataset_version": dataset.version}) as parent:
         for name in ("cnn", "loser"):
             with runs.open_run(name, parent) as run_id:
-                runs.log_file(run_id, detector / export.CHECKPOINT, runs.CHECKPOINT_FOLDER)
+                runs.log_file(run_id, detector / CHECKPOINT, names.CHECKPOINT_FOLDER)
                 runs.log_metrics(run_id, {"test/auc": 0.9})
             if name == "cnn":
                 tags = {"decision": "promoted", "dataset_version": dataset.version}
@@ -74,7 +73,7 @@ def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def years_once(candidate, tmp_path_factory):  # noqa: F811
+def years_once(candidate, tmp_path_factory):
     """Leave behind five retrains: the second is in production, the first is what a rollback leads to."""
     folder = tmp_path_factory.mktemp("years")
     with pytest.MonkeyPatch.context() as patch:
@@ -115,13 +114,13 @@ def pull(version: str, folder: Path) -> set[str]:
 
 
 def find_run(version: str) -> mlflow.entities.Run:
-    return mlflow.MlflowClient().get_run(versions.read_version(NAME, version).run_id)
+    return mlflow.MlflowClient().get_run(read_version(NAME, version).run_id)
 
 
 def test_what_production_and_a_rollback_need_stays_whatever_is_kept(years, tmp_path, capsys):
     data_dir, (first, second, third, fourth, fifth) = years
     memory = (data_dir / "splits" / "memory.parquet").read_bytes()
-    clean(data_dir, keep=1)
+    clean(open_store(data_dir), keep=1)
     assert list_datasets(data_dir) == {first, second, fifth}
     assert (data_dir / "splits" / "memory.parquet").read_bytes() == memory
     for version in (first, second, fifth):
@@ -148,11 +147,11 @@ def test_what_production_and_a_rollback_need_stays_whatever_is_kept(years, tmp_p
 
 def test_of_a_version_whose_files_went_the_history_stays_and_all_else_says_so(years, tmp_path, capsys):
     data_dir, _ = years
-    clean(data_dir, keep=1)
+    clean(open_store(data_dir), keep=1)
     client = mlflow.MlflowClient()
     run = find_run("3")
     assert run.data.metrics == {"test/auc": 0.9}
-    assert versions.read_version(NAME, "3").tags["decision"] == "promoted"
+    assert read_version(NAME, "3").tags["decision"] == "promoted"
     assert time.strptime(run.data.tags["files_removed"], "%Y-%m-%d %H:%M:%S %z")
     assert client.list_artifacts(run.info.run_id, "checkpoint") == []
     message = "Received: version 3 of deepfake-detector, whose files were removed 2"
@@ -179,7 +178,7 @@ def test_of_candidates_that_did_not_win_no_checkpoint_stays(years):
         if run.info.run_name == "loser"
     ]
     assert len(losers) == 5
-    gone = clean(data_dir, keep=9)
+    gone = clean(open_store(data_dir), keep=9)
     assert [(one.what, one.why) for one in gone] == [
         (f"checkpoint of run loser ({run.info.run_id[:8]})", "a candidate that did not win") for run in losers[::-1]
     ]
@@ -205,8 +204,8 @@ def test_a_dry_run_removes_nothing_and_says_what_the_real_one_frees(years, monke
     monkeypatch.setattr("builtins.input", lambda question: print(question) or "n")
     assert main(command) == 1
     assert list_sizes(data_dir.parent).keys() == before.keys() | {str(data_dir / ".lock")}
-    expected = clean(data_dir, keep=1, dry_run=True)
-    total = f"{len(expected)} things, {sum(removal.bytes for removal in expected) / 1e6:,.1f} MB"
+    expected = clean(open_store(data_dir), keep=1, dry_run=True)
+    total = f"{len(expected)} items, {sum(removal.bytes for removal in expected) / 1e6:,.1f} MB"
     assert f"Remove {total}? [y/N]" in capsys.readouterr().out
     assert f"{total}; none was removed." in planned
 
@@ -215,24 +214,24 @@ def test_a_dry_run_removes_nothing_and_says_what_the_real_one_frees(years, monke
     after = list_sizes(data_dir.parent)
     assert sum(before.values()) - sum(after.values()) == sum(removal.bytes for removal in expected)
     assert main([*command, "--yes"]) == 0
-    assert capsys.readouterr().out == "Nothing goes.\n"
+    assert capsys.readouterr().out == "Nothing to remove.\n"
     assert list_sizes(data_dir.parent) == after
 
 
 def test_what_a_killed_call_left_half_done_goes_with_the_next(years, tmp_path):
     data_dir, (_, _, third, fourth, _) = years
-    versions.tag_version(NAME, "3", {versions.FILES_REMOVED: "2030-01-01 00:00:00 +0000"})
+    tag_version(NAME, "3", {names.FILES_REMOVED: "2030-01-01 00:00:00 +0000"})
     (data_dir / "splits" / third).rename(data_dir / "splits" / f".{third}.partial")
     shutil.rmtree(data_dir / "splits" / f".{third}.partial" / "train")
     (data_dir / "archives" / SOURCE / "4.zip").unlink()
     shutil.rmtree(data_dir / "splits" / fourth)
     with pytest.raises(ModelError, match="were removed 2030-01-01"):
         pull("3", tmp_path / "pulled")
-    clean(data_dir, keep=1)
+    clean(open_store(data_dir), keep=1)
     assert len(list_datasets(data_dir)) == len(list((data_dir / "batches").iterdir())) == 3
     assert not (data_dir / "archives" / SOURCE / "4.json").exists()
     assert "files_removed" in find_run("3").data.tags
-    assert clean(data_dir, keep=1) == []
+    assert clean(open_store(data_dir), keep=1) == []
 
 
 def test_unfinished_files_go_when_nobody_writes_to_them_any_more(years):
@@ -244,7 +243,7 @@ def test_unfinished_files_go_when_nobody_writes_to_them_any_more(years):
         path.write_bytes(b"half")
     for path in abandoned:
         os.utime(path, (time.time() - 2 * DAY,) * 2)
-    gone = {path for removal in clean(data_dir, keep=1) for path in removal.paths}
+    gone = {path for removal in clean(open_store(data_dir), keep=1) for path in removal.paths}
     assert {*abandoned, archives / "4.zip.partial"} <= gone
     assert all(path.exists() for path in (*written, archives / "6.zip.partial"))
     assert not any(path.exists() for path in gone)
@@ -255,16 +254,16 @@ def test_what_a_run_is_at_stays_until_it_must_have_been_killed(years):
     client = mlflow.MlflowClient()
     parent = find_run("3").data.tags["mlflow.parentRunId"]
     client.update_run(parent, "RUNNING")
-    clean(data_dir, keep=1)
+    clean(open_store(data_dir), keep=1)
     assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 2, 4)}
     assert client.list_artifacts(find_run("3").info.run_id, "checkpoint")
-    assert "files_removed" not in versions.read_version(NAME, "3").tags
+    assert "files_removed" not in read_version(NAME, "3").tags
 
     experiment = find_run("3").info.experiment_id
     client.update_run(parent, "FAILED")
     tags = {"dataset_version": versions[2]}
     client.create_run(experiment, start_time=int((time.time() - 15 * DAY) * 1000), tags=tags)
-    clean(data_dir, keep=1)
+    clean(open_store(data_dir), keep=1)
     assert versions[2] not in list_datasets(data_dir)
 
 
@@ -278,7 +277,7 @@ def test_a_version_that_another_name_or_alias_needs_keeps_its_files(years, tmp_p
     assert fourth.versions == ("4",)
     client.set_registered_model_alias(NAME, "canary", "4")  # between planning and removing
     assert not model_files.remove_model_files(NAME, fourth)
-    clean(data_dir, keep=1)
+    clean(open_store(data_dir), keep=1)
     assert pull("3", tmp_path / "3") == pull("4", tmp_path / "4")
     assert list_datasets(data_dir) == set(versions)
 
@@ -286,7 +285,7 @@ def test_a_version_that_another_name_or_alias_needs_keeps_its_files(years, tmp_p
 def test_the_newest_data_set_is_the_one_last_asked_for(years):
     data_dir, versions = years
     assert prepare(data_dir, 3).version == versions[2]
-    clean(data_dir, keep=1)
+    clean(open_store(data_dir), keep=1)
     assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 2)}
 
 
@@ -295,11 +294,11 @@ def test_nothing_goes_where_it_cannot_be_told_what_production_needs(years, caplo
     client = mlflow.MlflowClient()
     client.delete_model_version_tag(NAME, "1", "dataset_version")
     with pytest.raises(ModelError, match="version 1 of deepfake-detector without the tag dataset_version"):
-        clean(data_dir, keep=1)
+        clean(open_store(data_dir), keep=1)
     client.delete_registered_model(NAME)
     with caplog.at_level(logging.WARNING):
-        assert clean(data_dir, keep=1) == []
-    assert "can't tell what is needed: nothing goes" in caplog.text
+        assert clean(open_store(data_dir), keep=1) == []
+    assert "what is needed is unknown, nothing is removed" in caplog.text
     assert len(list_datasets(data_dir)) == 5
 
 
@@ -310,22 +309,22 @@ def test_a_folder_that_a_run_holds_is_refused(years):
         hold_data(data_dir, "flow run busy-bee"),
         pytest.raises(LockedError, match=r"busy-bee.*Wait until it ends, or stop that process"),
     ):
-        clean(data_dir, keep=1)
+        clean(open_store(data_dir), keep=1)
     assert list_sizes(data_dir).items() >= before.items()
 
 
 def test_wrong_options_are_refused(years, capsys):
     data_dir, _ = years
     with pytest.raises(ConfigurationError, match=r"At least 1 of each must be kept.*Received: 0"):
-        clean(data_dir, keep=0)
+        clean(open_store(data_dir), keep=0)
     assert main(["gc", "--data-dir", str(data_dir / "typo")]) == 2
     assert "must be the data folder of a retrain" in capsys.readouterr().err
     assert not (data_dir / "typo").exists()
-    assert _build_parser().parse_args(["gc"]).keep == housekeeping.KEEP
+    assert build_parser().parse_args(["gc"]).keep == DEFAULT_KEEP
 
 
-def test_model_files_out_of_reach_are_said(years):
-    assert years
+@pytest.mark.usefixtures("years")
+def test_model_files_out_of_reach_are_said():
     stored_by_a_server = "mlflow-artifacts:/1"  # whose database is asked directly
     with (
         pytest.raises(
@@ -339,9 +338,9 @@ def test_model_files_out_of_reach_are_said(years):
 @pytest.mark.usefixtures("prefect_api")
 def test_the_same_as_a_flow(years):
     data_dir, versions = years
-    planned = housekeeping.clean(data_dir, dry_run=True)
-    done = f"{len(planned)} things, {sum(removal.bytes for removal in planned) / 1e6:,.1f} MB"
-    assert clean_flow(data_dir=str(data_dir), dry_run=True) == f"{done}, would go"
+    planned = housekeeping.clean(open_store(data_dir), dry_run=True)
+    done = f"{len(planned)} items, {sum(removal.bytes for removal in planned) / 1e6:,.1f} MB"
+    assert clean_flow(data_dir=str(data_dir), dry_run=True) == f"{done}, would be removed"
     assert len(list_datasets(data_dir)) == 5
     assert clean_flow(2, data_dir=str(data_dir)).endswith("removed")
     assert list_datasets(data_dir) == {versions[number] for number in (0, 1, 3, 4)}

@@ -15,9 +15,8 @@ import pytest
 import requests
 
 from deepfake_core.detector import Detector
-from deepfake_core.registry import detectors, model_files, production, runs
-from tests.conftest import draw_portrait, free_port, jpeg, wait_until
-from tests.training.test_fit import candidate  # noqa: F401 - a fixture
+from deepfake_core.registry import detectors, model_files, names, production, runs
+from tests.builders import draw_portrait, free_port, jpeg, wait_until
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -47,7 +46,7 @@ def test_the_command_line_never_imports_tensorflow():
 
 
 @pytest.mark.slow
-def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch):  # noqa: F811
+def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     port = free_port()
     backend = ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db", "--port", str(port), "--workers", "1"]
@@ -91,7 +90,7 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
 
         for _ in range(2):
             with runs.open_run("cnn") as run_id:
-                runs.log_file(run_id, candidate.folder / "checkpoint.keras", runs.CHECKPOINT_FOLDER)
+                runs.log_file(run_id, candidate.folder / "checkpoint.keras", names.CHECKPOINT_FOLDER)
             detectors.register_detector(run_id, candidate.folder, "deepfake-detector", jpeg(1), {})
         (unneeded,) = model_files.find_unneeded_files("deepfake-detector", keep=1)
         assert unneeded.versions == ("2",)  # 1 is in production
@@ -128,7 +127,7 @@ print(json.dumps([[name for name in absent if importlib.util.find_spec(name)], r
 
 
 @pytest.mark.slow
-def test_the_registered_model_stands_alone_and_is_served(candidate, tmp_path, monkeypatch):  # noqa: F811
+def test_the_registered_model_stands_alone_and_is_served(candidate, tmp_path, monkeypatch):
     """With mlflow and the model's own requirements, and the project absent: load it, and POST to it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")

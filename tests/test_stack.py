@@ -33,13 +33,12 @@ from deployments import alerts
 from deployments.stack import control, make_environment
 from tasks.announcement import announce
 from tasks.data import KAGGLE_BLOCK
-from tests.conftest import faces, free_port, wait_until
+from tests.builders import NAME, faces, free_port, wait_until
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-NAME = versions.DEFAULT_MODEL
 TOKEN = "KGAT_5e1f0c3a9b7d"
 PICTURES = os.environ.get("PICTURES")
 """Folder for the README's pictures; `make pictures` sets it."""

@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import DisjointSet
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
@@ -152,27 +153,21 @@ def _join(links: pd.DataFrame, names: pd.Index) -> np.ndarray:
         Position in `names` of the first member of each image's group.
     """
     most = max(MAX_GROUP_IMAGES, int(MAX_GROUP_SHARE * len(names)))
-    joined, size = list(range(len(names))), [1] * len(names)
-
-    def find(image: int) -> int:
-        while joined[image] != image:
-            joined[image] = image = joined[joined[image]]
-        return image
-
     strongest = links.sort_values(
         ["same_picture", "likeness", "distance", "image", "other"], ascending=[False, False, True, True, True]
     )
-    cut = 0
-    images, others = find_ends(names, strongest)
-    for image, other, same in zip(images.tolist(), others.tolist(), strongest["same_picture"], strict=True):
-        first, second = sorted((find(image), find(other)))
-        if first == second:
+    images, others = (ends.tolist() for ends in find_ends(names, strongest))
+    groups, cut = DisjointSet([*images, *others]), 0  # of the linked images: all others are groups of their own
+    for image, other, same in zip(images, others, strongest["same_picture"], strict=True):
+        if groups.connected(image, other):
             continue
-        if not same and size[first] + size[second] > most:
+        if not same and groups.subset_size(image) + groups.subset_size(other) > most:
             cut += 1
             continue
-        joined[second] = first
-        size[first] += size[second]
+        groups.merge(image, other)
     if cut:
         log.warning("%d near copies were left in groups of their own: a group may hold %d pictures", cut, most)
-    return np.array([find(image) for image in range(len(names))], int)
+    first = np.arange(len(names))
+    for group in groups.subsets():
+        first[list(group)] = min(group)
+    return first

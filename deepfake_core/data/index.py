@@ -37,7 +37,7 @@ from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 """Part of the cache's name: raise it when the same archive would give another index."""
 
 SHARD_SIZE = 2000

@@ -43,6 +43,8 @@ def find_neighbours(hashes: np.ndarray, radius: int) -> Neighbours:
     Where there are few, all are compared (faiss). Where there are many, only those are that agree on 20 bits, drawn at
     random for each of 1,600 hash tables (bit sampling: Indyk and Motwani, "Approximate nearest neighbors", STOC 1998,
     section 4.2); time then grows almost with the number of images instead of its square.
+    faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 34 s instead of 8 s for
+    20,000 pictures of 7 views, and its time grows with the square.
 
     Args:
         hashes: uint8 of shape (views, n, 32); the first view is the whole picture.

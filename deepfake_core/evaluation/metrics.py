@@ -152,7 +152,7 @@ def evaluate_scores(
     labels: np.ndarray,
     scores: np.ndarray,
     threshold: float,
-    rows: Rows | None = None,
+    rows: "Rows | None" = None,
     weights: np.ndarray | None = None,
 ) -> Evaluation:
     """Evaluate scores, overall and for the parts that `find_parts` finds.

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from sklearn import metrics as sklearn_metrics
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay, average_precision_score, roc_auc_score
 
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, Recipe
 from deepfake_core.data.dataset import Dataset
@@ -16,6 +17,8 @@ from deepfake_core.evaluation.metrics import Confusion
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.training.batches import Batches
 from deepfake_core.training.fit import Training
+
+CHANCE = {"color": "grey", "linestyle": ":", "label": "chance"}
 
 
 def plot_class_histogram(rows: pd.DataFrame, split: str) -> Figure:
@@ -103,18 +106,15 @@ def plot_explained(pixels: np.ndarray, heat: np.ndarray, titles: list[str], head
 
 def plot_reliability(labels: np.ndarray, scores: np.ndarray) -> Figure:
     """Draw how often images of a score are fake, and how many there are of it, in ten bins of equal width."""
-    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
-    axes = figure.subplots()
-    bins = np.minimum((np.asarray(scores) * 10).astype(int), 9)
-    present = [one for one in range(10) if (bins == one).any()]
-    mean_score = [float(scores[bins == one].mean()) for one in present]
-    share = [float((labels[bins == one] == 1).mean()) for one in present]
-    counts = np.array([int((bins == one).sum()) for one in range(10)])
-    axes.bar(np.arange(10) / 10 + 0.05, counts / counts.max() * 0.25, width=0.09, color="#dddddd", label="images")
+    figure = Figure(figsize=(5.2, 5.4), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot((0, 1), (0, 1), color="grey", linestyle=":", label="a score means its share")
-    axes.plot(mean_score, share, marker="o", color=CLASS_COLOURS["fake"], label="test images")
-    axes.set(title="What a score means", xlabel="P(fake)", ylabel="share that is fake", ylim=(-0.02, 1.02))
-    axes.legend(loc="upper left")
+    CalibrationDisplay.from_predictions(
+        labels, scores, n_bins=10, name="test images", ax=axes, ref_line=False, color=CLASS_COLOURS["fake"]
+    )
+    axes.set(title="What a score means", xlabel="", ylabel="share that is fake")
+    below.hist(scores, bins=np.linspace(0, 1, 11), color="#bbbbbb")
+    below.set(xlabel="P(fake)", ylabel="images")
     return figure
 
 
@@ -231,23 +231,20 @@ def plot_curves(labels: np.ndarray, scores: np.ndarray, threshold: float) -> Fig
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     roc, pr = figure.subplots(1, 2)
     at = Confusion.count(labels, scores, threshold)
-
-    false_alarms, recall, _ = sklearn_metrics.roc_curve(labels, scores)
-    roc.plot(false_alarms, recall, label=f"AUC {sklearn_metrics.roc_auc_score(labels, scores):.3f}")
-    roc.plot((0, 1), (0, 1), color="grey", linestyle=":", label="chance")
-    roc.scatter(
-        at.false_positives / (at.false_positives + at.true_negatives), at.recall, color="black", zorder=3,
-        label=f"threshold {threshold:.3f}",
-    )  # fmt: skip
-    roc.set(title="ROC", xlabel="false alarms (real called fake)", ylabel="recall (fake called fake)")
-
-    precision, recall, _ = sklearn_metrics.precision_recall_curve(labels, scores)
-    average = sklearn_metrics.average_precision_score(labels, scores)
-    pr.plot(recall, precision, label=f"average precision {average:.3f}")
-    pr.axhline(float(np.mean(labels)), color="grey", linestyle=":", label="chance")
-    pr.scatter(at.recall, at.precision, color="black", zorder=3, label=f"threshold {threshold:.3f}")
-    pr.set(title="Precision and recall", xlabel="recall", ylabel="precision", ylim=(-0.03, 1.03))
-    for axes in (roc, pr):
-        axes.legend(loc="lower right" if axes is roc else "lower left")
+    false_alarms = at.false_positives / (at.false_positives + at.true_negatives)
+    auc = f"AUC {roc_auc_score(labels, scores):.3f}"  # the Displays' own labels have two places
+    average = f"average precision {average_precision_score(labels, scores):.3f}"
+    for axes, display, title, name, place in (
+        (roc, RocCurveDisplay, "ROC", auc, (false_alarms, at.recall)),
+        (pr, PrecisionRecallDisplay, "Precision and recall", average, (at.recall, at.precision)),
+    ):
+        display.from_predictions(
+            labels, scores, ax=axes, curve_kwargs={"label": name}, plot_chance_level=True, chance_level_kw=CHANCE
+        )
+        axes.scatter(*place, color="black", zorder=3, clip_on=False, label=f"threshold {threshold:.3f}")
+        axes.set(title=title)
         axes.grid(alpha=0.3)
+        axes.legend(loc="lower right" if axes is roc else "lower left")
+    roc.set(xlabel="false alarms (real called fake)", ylabel="recall (fake called fake)")
+    pr.set(xlabel="recall", ylabel="precision")
     return figure

@@ -18,11 +18,10 @@ from typing import Any
 
 import fsspec
 import platformdirs
-from fsspec.callbacks import Callback
 
 from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DownloadError
 from deepfake_core.storage.files import hash_file, require_space, write_beside
-from deepfake_core.storage.progress import Progress, watch_progress
+from deepfake_core.storage.progress import Progress, count_bytes
 
 MAX_CONCURRENT_PARTS = 4
 """Parts of one object that s3fs holds in memory; each has 50 MB, or more in objects of 500 GB and above."""
@@ -166,9 +165,8 @@ class Store:
                     size = files.info(f"{root}/{self.name(path)}")["size"]
                     what = f"What is fetched from {self.url}"
                     require_space(beside.parent, size, what, "set XDG_CACHE_HOME to another disk")
-                    count = Callback()
-                    with watch_progress(lambda: count.value, size, on_progress):
-                        files.get_file(f"{root}/{self.name(path)}", str(beside), callback=count)
+                    with count_bytes(size, on_progress) as callback:
+                        files.get_file(f"{root}/{self.name(path)}", str(beside), callback=callback)
             except FileNotFoundError as exc:
                 raise ArchiveError(f"{rule}. Received: nothing. {remedy}") from exc
             received = hash_file(beside)
@@ -183,9 +181,8 @@ class Store:
         """
         files, root = self._place
         file = file or path
-        count = Callback()
-        with self._translate_errors(), watch_progress(lambda: count.value, file.stat().st_size, on_progress):
-            files.put_file(str(file), f"{root}/{self.name(path)}", callback=count)
+        with self._translate_errors(), count_bytes(file.stat().st_size, on_progress) as callback:
+            files.put_file(str(file), f"{root}/{self.name(path)}", callback=callback)
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:

@@ -11,34 +11,23 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.data.dataset import open_dataset
-from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, mark_duplicates
+from deepfake_core.data.dataset import hash_content, open_dataset
+from deepfake_core.data.duplicates import LINK_COLUMNS, mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
-from deepfake_core.data.publishing import _hash_content, publish_dataset
-from deepfake_core.data.split_memory import _remember, read_memory
+from deepfake_core.data.publishing import publish_dataset
+from deepfake_core.data.split_memory import read_memory, remember_splits
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.errors import ArchiveError, DatasetError, LockedError
 from deepfake_core.storage.locks import lock_folder
-from tests.conftest import draw_image, encode, faces, hold_data, jpeg, recode, write_zip
+from deepfake_core.storage.store import open_store
+from tests.builders import draw_image, encode, faces, forbid, hold_data, jpeg, prepare, recode, write_zip
 
 COLUMNS = [  # the first eleven are named in the issue that founded the project; users' notebooks read them
     *("source", "member", "sha256", "label", "width", "height"),
     *("split", "kept", "reason", "group", "path"),
     *("copy_of", "bytes", "format", "jpeg_table"),
 ]
-
-
-def prepare(data_dir: Path, *zips: Path, test_fraction: float = 0.25, val_fraction: float = 0.25, **more: object):
-    sources = tuple(Source(name=str(path)) for path in zips)
-    data = DataParameters(
-        sources=sources, data_dir=data_dir, test_fraction=test_fraction, val_fraction=val_fraction, **more
-    )
-    archives = [fetch_archive(source, data_dir) for source in sources]
-    index = pd.concat([build_index(archive, data_dir) for archive in archives])
-    links = find_links(index)
-    rows = assign_splits(mark_duplicates(index, links), links, read_memory(data_dir), val_fraction, test_fraction)
-    return publish_dataset(rows, archives, data)
 
 
 def pictures(count: int) -> pd.DataFrame:
@@ -98,14 +87,14 @@ def test_growing_moves_no_image_across_and_leaves_no_group_torn(world, random):
     first = split(index[:before], links)
     check_laws(index[:before], links, first)
     with tempfile.TemporaryDirectory() as folder:
-        _remember(first, Path(folder))
-        memory = read_memory(Path(folder))
+        remember_splits(first, open_store(folder))
+        memory = read_memory(open_store(folder))
         order = list(index.index)
         random.shuffle(order)
         grown = split(index.iloc[order], links, memory)
         check_laws(index, links, grown)
-        _remember(grown, Path(folder))
-        assert read_memory(Path(folder)).items() >= memory.items()
+        remember_splits(grown, open_store(folder))
+        assert read_memory(open_store(folder)).items() >= memory.items()
     now = grown[grown["kept"]].set_index("sha256")["split"]
     was = first[first["kept"]].set_index("sha256")["split"]
     common = now.index.intersection(was.index)
@@ -122,7 +111,7 @@ def test_same_images_in_any_order_are_the_same_version(world, random):
     random.shuffle(order)
     shuffled = links.sample(frac=1, random_state=random.randrange(1000))
     rows, again = split(index, links), split(index.iloc[order], shuffled)
-    assert _hash_content(rows, "none") == _hash_content(again, "none")
+    assert hash_content(rows, "none") == hash_content(again, "none")
     again = again.set_index("member").loc[rows["member"]].reset_index()
     pd.testing.assert_frame_equal(rows, again[rows.columns], check_dtype=False)
 
@@ -130,7 +119,7 @@ def test_same_images_in_any_order_are_the_same_version(world, random):
 def test_same_images_in_any_archive_layout_and_shards_are_the_same_manifest(tmp_path, monkeypatch):
     members = faces(20) | {f"real/small{i}.jpg": encode(draw_image(i).resize((40, 40))) for i in range(5)}
     first = prepare(tmp_path / "one", write_zip(tmp_path / "a.zip", members))
-    monkeypatch.setattr("deepfake_core.index.SHARD_SIZE", 3)
+    monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 3)
     monkeypatch.setattr("os.cpu_count", lambda: 5)
     turned = dict(reversed(members.items()))
     second = prepare(tmp_path / "two", write_zip(tmp_path / "other" / "a.zip", turned))
@@ -249,7 +238,7 @@ def test_published_folder_holds_the_original_bytes_and_accounts_for_every_file(t
 def test_second_run_copies_nothing(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip", faces(20))
     first = prepare(tmp_path / "data", path)
-    monkeypatch.setattr("deepfake_core.manifest._copy_images", None)  # any copying would fail
+    forbid(monkeypatch, "deepfake_core.data.publishing._copy_images")
     assert prepare(tmp_path / "data", path).path == first.path
 
 
@@ -263,13 +252,13 @@ def test_a_new_copy_of_a_known_picture_keeps_the_version_and_is_listed(tmp_path)
 
 def test_a_failure_while_copying_leaves_nothing(tmp_path):
     data_dir = tmp_path / "data"
-    archive = fetch_archive(Source(name=str(write_zip(tmp_path / "a.zip", faces(20)))), data_dir)
-    rows = split(build_index(archive, data_dir), val=0.25, test=0.25)
+    archive = fetch_archive(Source(name=str(write_zip(tmp_path / "a.zip", faces(20)))), open_store(data_dir))
+    rows = split(build_index(archive, open_store(data_dir)), val=0.25, test=0.25)
     members = faces(20)
     members["fake/3.jpg"] = jpeg(77)
     write_zip(tmp_path / "a.zip", members)  # changed behind our back
     with pytest.raises(ArchiveError, match="must not change during a run"):
-        publish_dataset(rows, [archive], DataParameters(data_dir=data_dir))
+        publish_dataset(rows, [archive], open_store(data_dir), DataParameters())
     assert [path.name for path in (data_dir / "splits").iterdir()] == ["memory.parquet"]
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from deepfake_core.data import neighbours
 from deepfake_core.data.hashes import VIEWS, View, hash_thumbnails, shrink_images
 from deepfake_core.data.neighbours import find_neighbours
-from tests.conftest import draw_image, encode
+from tests.builders import draw_image, encode
 
 RADIUS = 60
 

@@ -13,16 +13,17 @@ from PIL import Image
 from deepfake_core import detector
 from deepfake_core.config import Source
 from deepfake_core.data.hashes import shrink_images
-from deepfake_core.data.index import _decode, build_index
+from deepfake_core.data.index import build_index, decode
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.errors import DatasetError
-from tests.conftest import draw_image, encode, faces, jpeg, recode, write_zip
+from deepfake_core.storage.store import open_store
+from tests.builders import draw_image, encode, faces, forbid, jpeg, recode, write_zip
 
 
 def index_of(path: Path, **rule: object):
     source = Source(name=str(path), **rule)
     data_dir = path.parent / "data"
-    return build_index(fetch_archive(source, data_dir), data_dir).set_index("member")
+    return build_index(fetch_archive(source, open_store(data_dir)), open_store(data_dir)).set_index("member")
 
 
 def test_every_file_is_a_row_and_says_why_it_is_left_out(make_zip, monkeypatch):
@@ -165,7 +166,7 @@ def test_quantisation_tables_are_named_by_quality_and_digest(make_zip):
 def test_images_of_any_shape_are_kept_small_until_they_are_shrunk(size, form):
     wide = draw_image(1, 64).resize(size, Image.Resampling.BILINEAR)
     data = encode(wide, form)
-    content, pixels = _decode(data)
+    content, pixels = decode(data)
     assert (content.width, content.height) == size
     assert max(pixels.shape) <= 256
     thumbnail = shrink_images(pixels[None])[0].astype(int)
@@ -178,7 +179,7 @@ def test_images_of_any_shape_are_kept_small_until_they_are_shrunk(size, form):
 def test_a_jpeg_cut_anywhere_is_no_usable_image(cut, progressive):
     data = encode(draw_image(1, 200), quality=90, progressive=progressive)
     cut = min(cut, len(data) - 3)  # without the end marker's two bytes alone, the picture is whole
-    content, _ = _decode(data[:cut])
+    content, _ = decode(data[:cut])
     assert content.reason in ("truncated", "not_an_image")
 
 
@@ -187,7 +188,7 @@ def test_a_jpeg_cut_anywhere_is_no_usable_image(cut, progressive):
 def test_a_damaged_header_raises_nothing(position, value):
     data = bytearray(jpeg(1))
     data[position] = value
-    content, _ = _decode(bytes(data))
+    content, _ = decode(bytes(data))
     assert content.reason in ("", "truncated", "not_an_image", "too_large")
 
 
@@ -196,11 +197,11 @@ def test_shards_of_any_size_on_any_number_of_threads_give_the_same_index(make_zi
     path = make_zip(members)
     expected = index_of(path)
     for number, (shard, at_once, cores) in enumerate([(1, 1, 1), (7, 3, 5), (1000, 128, 2)]):
-        monkeypatch.setattr("deepfake_core.index.SHARD_SIZE", shard)
-        monkeypatch.setattr("deepfake_core.index.DECODED_AT_ONCE", at_once)
+        monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", shard)
+        monkeypatch.setattr("deepfake_core.data.index.DECODED_AT_ONCE", at_once)
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        archive = fetch_archive(Source(name=str(path)), path.parent)
-        again = build_index(archive, path.parent / str(number)).set_index("member")
+        archive = fetch_archive(Source(name=str(path)), open_store(path.parent))
+        again = build_index(archive, open_store(path.parent / str(number))).set_index("member")
         pd.testing.assert_frame_equal(again, expected)
 
 
@@ -208,7 +209,7 @@ def test_shards_of_any_size_on_any_number_of_threads_give_the_same_index(make_zi
 def decoded(monkeypatch):
     """Count what is decoded."""
     sizes = []
-    monkeypatch.setattr("deepfake_core.index._decode", lambda data: sizes.append(len(data)) or _decode(data))
+    monkeypatch.setattr("deepfake_core.data.index.decode", lambda data: sizes.append(len(data)) or decode(data))
     return sizes
 
 
@@ -280,7 +281,7 @@ def test_a_source_without_labelled_images_is_refused(make_zip):
 def test_an_unchanged_archive_is_not_read_again(make_zip, monkeypatch):
     path = make_zip(faces(2))
     first = index_of(path)
-    monkeypatch.setattr("deepfake_core.index.decode_image", None)  # any decoding would fail
+    forbid(monkeypatch, "deepfake_core.data.index.decode_image")
     assert index_of(path).equals(first)
 
 

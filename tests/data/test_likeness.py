@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepfake_core.data.duplicates import MIN_LIKENESS, MAX_COPY_DIFFERENCE
+from deepfake_core.data.duplicates import MAX_COPY_DIFFERENCE, MIN_LIKENESS
 from deepfake_core.data.hashes import shrink_images
 from deepfake_core.data.likeness import measure_difference, measure_likeness, measure_pairs
-from tests.conftest import draw_image
+from tests.builders import draw_image
 from tests.data.test_hashes import CHANGES
 
 

@@ -19,6 +19,7 @@ from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.demo import archives, faces, forgeries
 from deepfake_core.demo.archives import draw_archives
 from deepfake_core.detector import UnreadableImageError, decode_image
+from deepfake_core.storage.store import open_store
 
 PER_CLASS = 6
 CIPLAB, REUPLOAD, FACES_140K = (f"{source.short_name}.zip" for source in KAGGLE_SOURCES)
@@ -124,8 +125,8 @@ def test_sources_are_local_with_the_rules_of_kaggles(folder):
 
 
 def test_pipeline_leaves_out_the_odd_files_with_every_reason(folder, tmp_path):
-    archives = [fetch_archive(source, tmp_path) for source in draw_archives(folder, PER_CLASS)]
-    index = pd.concat([build_index(archive, tmp_path) for archive in archives])
+    archives = [fetch_archive(source, open_store(tmp_path)) for source in draw_archives(folder, PER_CLASS)]
+    index = pd.concat([build_index(archive, open_store(tmp_path)) for archive in archives])
     rows = mark_duplicates(index, find_links(index))
     kept = rows[rows["kept"]]
     assert kept.groupby(["source", "label"]).size().to_dict() == {

@@ -20,14 +20,12 @@ from deepfake_core.evaluation.promotion import Scored, compare_scores, decide_pr
 from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.models import CANDIDATES
-from deepfake_core.registry.challenge import find_trained_on
+from deepfake_core.registry.challenge import Outcome, find_trained_on
 from deepfake_core.reports import plots
 from deepfake_core.reports.model_report import ModelFacts, list_warnings, render_report, write_model_card
 from deepfake_core.training.export import check_parity, load_network
 from deepfake_core.training.heat_map import ExplainedNetwork
-from tests.conftest import draw_image, encode, faces, write_zip
-from tests.data.test_dataset import prepare
-from tests.training.test_fit import SIZE, candidate, stripes  # noqa: F401 - a fixture
+from tests.builders import SIZE, draw_image, encode, faces, prepare, stripes, write_zip
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_a_selection_reads_what_it_is_asked_for():
     assert images.select(np.ones(20, bool)) is images
 
 
-def test_held_out_sources_are_only_tested(two_sources, candidate):  # noqa: F811
+def test_held_out_sources_are_only_tested(two_sources, candidate):
     for split in ("train", "val", "test"):
         assert set(load_seen(two_sources, split, SIZE, ["second"]).rows["source"]) == {"first"}
     result = evaluate_on_test(candidate.folder, two_sources, ["second"])
@@ -115,7 +113,7 @@ def test_each_change_changes_the_image_more_the_stronger_it_is(name):
     assert np.array_equal(np.asarray(change(image, strengths[0])), np.asarray(change(image, strengths[0])))
 
 
-def test_robustness_compares_with_the_same_images_unchanged(two_sources, candidate):  # noqa: F811
+def test_robustness_compares_with_the_same_images_unchanged(two_sources, candidate):
     result = evaluate_on_test(candidate.folder, two_sources)
     progress = []
     table = measure_robustness(
@@ -209,7 +207,7 @@ def test_heat_is_grad_cam_as_automatic_differentiation_gives_it(architecture):
     assert np.allclose(heat * factor, expected, atol=1e-3 * np.abs(expected).max())
 
 
-def test_the_heat_of_a_verdict_is_what_spoke_for_it(candidate):  # noqa: F811
+def test_the_heat_of_a_verdict_is_what_spoke_for_it(candidate):
     detector = Detector(candidate.folder)
     pixels = stripes(80, 3).pixels
     scores, heat = detector.explain(pixels)
@@ -221,7 +219,7 @@ def test_the_heat_of_a_verdict_is_what_spoke_for_it(candidate):  # noqa: F811
     assert (heat.max(axis=(1, 2)) == 1).any()
 
 
-def test_a_model_that_is_served_otherwise_than_trained_is_refused(candidate, tmp_path):  # noqa: F811
+def test_a_model_that_is_served_otherwise_than_trained_is_refused(candidate, tmp_path):
     images = stripes(250, 3)
     assert check_parity(candidate.folder, images) < 1e-5
     shutil.copytree(candidate.folder, tmp_path / "changed")
@@ -233,7 +231,7 @@ def test_a_model_that_is_served_otherwise_than_trained_is_refused(candidate, tmp
         check_parity(tmp_path / "changed", images)
 
 
-def test_a_model_that_gives_no_numbers_is_refused(candidate, monkeypatch):  # noqa: F811
+def test_a_model_that_gives_no_numbers_is_refused(candidate, monkeypatch):
     monkeypatch.setattr(Detector, "score", lambda _, images: np.full(len(images), np.nan, np.float32))
     images = stripes(8, 3)
     reals = Images(
@@ -263,11 +261,12 @@ def make_report(dataset, folder):
         settings={"training.epochs": "<script>alert(1)</script>"},
     )
     figures = {"Calibration": plots.plot_reliability(labels, result.scores)}
-    page = render_report(facts, dataset, result, table, decision, compared, "5", figures, {})
+    outcome = Outcome(decision, compared, "5", cost)
+    page = render_report(facts, dataset, result, table, outcome, figures, {})
     return page, write_model_card(facts, dataset, result, decision, table), result, decision
 
 
-def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, candidate):  # noqa: F811
+def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, candidate):
     page, card, result, decision = make_report(two_sources, candidate.folder)
     body = page[page.index("<body>") :]
     assert f"version 7: {'promoted' if decision.promoted else 'not promoted'}</h1>" in body
@@ -282,7 +281,7 @@ def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, cand
     assert two_sources.version in card
 
 
-def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):  # noqa: F811
+def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
     reals = {name: data for name, data in faces(40, start=700).items() if name.startswith("real")}
     dataset = prepare(tmp_path, write_zip(tmp_path / "both.zip", faces(40)), write_zip(tmp_path / "real.zip", reals))
     page, card, result, _ = make_report(dataset, candidate.folder)
@@ -291,7 +290,7 @@ def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
     assert "one class" in card
 
 
-def test_strong_file_facts_are_said_in_the_first_lines(tmp_path, candidate):  # noqa: F811
+def test_strong_file_facts_are_said_in_the_first_lines(tmp_path, candidate):
     members = {
         name: encode(draw_image(number), quality=60 if "fake" in name else 95)
         for number, name in enumerate(sorted(faces(60)))

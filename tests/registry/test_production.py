@@ -12,11 +12,11 @@ from deepfake_core.cli import main
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
-from deepfake_core.registry import connection, detectors, probe, production, runs, versions
+from deepfake_core.registry import connection, detectors, names, probe, production, runs
+from deepfake_core.registry.versions import ModelVersion, list_versions, read_version
 from deepfake_core.training.calibration import calibrate_detector
 from flows.production import health, promote, roll_back
-from tests.conftest import jpeg
-from tests.training.test_fit import candidate, stripes  # noqa: F401 - a fixture
+from tests.builders import jpeg, stripes
 
 NAME = "deepfake-detector"
 PROBE = [jpeg(number) for number in range(4)]
@@ -32,7 +32,7 @@ def write_scores(detector: Detector, count: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def versions_once(candidate, tmp_path_factory):  # noqa: F811
+def versions_once(candidate, tmp_path_factory):
     """Register three versions: two promoted by the rule, the third refused by it."""
     folder = tmp_path_factory.mktemp("production")
     detector = shutil.copytree(candidate.folder, folder / "detector")
@@ -51,7 +51,7 @@ def versions_once(candidate, tmp_path_factory):  # noqa: F811
         ):
             with runs.open_run("cnn") as run_id:
                 runs.log_parameters(run_id, {"threshold": Detector(detector).threshold})
-                runs.log_text(run_id, write_scores(Detector(detector), 60, seed=min(number, 2)), runs.SCORES)
+                runs.log_text(run_id, write_scores(Detector(detector), 60, seed=min(number, 2)), names.SCORES)
                 scores = [row.fake_probability for row in Detector(detector).predict(PROBE)]
                 probe.log_probe(run_id, PROBE, scores)
             detectors.register_detector(run_id, detector, NAME, jpeg(1), tags)
@@ -68,15 +68,15 @@ def versions(versions_once, monkeypatch, tmp_path):
 
 
 def find_aliases() -> dict[str, str]:
-    return {alias: one.version for one in versions.list_versions(NAME) for alias in one.aliases}
+    return {alias: one.version for one in list_versions(NAME) for alias in one.aliases}
 
 
-def test_both_versions_say_who_replaced_whom_when_and_why(versions):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_both_versions_say_who_replaced_whom_when_and_why():
     production.move_production(NAME, "1", None, "first")
     production.move_production(NAME, "2", "1", "AUC 0.9, production's 0.8")
     assert find_aliases() == {"production": "2", "previous": "1"}
-    first, second = (versions.read_version(NAME, number).tags for number in "12")
+    first, second = (read_version(NAME, number).tags for number in "12")
     assert first["replaced"] == "none"
     assert first["replaced_by"] == "2"
     assert first["replaced_because"] == second["production_because"] == "AUC 0.9, production's 0.8"
@@ -90,7 +90,7 @@ def test_production_does_not_move_for_who_looked_too_early(versions):
     with pytest.raises(ProductionMovedError, match=r"Received: version 1, no longer None\. Compare again"):
         production.move_production(NAME, "2", None, "looked before")
     assert find_aliases() == {"production": "1"}
-    assert "production_since" not in versions.read_version(NAME, "2").tags
+    assert "production_since" not in read_version(NAME, "2").tags
     assert [model.name for model in versions.search_registered_models()] == [NAME]  # the lock is gone
 
 
@@ -105,8 +105,8 @@ def race(version: str, ready, results) -> None:
 
 
 @pytest.mark.slow
-def test_of_processes_that_move_at_once_one_wins(versions):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_of_processes_that_move_at_once_one_wins():
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(3), context.Queue()
     racers = [context.Process(target=race, args=(version, ready, results)) for version in "123"]
@@ -117,7 +117,7 @@ def test_of_processes_that_move_at_once_one_wins(versions):
         racer.join()
     (winner,) = [version for version in outcomes if version]
     assert find_aliases() == {"production": winner}
-    since = [number for number in "123" if "production_since" in versions.read_version(NAME, number).tags]
+    since = [number for number in "123" if "production_since" in read_version(NAME, number).tags]
     assert since == [winner]
 
 
@@ -129,8 +129,8 @@ def test_a_lock_that_was_left_behind_is_removed(versions, monkeypatch, caplog):
     assert production.find_production(NAME) == "1"
 
 
-def test_rollbacks_go_back_one_by_one_and_never_forward(versions):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_rollbacks_go_back_one_by_one_and_never_forward():
     for version, expected in (("1", None), ("2", "1"), ("3", "2")):
         production.move_production(NAME, version, expected, "better")
     assert production.roll_back(NAME, "misjudges agency photographs") == ("2", "3")
@@ -139,13 +139,13 @@ def test_rollbacks_go_back_one_by_one_and_never_forward(versions):
     assert find_aliases() == {"production": "1"}
     with pytest.raises(ModelError, match="in production, which replaced none"):
         production.roll_back(NAME, "and that")
-    tags = versions.read_version(NAME, "3").tags
+    tags = read_version(NAME, "3").tags
     assert tags["replaced_by"] == "2"
     assert tags["replaced_because"] == "rolled back from version 3: misjudges agency photographs"
 
 
-def test_an_unsuitable_version_needs_force_which_is_recorded(versions):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_an_unsuitable_version_needs_force_which_is_recorded():
     production.promote_by_hand(NAME, "1", "start")
     with pytest.raises(ModelError, match=r"version 3 of deepfake-detector: NOT met: AUC 0\.5\. Choose another"):
         production.promote_by_hand(NAME, "3", "trust me")
@@ -157,12 +157,12 @@ def test_an_unsuitable_version_needs_force_which_is_recorded(versions):
         production.promote_by_hand(NAME, "9", "typo")
     assert production.find_production(NAME) == "1"
     assert production.promote_by_hand(NAME, "3", "trust me", force=True) == "1"
-    because = versions.read_version(NAME, "3").tags["production_because"]
+    because = read_version(NAME, "3").tags["production_because"]
     assert because == "by hand: trust me (forced, though NOT met: AUC 0.5)"
 
 
-def test_the_command_line_asks_first(versions, monkeypatch, capsys):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_the_command_line_asks_first(monkeypatch, capsys):
     assert main(["promote", "1", "--reason", "start", "--yes"]) == 0
     monkeypatch.setattr("builtins.input", lambda question: print(question) or "n")
     assert main(["promote", "2", "--reason", "better"]) == 1
@@ -179,8 +179,8 @@ def test_the_command_line_asks_first(versions, monkeypatch, capsys):
         main(["promote", "1"])  # no reason
 
 
-def test_versions_tells_the_whole_story(versions, monkeypatch, capsys):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_versions_tells_the_whole_story(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     main(["promote", "1", "--reason", "start", "--yes"])
     main(["promote", "2", "--reason", "fewer false alarms", "--yes"])
@@ -191,8 +191,8 @@ def test_versions_tells_the_whole_story(versions, monkeypatch, capsys):
         assert words in out
 
 
-def test_versions_are_compared_on_the_images_they_share(versions, capsys):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_versions_are_compared_on_the_images_they_share(capsys):
     assert main(["compare", "2", "3"]) == 0
     out = capsys.readouterr().out
     assert "On 60 images, version 2's AUC is 0.000" in out
@@ -200,8 +200,8 @@ def test_versions_are_compared_on_the_images_they_share(versions, capsys):
     assert "none in common" in capsys.readouterr().err
 
 
-def test_versions_are_compared_on_a_folder(versions, tmp_path, capsys):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_versions_are_compared_on_a_folder(tmp_path, capsys):
     for label, first in (("real", 0), ("fake", 50)):
         folder = tmp_path / "labelled" / label
         folder.mkdir(parents=True)
@@ -217,8 +217,8 @@ def test_versions_are_compared_on_a_folder(versions, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_the_same_as_flows(versions):
-    assert versions
+@pytest.mark.usefixtures("versions")
+def test_the_same_as_flows():
     assert promote(1, "start").startswith("Version 1 of deepfake-detector is in production instead of none")
     with pytest.raises(ModelError, match="NOT met"):
         promote(3, "no")
@@ -233,7 +233,7 @@ def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
         health()
     production.move_production(NAME, "1", None, "first")
     assert "the scores of 4 probe images differ by" in health()
-    run_id = versions.read_version(NAME, "1").run_id
+    run_id = read_version(NAME, "1").run_id
     probe = versions.download_artifacts(run_id, "probe/scores.json")
     scores = json.loads(Path(probe).read_text())
     versions.log_text(run_id, json.dumps([scores[0] + 0.01, *scores[1:]]), "probe/scores.json")
@@ -244,12 +244,12 @@ def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
         versions.log_text(run_id, json.dumps(scores), "probe/scores.json")
 
 
-def test_an_older_version_without_a_probe_is_said(versions):
+@pytest.mark.usefixtures("versions")
+def test_an_older_version_without_a_probe_is_said():
     with runs.open_run("old") as run_id:
         pass
-    old = versions.ModelVersion(NAME, "1", run_id, (), {}, {}, "")
-    assert versions
+    old = ModelVersion(NAME, "1", run_id, (), {}, {}, "")
     with pytest.raises(ModelError, match="needs probe images"):
         probe.check_probe(old)
     assert runs.read_manifest(old) is None
-    assert runs.read_text(run_id, runs.SCORES) is None
+    assert runs.read_text(run_id, names.SCORES) is None

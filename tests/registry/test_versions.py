@@ -10,36 +10,10 @@ import pandas as pd
 import pytest
 
 from deepfake_core.cli import main
+from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import ModelError, ServiceError
-from deepfake_core.registry import connection, detectors, fingerprint, production, runs, versions
-from tests.conftest import draw_image, draw_portrait, encode, free_port, jpeg
-from tests.training.test_fit import SIZE, candidate  # noqa: F401 - a fixture
-
-NAME = "deepfake-detector"
-
-
-@pytest.fixture(scope="module")
-def registered_once(candidate, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        with runs.open_run("retrain") as parent:
-            with runs.open_run("cnn", parent) as run_id:
-                runs.log_parameters(run_id, {"training": {"epochs": 3, "augmentation": {"zoom": 0.1}}})
-                runs.log_metrics(run_id, {"test/auc": 0.9, "test/precision": 0.8, "test/recall": 0.7})
-            version = detectors.register_detector(run_id, candidate.folder, NAME, jpeg(1), {"flow_run_id": "f1"})
-    return folder, (parent, run_id, version)
-
-
-@pytest.fixture
-def registered(registered_once, monkeypatch):
-    """Give the parent run, the candidate's run and the version, in an MLflow that holds just these."""
-    folder, ids = registered_once
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-    connection.connect()
-    return ids
+from deepfake_core.registry import connection, fingerprint, production, runs, versions
+from tests.builders import NAME, draw_image, draw_portrait, encode, free_port, jpeg
 
 
 def test_runs_are_nested_and_carry_the_commit(registered):
@@ -122,8 +96,8 @@ def test_pull_and_predict_agree_with_the_registry(registered, tmp_path, capsys):
     assert pulled["label"] == served["label"][0]
 
 
-def test_unreadable_images_are_named_and_end_with_status_2(registered, tmp_path, capsys):
-    assert registered
+@pytest.mark.usefixtures("registered")
+def test_unreadable_images_are_named_and_end_with_status_2(tmp_path, capsys):
     (tmp_path / "words.jpg").write_bytes(b"words")
     draw_portrait(1).save(tmp_path / "face.jpg")
     main(["pull", str(tmp_path / "pulled"), "--model", f"models:/{NAME}/1"])
@@ -137,8 +111,8 @@ def test_unreadable_images_are_named_and_end_with_status_2(registered, tmp_path,
     ]
 
 
-def test_pull_never_writes_into_a_folder_that_holds_files(registered, tmp_path, capsys):
-    assert registered
+@pytest.mark.usefixtures("registered")
+def test_pull_never_writes_into_a_folder_that_holds_files(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("mine")
     assert main(["pull", str(tmp_path)]) == 2
     assert "empty or new folder" in capsys.readouterr().err
@@ -162,8 +136,8 @@ def test_version_is_found_by_its_flow_run(registered):
         versions.find_version(NAME, "f2")
 
 
-def test_an_unknown_version_is_a_clear_error(registered, capsys):
-    assert registered
+@pytest.mark.usefixtures("registered")
+def test_an_unknown_version_is_a_clear_error(capsys):
     assert main(["predict", "x.jpg", "--model", f"models:/{NAME}/99"]) == 2
     assert "See `deepfake versions`" in capsys.readouterr().err
     assert main(["predict", "x.jpg", "--model", "/nowhere"]) == 2
@@ -190,16 +164,22 @@ def test_an_image_knows_its_commit_by_a_variable(monkeypatch, tmp_path):
 def test_a_training_is_the_same_if_data_parameters_and_committed_code_are(monkeypatch):
     client = connection.connect()
     monkeypatch.setattr(fingerprint, "read_git_commit", lambda: "c" * 40)
-    known = fingerprint.fingerprint_training("d1", {"seed": 1})
-    assert fingerprint.find_same_training(NAME, known) is None
+
+    def find(data, **training):
+        parameters = TrainingParameters(**training), EvaluationParameters(), PromotionParameters()
+        known = fingerprint.fingerprint_training(data, *parameters)
+        return known, fingerprint.find_same_training(NAME, known)
+
+    known, same = find("d1", seed=1)
+    assert same is None
     client.create_registered_model(NAME)
     with runs.open_run("cnn") as run_id:
         pass
-    for fingerprint in (known, known, ""):
-        client.create_model_version(NAME, "file:///nowhere", run_id, tags={"fingerprint": fingerprint})
-    assert fingerprint.find_same_training(NAME, known).version == "2"
-    for data, parameters in (("d2", {"seed": 1}), ("d1", {"seed": 2})):
-        assert fingerprint.find_same_training(NAME, fingerprint.fingerprint_training(data, parameters)) is None
+    for tag in (known, known, ""):
+        client.create_model_version(NAME, "file:///nowhere", run_id, tags={"fingerprint": tag})
+    assert find("d1", seed=1)[1].version == "2"
+    assert find("d2", seed=1)[1] is None
+    assert find("d1", seed=2)[1] is None
     for commit in ("e" * 40, "c" * 40 + "-dirty", "unknown"):
         monkeypatch.setattr(fingerprint, "read_git_commit", lambda commit=commit: commit)
-        assert fingerprint.find_same_training(NAME, fingerprint.fingerprint_training("d1", {"seed": 1})) is None
+        assert find("d1", seed=1)[1] is None

@@ -12,17 +12,19 @@ from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.shortcuts import find_shortcuts
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.reports.data_report import write_report
-from tests.conftest import draw_image, encode, faces, jpeg, write_zip
+from deepfake_core.storage.store import open_store
+from tests.builders import draw_image, encode, faces, jpeg, write_zip
 
 HOSTILE = "real/<script>alert(1)</script>&.jpg"
 
 
 def prepare(path, data_dir, **source: object):
-    archive = fetch_archive(Source(name=str(path), **source), data_dir)
-    index = build_index(archive, data_dir)
+    store = open_store(data_dir)
+    archive = fetch_archive(Source(name=str(path), **source), store)
+    index = build_index(archive, store)
     links = find_links(index)
     rows = assign_splits(mark_duplicates(index, links), links, {}, 0.25, 0.25)
-    return publish_dataset(rows, [archive], DataParameters(data_dir=data_dir)), links, archive
+    return publish_dataset(rows, [archive], store, DataParameters()), links, archive
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_a_report_that_is_there_is_not_written_again(published):
     assert write_report(dataset, links, [archive]) == path
     assert path.stat().st_mtime_ns == before
     path.unlink()
-    write_report(Dataset(dataset.path), links, [archive])
+    write_report(Dataset(dataset.path, dataset.store), links, [archive])
     assert path.exists()
 
 

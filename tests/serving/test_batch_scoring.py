@@ -11,20 +11,18 @@ import pytest
 
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, ModelError
-from deepfake_core.registry import connection, detectors, production
+from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
 from deepfake_core.serving.batch_scoring import score_images
 from deepfake_core.serving.predictor import Predictor
 from flows.score import score
-from tests.conftest import draw_portrait, encode, jpeg
-from tests.registry.test_versions import NAME, registered, registered_once  # noqa: F401 - fixtures
-from tests.training.test_fit import candidate  # noqa: F401 - a fixture
+from tests.builders import NAME, draw_portrait, encode, jpeg
 
 IMAGES = {"a.jpg": jpeg(1), "below/b.png": encode(draw_portrait(2), "PNG"), "c.webp": b"words"}
 
 
 @pytest.fixture
-def predictor(candidate):  # noqa: F811
+def predictor(candidate):
     return Predictor(Detector(candidate.folder), detect=False)
 
 
@@ -88,7 +86,7 @@ def test_what_holds_no_images_is_said_and_leaves_nothing(predictor, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api")
-def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):  # noqa: F811
+def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):
     *_, version = registered
     production.move_production(NAME, version, production.find_production(NAME), "test")
     path = score(str(folder), str(tmp_path / "scores.parquet"), detect=True)
@@ -96,7 +94,7 @@ def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path): 
     assert rows.set_index("image").loc["below/b.png", "face"] == 1
     assert "no face" in rows.set_index("image").loc["a.jpg", "error"]
     (found,) = mlflow.MlflowClient().search_runs(
-        [mlflow.get_experiment_by_name(connection.EXPERIMENT).experiment_id], "tags.model_version != ''"
+        [mlflow.get_experiment_by_name(names.EXPERIMENT).experiment_id], "tags.model_version != ''"
     )
     run = mlflow.get_run(found.info.run_id)
     assert run.data.tags["model_version"] == f"{NAME}/{version}"

@@ -12,38 +12,35 @@ from PIL import Image
 from deepfake_core.cli import main
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import connection, detectors, production, runs, versions
-from deepfake_core.serving import page
-from tests.conftest import draw_portrait, draw_scene, free_port, jpeg
-from tests.serving.test_video import write_clip
-from tests.training.test_fit import candidate  # noqa: F401 - a fixture
+from deepfake_core.serving import page as page_server
+from tests.builders import NAME, draw_portrait, draw_scene, free_port, jpeg, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-NAME = versions.DEFAULT_MODEL
 SECONDS = 60_000
 """Milliseconds, in truth: how long a busy machine may take for an answer."""
 
 
 @pytest.fixture(scope="module")
-def served(candidate, tmp_path_factory):  # noqa: F811
+def served(candidate, tmp_path_factory):
     """Serve the page, with version 1 in production; yield its address."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
-        patch.setattr(page, "MAX_UPLOAD_BYTES", 1_000_000)
-        patch.setattr(page, "MAX_ALIAS_AGE_SECONDS", 0)
+        patch.setattr(page_server, "MAX_UPLOAD_BYTES", 1_000_000)
+        patch.setattr(page_server, "MAX_ALIAS_AGE_SECONDS", 0)
         for _ in range(2):
             with runs.open_run("cnn") as run_id:
                 version = detectors.register_detector(run_id, candidate.folder, NAME, jpeg(1), {})
         assert version == "2"
         production.move_production(NAME, "1", None, "test")
         port = free_port()
-        page = page.launch_page(page.ModelKeeper(f"models:/{NAME}@production", detect=True), port)
+        launched = page_server.launch_page(page_server.ModelKeeper(f"models:/{NAME}@production", detect=True), port)
         yield f"http://127.0.0.1:{port}", port
-        page.close()
+        launched.close()
 
 
 @pytest.fixture
@@ -133,32 +130,32 @@ def test_the_page_follows_production(page, served, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_registry_that_went_away_stops_no_answer(served, caplog):
-    assert served
-    keeper = page.ModelKeeper(f"models:/{NAME}@production", detect=False)
+@pytest.mark.usefixtures("served")
+def test_a_registry_that_went_away_stops_no_answer(caplog):
+    keeper = page_server.ModelKeeper(f"models:/{NAME}@production", detect=False)
     _, version = keeper.get()
     versions.mlflow.MlflowClient().delete_registered_model_alias(NAME, "production")
     assert keeper.get()[1] == version
-    assert "goes on answering" in caplog.text
+    assert "still serving" in caplog.text
     with pytest.raises(ModelError, match="must be a version in the registry"):
-        page.ModelKeeper(f"models:/{NAME}@production", detect=False)
+        page_server.ModelKeeper(f"models:/{NAME}@production", detect=False)
 
 
 @pytest.mark.slow
-def test_a_tracking_server_that_is_down_holds_no_answer_up(served, caplog, monkeypatch):
-    assert served
-    keeper = page.ModelKeeper(f"models:/{NAME}/1", detect=False)
+@pytest.mark.usefixtures("served")
+def test_a_tracking_server_that_is_down_holds_no_answer_up(caplog, monkeypatch):
+    keeper = page_server.ModelKeeper(f"models:/{NAME}/1", detect=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     started = time.monotonic()
     assert keeper.get()[1] == f"{NAME} version 1"
     assert time.monotonic() - started < 30
-    assert "goes on answering" in caplog.text
+    assert "still serving" in caplog.text
     monkeypatch.undo()
     connection.connect()
 
 
 @pytest.mark.slow
-def test_a_taken_port_is_said(served, candidate, capsys):  # noqa: F811
+def test_a_taken_port_is_said(served, candidate, capsys):
     assert main(["serve", "--model", str(candidate.folder), "--port", str(served[1])]) == 2
     assert "which is taken" in capsys.readouterr().err
     assert main(["serve", "--model", "/dev/null"]) == 2

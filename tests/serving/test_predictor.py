@@ -19,17 +19,15 @@ from deepfake_core.errors import ModelError
 from deepfake_core.serving.explained import colour_heat
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
 from deepfake_core.serving.predictor import MAX_QUEUED, Predictor
-from deepfake_core.serving.verdict import describe
 from deepfake_core.training.export import load_network
-from tests.conftest import draw_image, draw_portrait, draw_scene, encode, jpeg
-from tests.training.test_fit import candidate, stripes  # noqa: F401 - a fixture
+from tests.builders import draw_image, draw_portrait, draw_scene, encode, jpeg, stripes
 
 PEOPLE = {(40, 60): 200, (300, 250): 150, (480, 40): 90}
 """Left and top, and side, of who is in the scene."""
 
 
 @pytest.fixture(scope="module")
-def detector(candidate):  # noqa: F811
+def detector(candidate):
     return Detector(candidate.folder)
 
 
@@ -116,7 +114,7 @@ def test_no_face_is_said_and_is_not_unreadable(detector):
     (judged,) = Predictor(detector).judge([("wall", jpeg(1, 200))])
     (verdict,) = judged.verdicts
     assert (verdict.label, verdict.fake_probability, verdict.unreadable) == (None, None, False)
-    assert "no face was found" in describe(verdict)
+    assert "no face was found" in verdict.describe()
 
 
 def test_pictures_show_the_heat_inside_the_boxes_alone(detector, scene):
@@ -152,7 +150,7 @@ def read_json(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys):  # noqa: F811
+def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys):
     model = ["--json", "--model", str(candidate.folder)]
     assert main(["predict", str(folder), *model]) == 0
     out, err = capsys.readouterr()
@@ -164,7 +162,7 @@ def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys)
         ("/scene.png", 3),
         ("/wall.webp", None),
     ]
-    assert "Passed over: 1 of other kinds" in err
+    assert "Skipped 1 files of other kinds" in err
     assert main(["predict", str(folder / "**" / "*.[jpw]*"), *model]) == 0
     assert read_json(capsys.readouterr().out) == rows
     files = [str(folder / name) for name in ("below/scene.jpg", "scene.png", "wall.webp")]
@@ -172,7 +170,7 @@ def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys)
     assert read_json(capsys.readouterr().out) == rows
 
 
-def test_standard_input_is_an_image_or_names(candidate, folder, tmp_path):  # noqa: F811
+def test_standard_input_is_an_image_or_names(candidate, folder, tmp_path):
     def predict(data: bytes):
         command = [sys.executable, "-m", "deepfake_core.cli", "predict", "-", "--json", "--model", candidate.folder]
         return read_json(subprocess.run(command, input=data, capture_output=True, check=True).stdout.decode())
@@ -185,7 +183,7 @@ def test_standard_input_is_an_image_or_names(candidate, folder, tmp_path):  # no
     assert not list(tmp_path.glob("standard*"))
 
 
-def test_csv_has_a_column_per_field(candidate, folder, capsys):  # noqa: F811
+def test_csv_has_a_column_per_field(candidate, folder, capsys):
     assert main(["predict", str(folder / "scene.png"), "--csv", "--model", str(candidate.folder)]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["face"] for row in rows] == ["1", "2", "3"]
@@ -193,7 +191,7 @@ def test_csv_has_a_column_per_field(candidate, folder, capsys):  # noqa: F811
     assert 0 <= float(rows[0]["fake_probability"]) <= 1
 
 
-def test_the_table_names_an_image_once_and_counts_outcomes(candidate, folder, capsys, monkeypatch):  # noqa: F811
+def test_the_table_names_an_image_once_and_counts_outcomes(candidate, folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     main(["predict", str(folder), "--model", str(candidate.folder)])
     out = capsys.readouterr().out
@@ -203,7 +201,7 @@ def test_the_table_names_an_image_once_and_counts_outcomes(candidate, folder, ca
     assert "fake from 0.5 up" in out
 
 
-def test_names_are_shown_as_they_are(candidate, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_names_are_shown_as_they_are(candidate, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     (tmp_path / "[").mkdir()
     names = ["[bold]face.png", "[/red].png"]  # rich would take these for markup
@@ -215,14 +213,14 @@ def test_names_are_shown_as_they_are(candidate, tmp_path, capsys, monkeypatch): 
 
 
 def test_bytes_beyond_the_limit_are_refused(detector, monkeypatch, tmp_path):
-    monkeypatch.setattr("deepfake_core.predictor.MAX_BYTES", 100)
+    monkeypatch.setattr("deepfake_core.serving.predictor.MAX_BYTES", 100)
     (tmp_path / "large.jpg").write_bytes(jpeg(1))
     images = [("bytes", jpeg(1)), ("file", tmp_path / "large.jpg")]
     for judged in Predictor(detector, detect=False).judge(images):
         assert judged.verdicts[0].error == "may hold 100 bytes at most"
 
 
-def test_the_exit_status_tells_fakes_and_unreadable_images(candidate, folder, capsys):  # noqa: F811
+def test_the_exit_status_tells_fakes_and_unreadable_images(candidate, folder, capsys):
     model = ["--model", str(candidate.folder), "--no-detect"]
     for image, name in zip(stripes(2, 5).pixels, ("dark", "bright"), strict=True):
         Image.fromarray(image).save(folder / f"{name}.png")  # what the small model learned to call real, and fake
@@ -235,13 +233,13 @@ def test_the_exit_status_tells_fakes_and_unreadable_images(candidate, folder, ca
     assert f"{folder / 'words.jpg'}: must be a JPEG, PNG or WebP image" in capsys.readouterr().err
 
 
-def test_an_error_of_ours_is_not_told_as_a_fake(candidate, folder, capsys, monkeypatch):  # noqa: F811
+def test_an_error_of_ours_is_not_told_as_a_fake(candidate, folder, capsys, monkeypatch):
     monkeypatch.setattr(Predictor, "judge", lambda *_, **__: 1 / 0)
     assert main(["predict", str(folder), "--model", str(candidate.folder), "--fail-on", "fake"]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_pictures_of_equal_names_are_all_kept(candidate, folder, tmp_path):  # noqa: F811
+def test_pictures_of_equal_names_are_all_kept(candidate, folder, tmp_path):
     main(["predict", str(folder), "--explain", str(tmp_path / "out"), "--model", str(candidate.folder)])
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "scene-2.explained.png",
@@ -250,18 +248,18 @@ def test_pictures_of_equal_names_are_all_kept(candidate, folder, tmp_path):  # n
     ]
 
 
-def test_a_model_from_before_heat_maps_judges_but_explains_nothing(candidate, folder, tmp_path, capsys):  # noqa: F811
+def test_a_model_from_before_heat_maps_judges_but_explains_nothing(candidate, folder, tmp_path, capsys):
     shutil.copytree(candidate.folder, tmp_path / "old")
     network = load_network(candidate.folder)
     network(np.zeros((1, *network.input_shape[1:]), np.float32))
     network.export(tmp_path / "old" / "model.onnx", format="onnx", verbose=False)
     assert main(["predict", str(folder), "--model", str(tmp_path / "old")]) == 0
     assert main(["predict", str(folder), "--model", str(tmp_path / "old"), "--explain", str(tmp_path / "out")]) == 2
-    assert "must carry heat maps" in capsys.readouterr().err
+    assert "must have heat maps" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_what_names_nothing_is_said(candidate, tmp_path, capsys):  # noqa: F811
+def test_what_names_nothing_is_said(candidate, tmp_path, capsys):
     model = ["--model", str(candidate.folder)]
     assert main(["predict", str(tmp_path), *model]) == 2
     assert "which holds none" in capsys.readouterr().err
@@ -269,17 +267,17 @@ def test_what_names_nothing_is_said(candidate, tmp_path, capsys):  # noqa: F811
     assert "matches none" in capsys.readouterr().err
 
 
-def test_nothing_to_judge_is_no_success(candidate, folder, capsys, monkeypatch):  # noqa: F811
+def test_nothing_to_judge_is_no_success(candidate, folder, capsys, monkeypatch):
     model = ["--model", str(candidate.folder), "--fail-on", "fake"]
     assert main(["predict", str(folder.parent / "i*"), *model]) == 2  # a folder, which a glob does not open
-    assert "names nothing" in capsys.readouterr().err
-    for data, status, words in ((b"", 2, "names nothing"), (b"a\0b.jpg\n", 2, "must be a JPEG, PNG or WebP image")):
+    assert "No images given" in capsys.readouterr().err
+    for data, status, words in ((b"", 2, "No images given"), (b"a\0b.jpg\n", 2, "must be a JPEG, PNG or WebP image")):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert main(["predict", "-", "--json", *model]) == status
         assert words in capsys.readouterr().err
 
 
-def test_what_can_not_be_written_or_loaded_is_no_verdict(candidate, folder, tmp_path, capsys):  # noqa: F811
+def test_what_can_not_be_written_or_loaded_is_no_verdict(candidate, folder, tmp_path, capsys):
     image = str(folder / "scene.png")
     assert main(["predict", image, "--model", str(candidate.folder), "--explain", image]) == 2
     assert "--explain must be a folder" in capsys.readouterr().err

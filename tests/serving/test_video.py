@@ -1,32 +1,19 @@
 """Clips, drawn and encoded here."""
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-av = pytest.importorskip("av")
-
-from deepfake_core.cli import main  # noqa: E402
-from deepfake_core.detector import Detector, UnreadableImageError  # noqa: E402
-from deepfake_core.serving import frames, video  # noqa: E402
-from deepfake_core.serving.frames import sample_frames  # noqa: E402
-from deepfake_core.serving.predictor import Predictor  # noqa: E402
+from deepfake_core.cli import main
+from deepfake_core.detector import Detector, UnreadableImageError
+from deepfake_core.serving import frames, video
+from deepfake_core.serving.frames import sample_frames
+from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.video import average_scores, judge_clip, plot_timeline
-from tests.conftest import draw_portrait, draw_scene  # noqa: E402
-from tests.training.test_fit import candidate  # noqa: E402, F401 - a fixture
+from tests.builders import draw_portrait, draw_scene, write_clip
 
 RATE = 25
-
-
-def write_clip(file, frames, gop=50, codec="libx264"):
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream(codec, rate=RATE)
-        stream.width, stream.height = frames[0].size
-        stream.pix_fmt, stream.gop_size, stream.bit_rate = "yuv420p", gop, 2_000_000
-        for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
-    return file
 
 
 def grey(value, size=(64, 48)):
@@ -47,7 +34,7 @@ def two_people(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def detector(candidate):  # noqa: F811
+def detector(candidate):
     return Detector(candidate.folder)
 
 
@@ -74,8 +61,6 @@ def test_a_clip_of_fewer_frames_gives_each_once(tmp_path):
 def test_nothing_is_decoded_twice_and_little_where_key_frames_lie_near(tmp_path, monkeypatch):
     file = write_clip(tmp_path / "long.mp4", [grey(number % 200) for number in range(1000)], gop=10)
     decoded = 0
-    to_image = av.VideoFrame.to_image
-    assert to_image
     sample = frames._sample
 
     class Counting:
@@ -101,15 +86,15 @@ def test_faces_are_followed_and_judged_one_by_one(detector, two_people):
     clip = judge_clip(Predictor(detector), two_people, 30, explain=True, on_progress=lambda *step: steps.append(step))
     assert sum(new for new, _ in steps) == 30
     assert len(clip.verdicts) == 2
-    long, short = sorted(clip.verdicts, key=lambda verdict: -verdict.frames)
-    assert long.frames == 30
-    assert long.first_second < 0.2
-    assert 15 <= short.frames <= 20
-    assert short.first_second >= 60 / RATE
+    long, short = sorted(clip.verdicts, key=lambda verdict: -verdict.clip.frames)
+    assert long.clip.frames == 30
+    assert long.clip.first_second < 0.2
+    assert 15 <= short.clip.frames <= 20
+    assert short.clip.first_second >= 60 / RATE
     for verdict, (seconds, scores) in zip(clip.verdicts, clip.timelines, strict=True):
-        assert len(seconds) == len(scores) == verdict.frames
+        assert len(seconds) == len(scores) == verdict.clip.frames
         assert verdict.fake_probability == pytest.approx(average_scores(scores))
-        assert verdict.low <= verdict.fake_probability <= verdict.high
+        assert verdict.clip.low <= verdict.fake_probability <= verdict.clip.high
     assert clip.verdicts[0].fake_probability >= clip.verdicts[1].fake_probability
     assert clip.picture
     figure = plot_timeline(clip, detector.threshold, "two.mp4")
@@ -118,7 +103,7 @@ def test_faces_are_followed_and_judged_one_by_one(detector, two_people):
 
 def test_without_detection_whole_frames_are_one_track(detector, two_people):
     (verdict,) = judge_clip(Predictor(detector, detect=False), two_people, frames=12).verdicts
-    assert (verdict.face, verdict.frames, verdict.box) == (None, 12, (0, 0, 640, 480))
+    assert (verdict.face, verdict.clip.frames, verdict.box) == (None, 12, (0, 0, 640, 480))
 
 
 def test_many_crops_are_scored_as_they_come(detector, two_people, monkeypatch):
@@ -173,7 +158,7 @@ def test_sound_alone_and_frames_too_large_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UnreadableImageError, match="holds no pictures"):
         list(sample_frames(tmp_path / "sound.mp4", 5))
     file = write_clip(tmp_path / "large.mp4", [grey(1)])
-    monkeypatch.setattr(video, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(frames, "MAX_PIXELS", 1000)
     with pytest.raises(UnreadableImageError, match=r"1,000 pixels a frame at most. Received: 64 x 48"):
         list(sample_frames(file, 5))
 
@@ -194,7 +179,7 @@ def test_no_face_in_a_clip_is_said(tmp_path, detector):
     assert not verdict.unreadable
 
 
-def test_the_command_line_takes_clips_among_images(candidate, two_people, tmp_path, capsys):  # noqa: F811
+def test_the_command_line_takes_clips_among_images(candidate, two_people, tmp_path, capsys):
     draw_portrait(3).save(tmp_path / "face.png")
     names = [str(tmp_path / "face.png"), str(two_people)]
     assert main(["predict", *names, "--model", str(candidate.folder), "--explain", str(tmp_path / "out")]) == 0

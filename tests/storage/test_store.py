@@ -25,12 +25,11 @@ from deepfake_core.storage.store import Store, open_store
 from flows.check_sources import check_sources
 from flows.prepare import prepare as prepare_flow
 from flows.train import train
-from tests.conftest import faces, free_port, write_zip
-from tests.data.test_dataset import prepare
+from tests.builders import faces, forbid, free_port, prepare, write_zip
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 SOURCE = Source(name="owner/some-faces")
-names = itertools.count()
+numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def url(endpoint, tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # each holds the endpoint and credentials of its first use
-    bucket = f"faces-{next(names)}"
+    bucket = f"faces-{next(numbers)}"
     fsspec.filesystem("s3").mkdir(bucket)
     return f"s3://{bucket}/deepfake"
 
@@ -90,7 +89,7 @@ def kaggle(tmp_path, monkeypatch):
 
 def share(url: str, *zips: Path, **more: object):
     dataset = prepare(url, *zips, **more)
-    share_dataset(dataset, url)
+    share_dataset(dataset)
     return dataset
 
 
@@ -139,8 +138,7 @@ def test_what_is_published_is_not_published_again_and_news_about_it_are_fetched(
     first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
     go_to("b")
     open_dataset(first.address)
-    monkeypatch.setattr("deepfake_core.store._pack", None)  # publishing images again would fail,
-    monkeypatch.setattr("deepfake_core.store._unpack", None)  # and fetching them
+    forbid(monkeypatch, "deepfake_core.storage.shared_folder._pack", "deepfake_core.storage.shared_folder._unpack")
     go_to("a")
     again = write_zip(tmp_path / "b.zip", {"real/again.jpg": faces(1)["real/0.jpg"]})
     second = share(url, tmp_path / "a.zip", again)
@@ -150,19 +148,19 @@ def test_what_is_published_is_not_published_again_and_news_about_it_are_fetched(
 
 
 def test_an_archive_is_downloaded_from_kaggle_once(url, go_to, kaggle):
-    first = fetch_archive(SOURCE, url)
-    share_archive(first, url)
+    first = fetch_archive(SOURCE, open_store(url))
+    share_archive(first, open_store(url))
     here = go_to("b")
-    assert find_new_version(SOURCE, url) is None
+    assert find_new_version(SOURCE, open_store(url)) is None
     assert not here.exists()
-    second = fetch_archive(SOURCE, url)
+    second = fetch_archive(SOURCE, open_store(url))
     assert len(kaggle.downloads) == 1
     assert second.path == here / "archives" / "owner" / "some-faces" / "1.zip"
     assert second.path.read_bytes() == first.path.read_bytes()
     assert second.describe() == first.describe()
     go_to("c")
     kaggle.requests.clear()
-    assert fetch_archive(Source(name=SOURCE.name, version=1), url).sha256 == first.sha256
+    assert fetch_archive(Source(name=SOURCE.name, version=1), open_store(url)).sha256 == first.sha256
     assert kaggle.requests == []  # a fixed version that is shared needs no Kaggle at all
 
 
@@ -178,25 +176,25 @@ def test_a_damaged_object_is_refused_and_published_anew_once_the_sums_are_delete
     assert list_visible(here) == []
     fsspec.filesystem("s3").rm_file(f"{first.address}/{SUMS}")
     go_to("a")
-    share_dataset(first, url)
+    share_dataset(first)
     go_to("b")
     assert len(open_dataset(first.address).split("train")) == len(first.split("train"))
 
 
 @pytest.mark.usefixtures("kaggle")
 def test_a_damaged_archive_is_refused(url, go_to):
-    share_archive(fetch_archive(SOURCE, url), url)
+    share_archive(fetch_archive(SOURCE, open_store(url)), open_store(url))
     shared = f"{url}/archives/owner/some-faces/1.zip"
     content = bytearray(read_object(shared))
     content[100] ^= 1
     write_object(shared, bytes(content))
     here = go_to("b")
     with pytest.raises(ArchiveError, match=r"1\.zip must be there with the SHA-256.*Delete .*1\.json"):
-        fetch_archive(SOURCE, url)
+        fetch_archive(SOURCE, open_store(url))
     assert list_visible(here) == []
     write_object(shared.replace(".zip", ".json"), b'{"sha256": "half')
     with pytest.raises(ArchiveError, match=r"1\.json must hold sha256, bytes"):
-        fetch_archive(SOURCE, url)
+        fetch_archive(SOURCE, open_store(url))
     assert list_visible(here) == []
 
 
@@ -242,34 +240,34 @@ def test_an_image_that_is_not_the_manifests_is_refused(url, go_to, tmp_path):
 def test_an_upload_that_was_killed_is_not_taken_for_whole(url, go_to, tmp_path, monkeypatch, kaggle):
     """Whatever the object before which it is killed; the next one publishes the rest."""
     dataset = prepare(url, write_zip(tmp_path / "a.zip", faces(20)))
-    archive = fetch_archive(SOURCE, url)
+    archive = fetch_archive(SOURCE, open_store(url))
     publish = Store.publish
 
     def kill_at(last: str):
-        def publish_until(store, name, *arguments, **named):
-            if name.endswith(last):
+        def publish_until(store, path, *arguments, **named):
+            if path.name.endswith(last):
                 raise KeyboardInterrupt
-            publish(store, name, *arguments, **named)
+            publish(store, path, *arguments, **named)
 
         return publish_until
 
     for last in ("dataset.json", PACKED, SUMS):
         with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
             killed.setattr(Store, "publish", kill_at(last))
-            share_dataset(dataset, url)
+            share_dataset(dataset)
         here = go_to("b")
         with pytest.raises(DatasetError, match="published whole"):
             open_dataset(dataset.address)
         assert list_visible(here) == []
         go_to("a")
-    share_dataset(dataset, url)
+    share_dataset(dataset)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(Store, "publish", kill_at("1.json"))
-        share_archive(archive, url)
+        share_archive(archive, open_store(url))
     go_to("b")
     assert len(open_dataset(dataset.address).manifest) == len(dataset.manifest)
-    assert find_new_version(SOURCE, url) == 1
-    assert fetch_archive(SOURCE, url) != archive
+    assert find_new_version(SOURCE, open_store(url)) == 1
+    assert fetch_archive(SOURCE, open_store(url)) != archive
     assert len(kaggle.downloads) == 2
 
 
@@ -280,24 +278,24 @@ def test_memory_loses_nothing_when_two_machines_publish_at_once(url, go_to, tmp_
     for machine, path, test_fraction in (("a", zips[0], 0.25), ("b", zips[1], 0.5)):
         here = go_to(machine)
         datasets[machine] = prepare(url, path, test_fraction=test_fraction)
-        memories[machine] = read_memory(here)
+        memories[machine] = read_memory(open_store(here))
     both = memories["a"].keys() & memories["b"].keys()
     assert any(memories["a"][image] != memories["b"][image] for image in both)
     for machine in ("b", "a"):
         go_to(machine)
-        share_dataset(datasets[machine], url)
+        share_dataset(datasets[machine])
     go_to("c")
-    union = read_memory(url)
+    union = read_memory(open_store(url))
     assert union == memories["a"] | memories["b"]  # b was first
     for machine in ("a", "b"):
         go_to(machine)
-        assert read_memory(url) == union
-    assert len(open_store(url).list_names("memory")) == 2
+        assert read_memory(open_store(url)) == union
+    assert len(open_store(url).list_names(open_store(url).shared_memory())) == 2
 
     go_to("a")
     again = share(url, zips[0])
     assert dict(again.manifest.set_index("sha256")["split"].items()).items() <= union.items()
-    assert len(open_store(url).list_names("memory")) == 2  # nothing new was learned
+    assert len(open_store(url).list_names(open_store(url).shared_memory())) == 2  # nothing new was learned
 
 
 @pytest.mark.parametrize(

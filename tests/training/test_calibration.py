@@ -10,8 +10,7 @@ from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector, apply_temperature
 from deepfake_core.evaluation.metrics import Confusion, evaluate_scores
 from deepfake_core.training.calibration import calibrate_detector, choose_threshold, fit_temperature
-from tests.evaluation.test_metrics import draw_scores
-from tests.training.test_fit import candidate, stripes  # noqa: F401 - a fixture
+from tests.builders import draw_scores, stripes
 
 
 def make_overconfident(count=4000, temperature=3.0):
@@ -69,7 +68,7 @@ def test_the_false_alarm_rate_is_kept_and_used_up(seed, rate):
     assert reached.recall == pytest.approx(max(within))
 
 
-def test_both_are_stored_with_the_detector_and_used(candidate, tmp_path):  # noqa: F811
+def test_both_are_stored_with_the_detector_and_used(candidate, tmp_path):
     folder = shutil.copytree(candidate.folder, tmp_path / "detector")
     val = stripes(64, 5)
     calibrate_detector(folder, val, EvaluationParameters())

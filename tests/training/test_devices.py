@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import keras
 import pytest
@@ -14,9 +13,7 @@ from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
 from deepfake_core.training import devices
 from deepfake_core.training.devices import choose_precision, describe_hardware, require_gpu
-from tests.training.test_fit import stripes
-
-HERE = Path(__file__).parents[1]
+from tests.builders import ROOT, stripes
 
 
 def build(architecture):
@@ -61,14 +58,12 @@ def test_precision_is_of_the_computation_and_ends_with_its_block():
 TRAIN = """
 import sys
 from pathlib import Path
-from deepfake_core.training import train_candidate
-from tests.training.test_fit import RECIPE, stripes
-from deepfake_core.models import CANDIDATES
-recipe = CANDIDATES["cnn"].RECIPE.model_copy(update=RECIPE.model_dump(exclude={"augmentation"}) | {
-    "augmentation": RECIPE.augmentation, "epochs": 2, "weights": "none"})
+from deepfake_core.training.fit import Training, train_candidate
+from tests.builders import RECIPE, stripes
+recipe = RECIPE.model_copy(update={"epochs": 2})
 for count in (1, 2):
     folder = Path(sys.argv[1]) / str(count)
-    candidate = train_candidate("cnn", stripes(60, 0), stripes(16, 1), recipe, folder, 1, count)
+    candidate = train_candidate(Training("cnn", recipe, 1, count), stripes(60, 0), stripes(16, 1), folder)
     print("losses", *candidate.history["loss"], *candidate.history["val_loss"])
 """
 TWO_CPUS = """
@@ -81,9 +76,8 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 def train(folder, before="", **environment):
     """Train on one device and on two, in a process of their own; return both's losses."""
     command = [sys.executable, "-c", before + TRAIN, str(folder)]
-    done = subprocess.run(
-        command, cwd=HERE, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     one, two = (line.split()[1:] for line in done.stdout.splitlines() if line.startswith("losses"))
     return [float(loss) for loss in one], [float(loss) for loss in two]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,39 +20,31 @@ from deepfake_core.errors import ConfigurationError, LockedError, ModelError
 from deepfake_core.evaluation.metrics import Confusion
 from deepfake_core.models import CANDIDATES, efficientnet_lite0
 from deepfake_core.reports import plots
-from deepfake_core.training import batches, checkpoints, fit
+from deepfake_core.training import checkpoints
 from deepfake_core.training.augmentation import Augmentation
 from deepfake_core.training.batches import Batches
+from deepfake_core.training.fit import Training, train_candidate
 from deepfake_core.training.optimizer import FusedAdam
-from tests.conftest import draw_image, encode, faces, hold_data, write_zip
-from tests.data.test_dataset import prepare
-
-SIZE = 32
-STILL = AugmentationParameters(rotation=0, width_shift=0, height_shift=0, zoom=0, horizontal_flip=False)
-RECIPE = CANDIDATES["cnn"].RECIPE.model_copy(
-    update={"image_size": SIZE, "epochs": 4, "batch_size": 16, "augmentation": STILL, "precision": "float32"}
+from tests.builders import (
+    RECIPE,
+    ROOT,
+    SIZE,
+    STILL,
+    draw_image,
+    encode,
+    faces,
+    forbid,
+    hold_data,
+    prepare,
+    stripes,
+    write_zip,
 )
-
-
-def stripes(count: int, seed: int) -> Images:
-    """Make images that differ by class: fakes have a bright left half."""
-    random = np.random.default_rng(seed)
-    labels = np.arange(count) % 2
-    pixels = random.integers(0, 120, (count, SIZE, SIZE, 3), dtype=np.uint8)
-    pixels[labels == 1, :, : SIZE // 2] += 100
-    return Images(pixels, labels.astype(np.int8), pd.DataFrame({"source": ["drawn"] * count}))
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("batches")
     return prepare(folder / "data", write_zip(folder / "a.zip", faces(20)))
-
-
-@pytest.fixture(scope="module")
-def candidate(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("candidate")
-    return fit.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, folder, seed=1)
 
 
 def test_cached_images_are_what_serving_would_see(dataset):
@@ -65,11 +58,11 @@ def test_cached_images_are_what_serving_would_see(dataset):
 
 def test_images_are_decoded_once_per_size(dataset, monkeypatch):
     load_images(dataset, "val", SIZE)
-    monkeypatch.setattr(batches, "decode_image", None)  # any decoding would fail
+    forbid(monkeypatch, "deepfake_core.data.images.decode_image")
     load_images(dataset, "val", SIZE)
-    with pytest.raises(TypeError):
+    with pytest.raises(AssertionError, match="decode_image must not be called"):
         load_images(dataset, "val", SIZE + 1)
-    assert not list((dataset.path.parent.parent / "batches").rglob(".*"))
+    assert not list(dataset.store.batches().rglob(".*"))
 
 
 def test_a_damaged_cache_is_written_again(dataset, caplog):
@@ -124,7 +117,7 @@ def test_each_epoch_of_fit_fetches_its_own_order():
     model.compile(FusedAdam(0.001), "binary_crossentropy")
     pipeline = noted.for_fit()
     asked.clear()
-    model.fit(pipeline, epochs=3, shuffle=False, callbacks=[checkpoints._Reseed(noted, 3)], verbose=0)
+    model.fit(pipeline, epochs=3, shuffle=False, callbacks=[checkpoints.Reseed(noted, 3)], verbose=0)
     assert sorted(asked) == [(epoch, index) for epoch in range(3) for index in range(len(noted))]
 
 
@@ -188,7 +181,7 @@ def test_crops_are_parts_of_their_images_at_random_places():
 def test_crops_are_for_networks_that_take_any_size(tmp_path):
     recipe = RECIPE.model_copy(update={"augmentation": STILL.model_copy(update={"crop": 0.75})})
     with pytest.raises(ConfigurationError, match=r"`training.augmentation.crop` must be 1 for cnn.*Received: 0.75"):
-        fit.train_candidate("cnn", stripes(8, 0), stripes(8, 1), recipe, tmp_path)
+        train_candidate(Training("cnn", recipe), stripes(8, 0), stripes(8, 1), tmp_path)
 
 
 def warp_on_accelerator(pixels, parameters):
@@ -323,11 +316,10 @@ def test_training_stops_early_and_repeats_with_its_seed(tmp_path):
     histories = []
     for name in ("first", "second"):
         reported = []
-        candidate = fit.train_candidate(
-            "cnn",
+        candidate = train_candidate(
+            Training("cnn", recipe),
             noise,
             noise,
-            recipe,
             tmp_path / name,
             on_epoch=lambda epoch, _, seen=reported: seen.append(epoch),
         )
@@ -358,7 +350,9 @@ def train_transfer(folder, die_in_epoch=None):
     with pytest.MonkeyPatch.context() as patch:  # a backbone of the same layers, but few of them, and untrained
         patch.setattr(efficientnet_lite0, "BLOCKS", efficientnet_lite0.BLOCKS[:2])
         patch.setattr(efficientnet_lite0, "load_imagenet", lambda backbone: None)  # noqa: ARG005
-        fit.train_candidate("efficientnet_lite0", stripes(48, 0), stripes(16, 1), recipe, folder, 1, 1, on_epoch)
+        train_candidate(
+            Training("efficientnet_lite0", recipe, seed=1), stripes(48, 0), stripes(16, 1), folder, on_epoch=on_epoch
+        )
     return reported
 
 
@@ -384,13 +378,13 @@ def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     code = "import sys; from pathlib import Path; from tests.training.test_fit import *; "
     code += "die_between_weights_and_epoch(2); train_transfer(Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(killed)]
-    assert subprocess.run(command, cwd=Path(__file__).parents[1], timeout=300).returncode == -signal.SIGKILL
+    assert subprocess.run(command, cwd=ROOT, timeout=300).returncode == -signal.SIGKILL
 
     with pytest.raises(Killed):
         train_transfer(killed, die_in_epoch=3)
     assert train_transfer(killed) == [1, 2, 3, 4]
     uninterrupted, resumed = (
-        pd.read_csv(folder / "history.csv")[list(checkpoints.METRICS)] for folder in (whole, killed)
+        pd.read_csv(folder / "history.csv")[list(checkpoints.EPOCH_METRICS)] for folder in (whole, killed)
     )
     assert np.allclose(uninterrupted, resumed, rtol=1e-3, atol=1e-5)
     images = stripes(32, 5).pixels
@@ -398,24 +392,26 @@ def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     assert np.allclose(*scores, rtol=1e-3, atol=1e-4)
 
 
-def test_a_finished_training_is_not_repeated(candidate):
-    before = (candidate.folder / "checkpoint.keras").stat().st_mtime_ns
-    again = fit.train_candidate("cnn", stripes(96, 0), stripes(32, 1), RECIPE, candidate.folder.parent, seed=1)
+def test_a_finished_training_is_not_repeated(candidate, tmp_path):
+    shutil.copytree(candidate.folder.parent, tmp_path / "again")
+    checkpoint = tmp_path / "again" / "detector" / "checkpoint.keras"
+    before = checkpoint.stat().st_mtime_ns
+    again = train_candidate(Training("cnn", RECIPE, seed=1), stripes(96, 0), stripes(32, 1), tmp_path / "again")
     assert again.history.equals(candidate.history)
-    assert (candidate.folder / "checkpoint.keras").stat().st_mtime_ns == before
+    assert checkpoint.stat().st_mtime_ns == before
 
 
 def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
-    record = checkpoints._Record("cnn", RECIPE, tmp_path, tmp_path, None, None)
+    record = checkpoints.Record("cnn", RECIPE, tmp_path, tmp_path, None, None)
     record.on_epoch_begin(0)
     with pytest.raises(ModelError, match=r"must stay finite. Received: nan in epoch 1 of cnn.*Lower training"):
-        record.on_epoch_end(0, dict.fromkeys(checkpoints.METRICS, float("nan")))
+        record.on_epoch_end(0, dict.fromkeys(checkpoints.EPOCH_METRICS, float("nan")))
     assert not list(tmp_path.iterdir())
 
 
 def test_two_runs_never_train_in_one_folder(tmp_path):
     with hold_data(tmp_path, "a training of cnn"), pytest.raises(LockedError, match=r"a training of cnn.*its seed"):
-        fit.train_candidate("cnn", stripes(8, 0), stripes(8, 1), RECIPE, tmp_path)
+        train_candidate(Training("cnn", RECIPE), stripes(8, 0), stripes(8, 1), tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
@@ -424,11 +420,10 @@ def test_memory_stays_flat_from_epoch_to_epoch(tmp_path):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     memory = []
-    fit.train_candidate(
-        "cnn",
+    train_candidate(
+        Training("cnn", RECIPE.model_copy(update={"epochs": 12, "patience": 12})),
         stripes(512, 0),
         stripes(32, 1),
-        RECIPE.model_copy(update={"epochs": 12, "patience": 12}),
         tmp_path,
         on_epoch=lambda *_: memory.append(resident_bytes()),
     )
@@ -448,7 +443,7 @@ def test_figures_show_what_was_measured(candidate, dataset):
     assert sum(bar.get_height() for bar in histogram.axes[0].patches) == len(rows)
 
     images = stripes(40, 3)
-    scores = np.where(images.labels == 1, 0.9, 0.1)
+    scores = np.where(images.labels == 1, 0.88, 0.12)
     scores[[4, 7]] = 0.95, 0.02
     assert plots.choose_worst_mistakes(images.labels, scores, 0.5).tolist() == [7, 4]
     typical = plots.choose_typical(images.labels, scores)
@@ -459,8 +454,8 @@ def test_figures_show_what_was_measured(candidate, dataset):
 
     reliability = plots.plot_reliability(images.labels, scores)
     mean_score, share = (line.tolist() for line in reliability.axes[0].lines[1].get_data())
-    assert mean_score == pytest.approx([0.02, 0.1, (19 * 0.9 + 0.95) / 20])
-    assert share == pytest.approx([1, 0, 19 / 20])
+    assert mean_score == pytest.approx([0.02, 0.12, 0.88, 0.95])
+    assert share == pytest.approx([1, 0, 1, 0])
 
     table = pd.DataFrame({"change": ["blur", "blur", "noise"], "strength": [1, 2, 8], "auc": [0.9, 0.7, 0.8]})
     robustness = plots.plot_robustness(table, 0.95)

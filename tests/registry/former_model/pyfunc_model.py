@@ -1,0 +1,43 @@
+"""The detector as MLflow loads it; MLflow copies this file and `detector.py` into each version.
+
+Input: a column `image` of encoded bytes (JPEG, PNG, WebP). Output: `label`, `fake_probability`,
+`threshold`, `error` per row. It takes no paths and no URLs.
+"""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+HERE = Path(__file__).parent
+CODE = HERE / "code" if (HERE / "code").is_dir() else HERE  # in a registered version; while it is being logged
+# By its path: as a module, two versions in one process, or another `detector` there, would share what came first.
+Detector = runpy.run_path(str(CODE / "detector.py"))["Detector"]
+
+
+class DeepfakeDetector(PythonModel):
+    """Judge encoded images; a row that can't be read gets an error and harms no other."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self._detector = Detector(context.artifacts["detector"])
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        del context, params  # MLflow's signature
+        predictions = self._detector.predict(list(model_input["image"]))
+        return pd.DataFrame(
+            {
+                "label": [prediction.label for prediction in predictions],
+                "fake_probability": [prediction.fake_probability for prediction in predictions],
+                "threshold": [prediction.threshold for prediction in predictions],
+                "error": [prediction.error for prediction in predictions],
+            },
+            dtype=object,  # what is missing stays None, which the scoring server writes as null, not as NaN
+        )
+
+
+set_model(DeepfakeDetector())

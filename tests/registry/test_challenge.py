@@ -1,0 +1,159 @@
+"""A challenger meets production: without Prefect, and with one trained network for all."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from deepfake_core.config import PromotionParameters
+from deepfake_core.errors import ProductionMovedError
+from deepfake_core.evaluation.metrics import evaluate_scores
+from deepfake_core.evaluation.test_split import evaluate_on_test
+from deepfake_core.registry import challenge, names, production, runs
+from deepfake_core.registry.challenge import TrainedCandidate, choose_best, promote_challenger, register_challenger
+from deepfake_core.registry.connection import connect
+from deepfake_core.registry.versions import read_version
+from deepfake_core.reports.outcome import describe_challenge, describe_retrain
+from tests.builders import NAME, draw_scores, faces, jpeg, prepare, write_zip
+
+NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("challenge")
+    return prepare(folder / "data", write_zip(folder / "a.zip", faces(20)))
+
+
+@pytest.fixture
+def challenge_with(tracking, candidate):  # noqa: ARG001 - an MLflow of its own
+    """Return a function that registers the candidate as trained on a data set, and lets it meet production."""
+    connect()
+
+    def run(dataset, parameters=NO_FLOORS):
+        with runs.open_run("retrain") as parent:
+            runs.log_dataset(parent, dataset)
+            with runs.open_run("cnn", parent) as run_id:
+                pass
+        measured = evaluate_on_test(candidate.folder, dataset)
+        best = TrainedCandidate(candidate, run_id, measured.evaluation)
+        challenge.log_measured(best, parent, measured)
+        version = register_challenger(best, measured, dataset, NAME, {names.FLOW_RUN_ID: "f"})
+        outcome = promote_challenger(version, best, measured, dataset, parameters)
+        assert NAME in describe_challenge(outcome, NAME, version, measured)
+        return outcome, read_version(NAME, version)
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_report(dataset):
+    dataset.report.write_text("<html></html>")
+
+
+def test_the_candidate_with_the_best_auc_on_validation_is_chosen():
+    found = [
+        TrainedCandidate(SimpleNamespace(), name, evaluate_scores(*draw_scores(100, 1, gain), 0.5))
+        for name, gain in (("weak", 0.5), ("strong", 3.0), ("middling", 1.5))
+    ]
+    assert choose_best(found).run_id == "strong"
+    assert choose_best([found[0], dataclasses.replace(found[0], run_id="equal")]).run_id == "weak"
+
+
+def test_the_first_version_is_promoted_if_it_meets_the_floors(challenge_with, dataset):
+    _, refused = challenge_with(dataset, PromotionParameters(min_precision=1, min_recall=1))
+    assert refused.decision == names.NOT_PROMOTED
+    assert any(reason.startswith("NOT met: ") for reason in refused.reasons)
+    outcome, version = challenge_with(dataset)
+    assert (outcome.production, outcome.comparison) == (None, None)
+    assert version.decision == names.PROMOTED
+    assert version.reasons[-1] == "met: no production model yet"
+    assert production.find_production(NAME) == version.version == "2"
+    text = describe_retrain(dataset, version)
+    assert f"version 2: {names.PROMOTED}" in text
+    assert f"| AUC | {version.estimate('auc')} |" in text
+
+
+def test_an_equal_challenger_is_not_promoted_and_both_are_compared_on_the_same_images(challenge_with, dataset):
+    challenge_with(dataset)
+    outcome, version = challenge_with(dataset)
+    assert version.decision == names.NOT_PROMOTED
+    assert version.tags[names.COMPARED_WITH] == outcome.production == "1"
+    assert outcome.comparison.difference.value == 0
+    assert outcome.comparison.challenger.confusion.total == len(dataset.split("test"))
+    assert version.metrics["probability_better"] == outcome.comparison.probability < 0.95
+
+
+def test_drawn_images_never_replace_a_model_of_photographs(challenge_with, dataset, tmp_path):
+    challenge_with(dataset)
+    drawn = prepare(tmp_path / "drawn", write_zip(tmp_path / "b.zip", faces(20)))
+    drawn.report.write_text("")
+    for source in drawn.description["sources"]:
+        source["drawn"] = True
+    _, version = challenge_with(drawn, NO_FLOORS.model_copy(update={"min_probability": 0.500001, "max_recall_drop": 1}))
+    assert version.is_drawn
+    assert "NOT met: drawn images never replace a model trained on photographs" in version.reasons
+    assert production.find_production(NAME) == "1"
+
+
+def test_what_went_into_production_meanwhile_is_compared_with(challenge_with, dataset, monkeypatch):
+    """Two retrains end together: the other one's version goes into production while ours is compared."""
+    challenge_with(dataset)
+    challenge_with(dataset)
+    seen = []
+    compare = challenge.compare_scores
+
+    def compare_slowly(*arguments):
+        seen.append(production.find_production(NAME))
+        if len(seen) == 1:
+            production.move_production(NAME, "2", "1", "the other retrain")
+        return dataclasses.replace(compare(*arguments), probability=1.0)  # whatever the metrics: ours is better
+
+    monkeypatch.setattr(challenge, "compare_scores", compare_slowly)
+    _, version = challenge_with(dataset, NO_FLOORS.model_copy(update={"max_recall_drop": 1}))
+    assert seen == ["1", "2"]
+    assert production.find_production(NAME) == version.version == "3"
+    assert version.tags[names.COMPARED_WITH] == version.tags[names.REPLACED] == "2"
+
+
+def test_production_that_never_rests_fails_the_promotion(challenge_with, dataset, monkeypatch):
+    challenge_with(dataset)
+    moves = []
+
+    def move(*arguments, **named):
+        moves.append((arguments, named))
+        raise ProductionMovedError("moved")
+
+    monkeypatch.setattr(challenge, "move_production", move)
+    compare = challenge.compare_scores
+    better = lambda *arguments: dataclasses.replace(compare(*arguments), probability=1.0)  # noqa: E731
+    monkeypatch.setattr(challenge, "compare_scores", better)
+    with pytest.raises(ProductionMovedError, match=f"Received: {challenge.MAX_COMPARISONS} moves"):
+        challenge_with(dataset, NO_FLOORS.model_copy(update={"max_recall_drop": 1}))
+    assert len(moves) == challenge.MAX_COMPARISONS
+    assert read_version(NAME, "2").decision == ""
+
+
+def test_images_that_production_learned_are_left_out_of_the_comparison(challenge_with, dataset, tmp_path):
+    """The next data set holds production's training images under a fresh memory, so that they change their split."""
+    challenge_with(dataset)
+    members = faces(20) | {f"real/n{i}.jpg": jpeg(700 + i) for i in range(30)}
+    grown = prepare(tmp_path / "fresh", write_zip(tmp_path / "grown.zip", members), test_fraction=0.5)
+    grown.report.write_text("")
+    outcome, version = challenge_with(grown)
+    test, first = grown.split("test"), dataset.manifest
+    learned = set(first.loc[first["split"].isin(("train", "val")), "sha256"])
+    left = int((~test["sha256"].isin(learned)).sum())
+    assert 0 < left < len(test)
+    assert outcome.comparison.left_out == len(test) - left
+    assert any(f"on the same {left} images" in reason for reason in version.reasons)
+
+
+def test_production_without_a_manifest_is_never_replaced(challenge_with, dataset, tmp_path, monkeypatch):
+    challenge_with(dataset)
+    other = prepare(tmp_path / "other", write_zip(tmp_path / "other.zip", faces(20, start=300)))
+    other.report.write_text("")
+    monkeypatch.setattr(challenge, "read_manifest", lambda _: None)
+    _, version = challenge_with(other, NO_FLOORS.model_copy(update={"min_probability": 0.500001, "max_recall_drop": 1}))
+    assert any("unknown, as its run holds no manifest" in reason for reason in version.reasons)
+    assert production.find_production(NAME) == "1"
