@@ -48,7 +48,7 @@ def test_the_report_says_what_was_found(published):
     page = write_report(dataset, links, [archive]).read_text()
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", re.sub(r"data:[^\"]+", "", page)))
     assert "85 files found, 83 of them kept;" in text
-    assert "No group lies in more than one split." in text
+    assert "No group is in more than one split." in text
     assert "1 group of more than one picture" in text
     assert "1 pair of near copies with different labels." in text
     assert "JPEG table q40-" in text

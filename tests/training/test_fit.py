@@ -248,20 +248,31 @@ def test_without_rotation_and_zoom_no_pixel_is_resampled(warp):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "axis", "reach"),
-    [({"width_shift": 0.25}, 1, 8), ({"height_shift": 0.25}, 0, 8), ({"zoom": 0.5}, 1, 8), ({"rotation": 90.0}, 1, 16)],
+    ("parameters", "start", "axis", "lowest", "highest"),
+    [
+        pytest.param({"width_shift": 0.25}, (16, 16), 1, 8, 24, id="width shift"),
+        pytest.param({"height_shift": 0.25}, (16, 16), 0, 8, 24, id="height shift"),
+        pytest.param({"zoom": 0.5}, (16, 22), 1, 16 + 6 / 1.5, 16 + 6 / 0.5, id="zoom across"),
+        pytest.param({"zoom": 0.5}, (22, 16), 0, 16 + 6 / 1.5, 16 + 6 / 0.5, id="zoom down"),
+        pytest.param({"rotation": 90.0}, (16, 28), 0, 4, 28, id="a quarter turn either way"),
+        pytest.param({"rotation": 30.0}, (16, 28), 0, 10, 22, id="a twelfth of a turn either way"),
+    ],
 )
 @both_warps
-def test_each_kind_of_augmentation_moves_a_dot_as_far_as_it_may(warp, parameters, axis, reach):
-    images = np.zeros((300, 33, 33, 3), np.uint8)
-    images[:, 16, 16] = 255  # the centre, which only shifts move
-    images[:, 16, 32 if axis else 16] = 255
-    out = warp(images, STILL.model_copy(update=parameters))
-    moved = np.abs(out - images).max(axis=(1, 2, 3)) > 50
-    assert moved.mean() > 0.8
-    if "shift" in next(iter(parameters)):
-        centre = np.argmax(out[:, :, :, 0].max(axis=2 - axis), axis=1)
-        assert np.abs(centre - 16).max() <= reach + 1 or axis
+def test_each_kind_of_augmentation_moves_a_dot_as_far_as_it_may(warp, parameters, start, axis, lowest, highest):
+    images = np.zeros((300, 33, 33, 3), np.uint8)  # the centre is at 16, 16
+    y, x = start
+    images[:, y - 1 : y + 2, x - 1 : x + 2] = 255
+    light = warp(images, STILL.model_copy(update=parameters))[..., 0]
+    places = np.arange(33)
+    found = np.stack([light.sum(axis=2) @ places, light.sum(axis=1) @ places]) / light.sum(axis=(1, 2))
+    reached, other = found[axis], found[1 - axis]
+    assert reached.min() == pytest.approx(lowest, abs=0.6)
+    assert reached.max() == pytest.approx(highest, abs=0.6)
+    if "rotation" in parameters:  # it stays on its circle
+        assert np.hypot(*(found - 16)) == pytest.approx(12, abs=0.2)
+    else:
+        assert other == pytest.approx(16, abs=0.05)
 
 
 def test_training_learns_and_keeps_the_lowest_validation_loss(candidate):
