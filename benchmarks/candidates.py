@@ -2,13 +2,13 @@
 
     python benchmarks/candidates.py ARCHIVES [--seeds 3] [--only NAME ...]
 
-ARCHIVES holds the three zips. Every candidate trains on the same split by its own recipe; the checkpoint is chosen on
-val, and the figures are the test split's, at threshold 0.5. `cnn` is trained in float32 and in bfloat16, to show that
-precision costs no AUC. `auc_lost` is what changes of the test images cost (deepfake_core/robustness.py); of the 140k
-images, whose traces of a generator they take away, also without forensic augmentation, by which a share of training
-images is recompressed, blurred and scaled. Results go into benchmarks/results/candidates.json after each training; what
-is there already for the same data set, recipe and number of parameters is not trained again, so a run that was
-stopped goes on.
+ARCHIVES holds the three zips. Every candidate trains on the same split by its own recipe. The checkpoint is chosen on
+val; the metrics are the test split's, at threshold 0.5. `cnn` is trained in float32 and in bfloat16, to show that
+precision costs no AUC. `auc_lost` is what changes of the test images cost: deepfake_core/evaluation/robustness.py. On
+the 140k images, whose traces of a generator these changes remove, one variant trains without forensic augmentation, in
+which a share of training images is recompressed, blurred and scaled. Results are written to
+benchmarks/results/candidates.json after each training. A training whose data set, recipe and number of parameters are
+in that file already is not repeated, so a run that was stopped continues.
 """
 
 import argparse

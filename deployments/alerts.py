@@ -1,9 +1,9 @@
-"""Who is told when a run fails or production changes: automations on the Prefect server at PREFECT_API_URL.
+"""Alerts when a run fails or production changes: automations on the Prefect server at PREFECT_API_URL.
 
     python deployments/alerts.py
 
-`make deploy` runs it. What is called is the block named deepfake-alerts, of any type that notifies: a webhook, Slack,
-Teams, mail and so on. docs/operations.md says what each alert means.
+`make deploy` runs it. They notify the block named deepfake-alerts, of any notification type: a webhook, Slack, Teams,
+mail and so on. docs/operations.md says what each alert means.
 """
 
 from datetime import timedelta
@@ -41,10 +41,10 @@ def notify(block: BlockDocument, subject: str, body: str) -> ActionTypes:
 def make_automations(
     block: BlockDocument | None, late: timedelta = LATE, silent_for: timedelta = SILENT
 ) -> list[AutomationCore]:
-    """Return the automations; without a block, only the one that tells nobody."""
+    """Return the automations; without a block, only the one that sends no message."""
     silent = AutomationCore(
         name="deepfake: a run that fell silent is crashed",
-        description="Its process or machine is gone. Crashed, it gives way to the next run.",
+        description="Its process or machine is gone. Set to Crashed, it no longer blocks the next run.",
         trigger=EventTrigger(
             match_related=OURS,
             after={"prefect.flow-run.heartbeat"},
@@ -57,7 +57,7 @@ def make_automations(
             ChangeFlowRunState(
                 state=StateType.CRASHED,
                 message="It fell silent: its process or machine is gone. Check the worker and run it again; a "
-                "training goes on from its last finished epoch.",
+                "training resumes from its last finished epoch.",
             )
         ],
     )
@@ -128,11 +128,11 @@ def main() -> None:
         block = find_block(client)
         apply(client, make_automations(block))
         if block:
-            print(f"Failures, late runs and promotions go to the block {BLOCK}.")
+            print(f"Failures, late runs and promotions are sent to the block {BLOCK}.")
         else:
             print(
-                f"Nobody is told of failures: no block is named {BLOCK}. Create one in Prefect ({client.api_url.host}: "
-                "Blocks, such as Slack Webhook or Webhook), then run `make deploy` again."
+                f"Nobody is notified of failures: no block is named {BLOCK}. Create one in Prefect "
+                f"({client.api_url.host}: Blocks, such as Slack Webhook or Webhook), then run `make deploy` again."
             )
 
 

@@ -47,7 +47,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def write_parameters() -> str:
-    """Tell of each parameter, as Prefect's form, YAML files and flags name it."""
+    """List every parameter under the name that Prefect's form, YAML files and flags use."""
     lines = [
         "# Parameters",
         "",
@@ -61,8 +61,8 @@ def write_parameters() -> str:
     lines += [
         "## Recipes of the candidates",
         "",
-        "What a candidate is trained with where `training` leaves a parameter empty. Each recipe stands in the "
-        "candidate's file of `deepfake_core/models`.",
+        "What a candidate is trained with if a parameter of `training` is empty. Each recipe is in the "
+        "candidate's file in `deepfake_core/models`.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in CANDIDATES)} |",
         f"| --- |{' --- |' * len(CANDIDATES)}",
@@ -74,7 +74,7 @@ def write_parameters() -> str:
 
 
 def write_command_line() -> str:
-    """Give every command's own help text."""
+    """Show every command's own help text."""
     parser = build_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parsers = {"deepfake": parser, **{f"deepfake {name}": one for name, one in commands.choices.items()}}
@@ -97,7 +97,7 @@ def write_command_line() -> str:
 
 
 def write_flows() -> str:
-    """Tell of each deployment, and of its flow's parameters."""
+    """List every deployment, and its flow's parameters."""
     deployments: dict[str, list[dict]] = {}
     for deployment in yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]:
         deployments.setdefault(deployment["entrypoint"], []).append(deployment)
@@ -170,7 +170,7 @@ def tell_type(field: Mapping[str, Any], group: str | None) -> str:
 
 
 def tell_default(default: Any, group: str | None) -> str:
-    """Say what counts where nothing is given."""
+    """Say what is used if nothing is given."""
     if default in (None, "", [], ()):
         return "empty"
     if isinstance(default, list):
