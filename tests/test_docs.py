@@ -1,16 +1,19 @@
-"""The README and docs/ hold: the site builds strictly, its reference is whole, and every command and example exists."""
+"""The README and docs/ are true: the site builds strictly, its reference is complete, commands and examples exist."""
 
 import json
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
 import click
 import pytest
 import yaml
+from markdown.extensions.toc import slugify
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mlflow.cli import cli as mlflow_cli
@@ -30,6 +33,8 @@ from flows.command_line import RetrainSettings, read_settings
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+ARCHITECTURE = DOCS / "architecture.md"
+MAX_LINE = 120
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
 ADDED_CANDIDATES = {"own-model": "tiny"}
 """Candidates that a page tells how to add: its commands are checked with `cnn` instead."""
@@ -179,9 +184,71 @@ def test_parameters_to_paste_are_known_and_in_range(page, flows):
         flows["retrain/manual"].validate_parameters(json.loads(block))
 
 
-def test_the_readme_names_files_that_exist():
-    for name in re.findall(r"\]\(([\w./-]+)[)#]", PAGES[0].read_text()):
+def test_the_readme_names_files_and_sections_that_exist():
+    for name, anchor in re.findall(r"\]\(([\w./-]+)#?([\w-]*)\)", PAGES[0].read_text()):
         assert (ROOT / name).exists(), name
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(), re.M)
+            assert anchor in [slugify(heading, "-") for heading in headings], f"{name}#{anchor}"
+
+
+def find_wide_lines(text: str) -> Iterator[str]:
+    """Yield what is wider than the code, except a link or a picture alone, and rows of tables that a benchmark made."""
+    is_generated = False
+    for line in text.splitlines():
+        if re.match(r" *<!-- .+: checked against benchmarks/results", line):
+            is_generated = True
+        elif re.match(r" *<!-- end of ", line):
+            is_generated = False
+        is_link = re.fullmatch(r"\s*([-*] )?(!\[[^]]*\]\(\S+\)|<?https?://\S+>?)", line)
+        if len(line) > MAX_LINE and not is_link and not (is_generated and line.startswith("|")):
+            yield line
+
+
+WRAPPED = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "deepfake_core").rglob("*.jinja"))]
+
+
+@pytest.mark.parametrize("file", WRAPPED, ids=lambda file: file.name)
+def test_lines_are_no_wider_than_the_code(file):
+    assert list(find_wide_lines(file.read_text())) == []
+
+
+def test_wide_lines_are_found_among_generated_ones_too():
+    word, row = "x" * MAX_LINE + "x", f"| {'x' * MAX_LINE} |"
+    section = f"<!-- results: checked against benchmarks/results by a test -->\n{word}\n{row}\n<!-- end of results -->"
+    assert list(find_wide_lines(f"{section}\n{row}\n![{word}](a.png)\nhttps://example.org/{word}")) == [word, row]
+
+
+def read_section(page: Path, title: str) -> str:
+    """Return a page's text from one heading to the next of its level."""
+    level = title.split()[0]
+    return page.read_text().partition(f"\n{title}\n")[2].partition(f"\n{level} ")[0]
+
+
+def test_the_architecture_states_the_import_layers():
+    (contract, *_) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [layer.replace("deepfake_core.", "") for layer in contract["layers"]]
+    (block,) = find_blocks(ARCHITECTURE, "text")
+    assert block.splitlines() == layers
+
+
+def test_the_architecture_names_every_module():
+    named: dict[str, set[str]] = {}
+    package = ""
+    for first, files in re.findall(r"^\| (.*?) ?\| .+ \| (.+) \|$", read_section(ARCHITECTURE, "## Packages"), re.M):
+        package = first or package
+        named.setdefault(package, set()).update(re.findall(r"`(\w+)`", files))
+    named["`models/`"] |= {*CANDIDATES, "torch_checkpoint"}  # "any other"
+    for folder in (ROOT / "deepfake_core", *(file.parent for file in (ROOT / "deepfake_core").glob("*/__init__.py"))):
+        modules = {file.stem for file in folder.glob("*.py")} - {"__init__"}
+        assert named["(top)" if folder.name == "deepfake_core" else f"`{folder.name}/`"] == modules
+
+
+def test_the_architecture_names_files_to_change_that_exist():
+    names = re.findall(r"`([a-z_]+/[\w./-]*|\w+\.py)`", read_section(ARCHITECTURE, "## Which file to change"))
+    assert len(names) > 30
+    for name in names:
+        assert (ROOT / "deepfake_core" / name).exists() or (ROOT / name).exists(), name
 
 
 def test_the_example_of_a_candidate_is_one():
