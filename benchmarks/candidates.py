@@ -33,7 +33,7 @@ from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.models import CANDIDATES
 from deepfake_core.storage.files import write_json
-from deepfake_core.training.fit import train_candidate
+from deepfake_core.training.fit import Training, train_candidate
 from flows.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +70,7 @@ def measure(
     train, val = (load_seen(dataset, split, recipe.image_size, left_out) for split in ("train", "val"))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        candidate = train_candidate(architecture, train, val, recipe, Path(folder), seed)
+        candidate = train_candidate(Training(architecture, recipe, seed), train, val, Path(folder))
         seconds = time.perf_counter() - start
         detector = Detector(candidate.folder)
         validation, _ = evaluate_detector(detector, val)
@@ -137,7 +137,7 @@ def main() -> None:
             source.model_copy(update={"name": f"{options.archives.absolute()}/{source.short_name}.zip"})
             for source in DataParameters().sources
         )
-        dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=Path(folder))))
+        dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=folder)))
         variants: dict[str, Any] = known.get("variants", {}) if known.get("dataset") == dataset.version else {}
         chosen = {name: one for name, one in list_variants().items() if not options.only or name in options.only}
         parameters = {name: CANDIDATES[one[0]].build(one[1]).count_params() for name, one in chosen.items()}

@@ -153,7 +153,7 @@ def measure_merge(images: Sequence[bytes], folder: Path) -> dict[str, float]:
 
     def publish() -> None:
         shutil.rmtree(data_dir, ignore_errors=True)
-        publish_dataset(rows, [archive], DataParameters(data_dir=data_dir))
+        publish_dataset(rows, [archive], open_store(data_dir), DataParameters())
 
     seconds = time_rounds(5, copying=copy, merge=publish)
     return {

@@ -17,8 +17,8 @@ from pathlib import Path
 from deepfake_core.config import DataParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
 from deepfake_core.registry import runs, versions
+from deepfake_core.reports.outcome import print_outcome
 from deepfake_core.storage.files import write_json
-from flows.command_line import print_outcome
 from flows.prepare import prepare
 from flows.retrain import retrain
 
@@ -40,7 +40,7 @@ def main() -> None:
             source.model_copy(update={"name": f"{archives}/{source.short_name}.zip"})
             for source in DataParameters().sources
         )
-        data = DataParameters(sources=sources, data_dir=Path(folder) / "data")
+        data = DataParameters(sources=sources, data_dir=f"{folder}/data")
 
         start = time.perf_counter()
         prepare(data)

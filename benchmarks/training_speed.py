@@ -150,7 +150,7 @@ def main() -> None:
     (source,) = (one for one in DataParameters().sources if "140k" in one.name)
     with tempfile.TemporaryDirectory() as folder:
         local = source.model_copy(update={"name": f"{options.archives.absolute()}/{source.short_name}.zip"})
-        dataset = open_dataset(prepare(DataParameters(sources=(local,), data_dir=Path(folder))))
+        dataset = open_dataset(prepare(DataParameters(sources=(local,), data_dir=folder)))
         images = load_images(dataset, "train", RECIPE.image_size)
         sides = {
             "reference": make_reference(dataset.path / "train"),

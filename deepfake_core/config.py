@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 CLASS_NAMES = ("real", "fake")
 """A label is the position here: fake is 1, the positive class, everywhere."""
 
 CLASS_COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
-"""In figures and reports."""
+"""In figures, pages and reports."""
 
 SPLITS = ("train", "val", "test")
 
@@ -110,8 +110,8 @@ class Source(Parameters):
 
         What MLflow admits in no metric's name becomes `_`.
         """
-        last = os.path.basename(os.path.abspath(os.path.expanduser(self.name)))  # noqa: PTH100, PTH111, PTH119 - `..` too
-        return re.sub(r"[^\w. -]", "_", last.removesuffix(".zip"))
+        path = os.path.normpath(Path(self.name).expanduser().absolute())  # without `..`, and without following links
+        return re.sub(r"[^\w. -]", "_", Path(path).name.removesuffix(".zip"))
 
 
 KAGGLE_SOURCES = (
@@ -129,7 +129,7 @@ class DataParameters(Parameters):
         min_length=1,
         description="Data sets to merge. Where two hold the same picture equally large, the one listed first keeps it.",
     )
-    data_dir: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)] = Field(
+    data_dir: str = Field(
         default="data",
         min_length=1,
         description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
@@ -202,7 +202,7 @@ class Recipe(Parameters):
 
     image_size: int = Field(ge=32, le=1024, description="Side of the input images, in pixels.")
     batch_size: int = Field(default=32, ge=1, le=4096, description="Images per training step, over all devices.")
-    epochs: int = Field(ge=1, le=10_000, description="Most passes over the training images.")
+    epochs: int = Field(ge=1, le=10_000, description="Passes over the training images, at most.")
     patience: int = Field(ge=1, description="Stop after this many epochs without a lower validation loss.")
     learning_rate: float = Field(gt=0, le=1, description="Adam's learning rate, the highest of its schedule.")
     schedule: Schedule = Field(
@@ -240,7 +240,7 @@ class TrainingParameters(Parameters):
     candidates: tuple[Choice, ...] = Field(
         default=("cnn", "efficientnet_lite0"),
         min_length=1,
-        description="Architectures to train. The best on validation goes on to the test split.",
+        description="Architectures to train. The best on validation is scored on the test split.",
     )
     image_size: int | None = _override("image_size")
     batch_size: int | None = _override("batch_size")
@@ -306,7 +306,7 @@ class PromotionParameters(Parameters):
     )
     min_recall: float = Field(default=0.6, ge=0, le=1, description="Lowest recall on the test split, at the threshold.")
     metric: Annotated[PrimaryMetric, WithJsonSchema({"type": "string", "enum": list(get_args(PrimaryMetric))})] = Field(
-        default="auc", description="Figure on the test split in which a challenger must beat production."
+        default="auc", description="Metric on the test split in which a challenger must beat production."
     )
     min_probability: float = Field(
         default=0.95,
@@ -321,6 +321,6 @@ class PromotionParameters(Parameters):
         description="How far a source's recall may lie below the lower end of production's 95 % interval.",
     )
     max_latency: float | None = Field(
-        default=None, gt=0, description="Most milliseconds for one image, on the CPU of the machine that evaluates."
+        default=None, gt=0, description="Milliseconds for one image, at most, on the CPU of the machine that evaluates."
     )
     max_size: float | None = Field(default=None, gt=0, description="Largest model.onnx, in megabytes (10^6 bytes).")

@@ -17,6 +17,7 @@ from deepfake_core.config import DataParameters, PromotionParameters, Source, Tr
 from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
 from deepfake_core.registry import fingerprint, production, versions
+from deepfake_core.storage.store import open_store
 from deepfake_core.training.devices import describe_hardware, sees_only_cpus
 from flows.check_sources import check_sources
 from flows.command_line import read_settings
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
 def parameters(folder: Path, *sources: Source) -> DataParameters:
-    return DataParameters(sources=sources, data_dir=folder / "data")
+    return DataParameters(sources=sources, data_dir=str(folder / "data"))
 
 
 def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +231,7 @@ def kaggle(tmp_path, monkeypatch):
 def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(tracking, kaggle, caplog):
     kaggle.add_the_three(faces(30), faces(30, start=100))
     kaggle.statuses = [503]
-    data = DataParameters(data_dir=tracking / "data")
+    data = DataParameters(data_dir=str(tracking / "data"))
     with caplog.at_level(logging.INFO, "deepfake_core"):
         dataset = open_dataset(prepare(data))
     assert dataset.description["counts"]["reasons"] == {"duplicate": 120, "kept": 120, "not_an_image": 1}
@@ -245,7 +246,7 @@ def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(trackin
 def test_news_at_kaggle_start_one_retrain(tracking, kaggle):
     source = Source(name="owner/faces")
     kaggle.add(source.name, write_zip(tracking / "faces.zip", faces(10)).read_bytes())
-    data = DataParameters(sources=(source, Source(name=str(tracking / "local.zip"))), data_dir=tracking / "data")
+    data = DataParameters(sources=(source, Source(name=str(tracking / "local.zip"))), data_dir=str(tracking / "data"))
     RunnerDeployment.from_flow(retrain, "manual").apply()
 
     def check() -> tuple[dict[str, int], str]:
@@ -260,7 +261,7 @@ def test_news_at_kaggle_start_one_retrain(tracking, kaggle):
         assert started.parameters["data"]["sources"][0]["name"] == "owner/faces"
         assert check() == (found, message)  # the retrain has not begun yet: no second one
         assert not kaggle.downloads
-        download(source, data.data_dir)
+        download(source, open_store(data.data_dir))
         assert check() == ({}, f"Nothing new: {data.data_dir} has the versions of 2 sources.")
         client.delete_flow_run(started.id)
     with pytest.raises(ConfigurationError, match="train/nowhere"):
@@ -269,7 +270,7 @@ def test_news_at_kaggle_start_one_retrain(tracking, kaggle):
 
 def test_what_a_person_must_act_on_is_not_retried(tracking, kaggle):
     with pytest.raises(SourceError, match=r"owner/nothing \(404\)|data set owner/nothing"):
-        prepare(DataParameters(sources=(Source(name="owner/nothing"),), data_dir=tracking / "data"))
+        prepare(DataParameters(sources=(Source(name="owner/nothing"),), data_dir=str(tracking / "data")))
     assert len([path for _, path, _ in kaggle.requests if path.endswith("GetDataset")]) == 1
 
 
