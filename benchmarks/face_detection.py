@@ -6,7 +6,7 @@ ARCHIVES holds the three zips. Two parts, of which `--only` measures one and kee
 
 scenes: Three faces, of 64 to 340 pixels a side with their margin, are pasted into each scene of 1280 x 960: photographs
 and scans without people that scikit-image ships. Into a third as many scenes more, one face of 400 to 900 pixels is
-pasted. A face counts as found if a box's middle lies in the middle half of it, and the box is 0.3 to 1.05 of its side.
+pasted. A face counts as found if a box's middle is in the middle half of it, and the box is 0.3 to 1.05 of its side.
 What else is found is false.
 
 shared: Of each source's different images, at most `--images` drawn at random, those in which our detector finds no face

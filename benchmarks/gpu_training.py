@@ -1,4 +1,4 @@
-"""Seconds per epoch of each candidate on an accelerator, from images that lie in its memory.
+"""Seconds per epoch of each candidate on an accelerator, from images in its memory.
 
     PYTHONPATH=. python benchmarks/gpu_training.py [--images 100000] [--image-size 150] [--output FILE]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/render.py
 
-A section lies between two comments that name it. The `make bench` targets write all of them anew;
+A section is between two comments that name it. The `make bench` targets write all of them again;
 tests/test_results.py fails where one differs from what the files say.
 """
 

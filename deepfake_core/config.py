@@ -150,7 +150,7 @@ class DataParameters(Parameters):
         Field(
             default="none",
             description="none: images keep their bytes. reencode: every image is written at one size and JPEG quality, "
-            "so that a model can't tell fakes by their compression.",
+            "so that a model can't recognise fakes by their compression.",
         )
     )
 
@@ -318,7 +318,7 @@ class PromotionParameters(Parameters):
         default=0.05,
         ge=0,
         le=1,
-        description="How far a source's recall may lie below the lower end of production's 95 % interval.",
+        description="How far a source's recall may be below the lower end of production's 95 % interval.",
     )
     max_latency: float | None = Field(
         default=None, gt=0, description="Milliseconds for one image, at most, on the CPU of the machine that evaluates."

@@ -143,14 +143,14 @@ class Detector:
         return apply_temperature(scores, self.temperature)
 
     def explain(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return P(fake) per image, and where that spoke which decided: Grad-CAM (Selvaraju et al. 2017).
+        """Return P(fake) per image, and a heat map of the evidence for the verdict: Grad-CAM (Selvaraju et al. 2017).
 
         Args:
             images: uint8 array of shape (n, image_size, image_size, 3).
 
         Returns:
-            float32 arrays of shape (n,), 0 to 1, and (n, height, width), 0 to 1 per image; all 0 where nothing spoke
-            for the verdict.
+            float32 arrays of shape (n,), 0 to 1, and (n, height, width), 0 to 1 per image; all 0 where there is no
+            evidence for the verdict.
         """
         scores, heat = np.zeros(len(images), np.float32), []
         for start in range(0, len(images), BATCH_SIZE):

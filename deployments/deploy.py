@@ -2,7 +2,7 @@
 
     python deployments/deploy.py [--gpu process|kubernetes]
 
-`make deploy` runs it. Workers of both pools run the code at the path at which this file lies. Of the gpu pool's types,
+`make deploy` runs it. Workers of both pools run the code at the path of this file. Of the gpu pool's types,
 process is a worker on a machine with a GPU, and kubernetes one that starts a job for each run, as kubernetes-gpu.json
 says. Without --gpu an existing pool keeps its type, and a new one is of type process.
 """

@@ -3,7 +3,7 @@
     python deployments/stack.py up|down
 
 Prefect's server, MLflow's server, a worker on each pool, and all deployments, kept running by supervisord. What they
-keep lies in the folder STACK (default: stack/). Ports: PREFECT_SERVER_API_PORT, MLFLOW_PORT; stack.env holds their
+keep is in the folder STACK (default: stack/). Ports: PREFECT_SERVER_API_PORT, MLFLOW_PORT; stack.env holds their
 defaults. Other databases and artifact stores: PREFECT_SERVER_DATABASE_CONNECTION_URL, MLFLOW_BACKEND_STORE_URI,
 MLFLOW_ARTIFACTS_DESTINATION.
 """
@@ -37,7 +37,7 @@ def make_environment() -> dict[str, str]:
         "MLFLOW_ARTIFACTS_DESTINATION": str(stack / "artifacts"),
     }
     if not has_gpu():
-        defaults["CUDA_VISIBLE_DEVICES"] = "-1"  # tells the gpu worker that it trains on the CPU on purpose
+        defaults["CUDA_VISIBLE_DEVICES"] = "-1"  # the gpu worker trains on the CPU on purpose
     environment = {**defaults, **os.environ}
     return {
         **environment,

@@ -17,7 +17,7 @@ from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import open_run
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
-from tasks.model import discard_trainings, evaluate, log_data, state_hardware, train_candidate
+from tasks.model import discard_trainings, evaluate, log_data, state_hardware, train_architecture
 
 
 @flow(name="leave-one-out")
@@ -44,7 +44,7 @@ def leave_one_out(
         testing = evaluation.model_copy(update={"holdout_sources": (source,)})
         with open_run(f"{runtime.flow_run.name} without {source}", tags={"hardware": hardware}) as run_id:
             log_data(run_id, dataset, training, testing, PromotionParameters())
-            trained = [train_candidate(name, dataset, training, testing, run_id) for name in training.candidates]
+            trained = [train_architecture(name, dataset, training, testing, run_id) for name in training.candidates]
             measured = evaluate(choose_best(trained), dataset, testing, run_id)
         discard_trainings(trained)
         found[source] = (measured.evaluation, measured.unseen[source])

@@ -12,7 +12,7 @@ from tasks.data import (
     index_archive,
     merge,
     report_on_data,
-    share_dataset,
+    share,
     split,
 )
 
@@ -37,5 +37,5 @@ def prepare(data: DataParameters = DataParameters()) -> str:
         dataset = merge(rows, archives, store, data)
         report_on_data(dataset, links, archives)
         if store.url:
-            share_dataset(dataset)
+            share(dataset)
     return dataset.address

@@ -10,13 +10,13 @@ from tasks.data import fetch_dataset
 from tasks.model import (
     discard_trainings,
     evaluate,
+    evaluate_robustness,
     log_data,
-    measure_robustness,
     promote,
     register,
     report_on_model,
     state_hardware,
-    train_candidate,
+    train_architecture,
 )
 
 
@@ -44,10 +44,10 @@ def train(
     fingerprint = fingerprint_training(published.version, training, evaluation, promotion)
     with open_retrain(flow_run.name, flow_run.id, hardware, published.is_drawn) as run_id:
         log_data(run_id, published, training, evaluation, promotion)
-        trained = [train_candidate(each, published, training, evaluation, run_id) for each in training.candidates]
+        trained = [train_architecture(each, published, training, evaluation, run_id) for each in training.candidates]
         best = choose_best(trained)
         measured = evaluate(best, published, evaluation, run_id)
-        robustness = measure_robustness(best, published, measured, evaluation)
+        robustness = evaluate_robustness(best, published, measured, evaluation)
         version = register(best, measured, published, name, fingerprint, flow_run.id)
         outcome = promote(version, best, measured, published, promotion)
         report_on_model(version, trained, best, published, measured, robustness, outcome, name)

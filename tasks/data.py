@@ -107,7 +107,7 @@ def report_on_data(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Arc
 
 
 @task(name="share", **NETWORK)
-def share_dataset(dataset: Dataset) -> None:
+def share(dataset: Dataset) -> None:
     """Publish a data set for other machines, whole or not at all."""
     with report_progress("share") as on_progress:
         datasets.share_dataset(dataset, on_progress)

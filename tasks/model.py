@@ -11,8 +11,8 @@ from prefect.context import get_run_context
 from deepfake_core.config import Architecture, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_seen
-from deepfake_core.evaluation import robustness as robustness_tests
 from deepfake_core.evaluation import test_split
+from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry import challenge, names, runs, versions
 from deepfake_core.registry.challenge import Outcome, TrainedCandidate
@@ -52,7 +52,7 @@ def log_data(
 
 
 @task(name="train", task_run_name="train {architecture}", **GPU)
-def train_candidate(
+def train_architecture(
     architecture: Architecture,
     dataset: Dataset,
     parameters: TrainingParameters,
@@ -100,15 +100,13 @@ def evaluate(best: TrainedCandidate, dataset: Dataset, evaluation: EvaluationPar
     return measured
 
 
-@task(name="measure robustness", **GPU)
-def measure_robustness(
+@task(name="evaluate robustness", **GPU)
+def evaluate_robustness(
     best: TrainedCandidate, dataset: Dataset, measured: Measured, evaluation: EvaluationParameters
 ) -> pd.DataFrame:
     """Measure what recompression, scaling, blur and other changes of the test images cost."""
-    with report_progress("measure robustness") as on_progress:
-        table = robustness_tests.measure_robustness(
-            best.candidate.folder, dataset, measured, evaluation.robustness_images, on_progress
-        )
+    with report_progress("evaluate robustness") as on_progress:
+        table = measure_robustness(best.candidate.folder, dataset, measured, evaluation.robustness_images, on_progress)
     challenge.log_robustness(best, table)
     return table
 

@@ -48,6 +48,7 @@ def run_remotely(
             name,
             parameters={
                 "dataset": dataset,
+                # What was set alone: a whole augmentation would override what each candidate's recipe sets.
                 "training": training.model_dump(mode="json", exclude_unset=True),
                 "evaluation": evaluation.model_dump(mode="json"),
                 "promotion": promotion.model_dump(mode="json"),

@@ -1,6 +1,7 @@
 """An archive, a zip or a folder, and its members, which are listed and read. Nothing is ever unpacked by name."""
 
 import contextlib
+import hashlib
 import os
 import stat
 import zipfile
@@ -12,7 +13,8 @@ from typing import Any, Self
 
 from deepfake_core.config import Source
 from deepfake_core.detector import MAX_BYTES
-from deepfake_core.errors import ArchiveError
+from deepfake_core.errors import ArchiveError, SourceError
+from deepfake_core.storage.files import hash_file
 
 MAX_EXPANSION = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
@@ -54,6 +56,28 @@ class Member:
     size: int
     problem: str = ""
     handle: Any = None
+
+
+def open_local(source: Source) -> Archive:
+    """Return the archive of a source that is a zip, which is verified, or a folder on this disk.
+
+    Raises:
+        SourceError: if it does not exist.
+        ArchiveError: if it is a zip and damaged.
+    """
+    path = Path(source.name).expanduser()
+    if path.is_dir():
+        members = list_folder(path)
+        listing = [f"{member.name}\0{member.size}\0{member.handle.lstat().st_mtime_ns}" for member in members]
+        digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
+        return Archive(source, path.absolute(), digest, sum(member.size for member in members))
+    if not path.is_file():
+        raise SourceError(
+            f"A local source must be an existing zip or folder. Received: {source.name!r} "
+            f"(looked at {path.absolute()}). Correct `data.sources`."
+        )
+    verify_zip(path)
+    return Archive(source, path.absolute(), hash_file(path), path.stat().st_size)
 
 
 def verify_zip(path: Path) -> None:
@@ -165,7 +189,7 @@ def _describe_info(info: zipfile.ZipInfo, seen: set[str]) -> Member:
 
 
 def list_folder(path: Path) -> list[Member]:
-    """Return a folder's files, and what else lies there with the reason not to read it, in order of names."""
+    """Return a folder's files in order of names, and what else is there with the reason not to read it."""
     members = []
     for parent, folders, files in os.walk(path, followlinks=False):
         folders.sort()

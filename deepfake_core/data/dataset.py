@@ -123,7 +123,7 @@ def hash_content(manifest: pd.DataFrame, normalise: Normalisation) -> str:
 
 
 def _list_images(dataset: Dataset, version: str) -> dict[str, str]:
-    """Return a data set's images: path, and SHA-256 of the bytes, or "" where they were encoded anew.
+    """Return a data set's images: path, and SHA-256 of the bytes, or "" where they were encoded again.
 
     Raises:
         ArchiveError: if the manifest does not hold the images that the version is the hash of, or leads elsewhere.

@@ -63,8 +63,8 @@ class _Selection:
 def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress | None = None) -> Images:
     """Return a split's images as a memory map; decode and resize them if no run has done so before.
 
-    The file's checksum (as `sha256sum` writes it) lies beside it and is compared at each load; a file that differs is
-    written again.
+    The file's checksum (as `sha256sum` writes it) is in a file beside it and is compared at each load; a file that
+    differs is written again.
     """
     rows = dataset.split(split)
     labels = rows["label"].map({name: label for label, name in enumerate(CLASS_NAMES)}).to_numpy(np.int8)

@@ -1,4 +1,4 @@
-"""What a JPEG's header tells, read by Pillow without decoding the picture."""
+"""A JPEG's header, read by Pillow without decoding the picture."""
 
 import hashlib
 import io

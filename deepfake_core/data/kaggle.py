@@ -4,7 +4,6 @@ The one module that imports kaggle.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from typing import Any
 import requests
 
 from deepfake_core.config import Source
-from deepfake_core.data.archive import Archive, list_folder, verify_zip
+from deepfake_core.data.archive import Archive, open_local, verify_zip
 from deepfake_core.errors import ArchiveError, CredentialsError, DownloadError, SourceError
 from deepfake_core.storage.files import hash_file, require_space, write_json
 from deepfake_core.storage.progress import Progress, watch_progress
@@ -45,7 +44,7 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
         DownloadError: the network failed; what has arrived is kept, and another call continues from there.
     """
     if source.is_local:
-        return _find_local(source)
+        return open_local(source)
     if source.version and (here := _find_version(source, store, source.version, on_progress)):
         return here
     with _translate_kaggle_errors(source):
@@ -91,22 +90,6 @@ def find_new_version(source: Source, store: Store) -> int | None:
     if store.url:
         return None if store.read(_find_zip(source, store, version).with_suffix(".json")) else version
     return None if _read_download(source, store, version) else version
-
-
-def _find_local(source: Source) -> Archive:
-    path = Path(source.name).expanduser()
-    if path.is_dir():
-        members = list_folder(path)
-        listing = [f"{member.name}\0{member.size}\0{member.handle.lstat().st_mtime_ns}" for member in members]
-        digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
-        return Archive(source, path.absolute(), digest, sum(member.size for member in members))
-    if not path.is_file():
-        raise SourceError(
-            f"A local source must be an existing zip or folder. Received: {source.name!r} "
-            f"(looked at {path.absolute()}). Correct `data.sources`."
-        )
-    verify_zip(path)
-    return Archive(source, path.absolute(), hash_file(path), path.stat().st_size)
 
 
 def _find_zip(source: Source, store: Store, version: int) -> Path:

@@ -59,7 +59,7 @@ def check_csv_files(source: Source, reader: ArchiveReader, index: pd.DataFrame) 
             stated = CLASS_NAMES[0] if value == source.csv_real_label else CLASS_NAMES[1]
             if stated != labels[image]:
                 raise DatasetError(
-                    f"Folders and csv files must agree on every label. Received: {source.name}, {image!r} lies "
+                    f"Folders and csv files must agree on every label. Received: {source.name}, {image!r} is "
                     f"in a folder of {labels[image]} images, but {member.name} has label {value}, which means "
                     f"{stated} (`csv_real_label` is {source.csv_real_label}). Nothing was written. Correct the "
                     "source's label rule, or leave the source out."

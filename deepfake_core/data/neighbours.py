@@ -16,7 +16,7 @@ TABLE_BITS = 20
 some bucket, of those that are 40 apart all (benchmarks/data_speed.py)."""
 
 MAX_SHARE_IN_WORD = 0.45
-"""Share of the differing bits that may lie in one of four words."""
+"""Share of the differing bits that one of four words may hold."""
 
 MAX_EXACT_COMPARISONS = 10**10
 """Up to this many pairs of hashes, all are compared; it takes seconds."""
@@ -103,7 +103,7 @@ def _compare_buckets(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarr
         table.sort()
         members, buckets = table.astype(np.uint32), (table >> np.uint64(32)).astype(np.uint32)
         found = []
-        first = np.flatnonzero(buckets[:-1] == buckets[1:])  # a bucket's members lie side by side
+        first = np.flatnonzero(buckets[:-1] == buckets[1:])  # a bucket's members are neighbours here
         for offset in range(1, MAX_NEIGHBOURS + 1):
             found.append((members[first], members[first + offset]))  # within a bucket in ascending order
             first = first[: np.searchsorted(first, len(table) - offset - 1)]

@@ -126,7 +126,7 @@ def _copy_images(
 
 
 def _reencode(data: bytes) -> bytes:
-    """Write an image as all others are written, so that size and compression tell nothing of its label."""
+    """Write an image as all others are written, so that size and compression reveal nothing of its label."""
     buffer = io.BytesIO()
     image = decode_image(data).resize((NORMAL_PIXELS, NORMAL_PIXELS), Image.Resampling.LANCZOS)
     image.save(buffer, "JPEG", quality=NORMAL_QUALITY)

@@ -11,7 +11,7 @@ from deepfake_core.config import CLASS_NAMES
 
 MIN_AUC = 0.55
 MIN_STANDARD_ERRORS = 4.0
-"""How far from 0.5 an AUC must lie to be no chance, in its standard errors (Hanley and McNeil 1982, at 0.5)."""
+"""How far from 0.5 an AUC must be to be more than chance, in its standard errors (Hanley and McNeil 1982, at 0.5)."""
 
 NUMBERS = {
     "width": ("wider images", "narrower images"),
@@ -51,15 +51,15 @@ def score_file_facts(
 
 
 def find_shortcuts(kept: pd.DataFrame) -> pd.DataFrame:
-    """Find facts about files that tell the label without a look at the picture.
+    """Find facts about files that reveal the label without a look at the picture.
 
     Args:
         kept: manifest rows of kept images.
 
     Returns:
         One row per shortcut, the strongest first: `scope` (a source, or all), `shortcut` (what fakes have), `auc` (of
-        calling fake what has it, 0.5 to 1), and what the images of each label have, as text. Facts that tell the label
-        no better than chance are left out.
+        calling fake what has it, 0.5 to 1), and what the images of each label have, as text. Facts that reveal the
+        label no better than chance are left out.
     """
     scopes = {str(source): rows for source, rows in kept.groupby("source")}
     if len(scopes) > 1:

@@ -63,7 +63,7 @@ def assign_splits(
 
 
 def _resolve_conflicts(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str]) -> pd.DataFrame:
-    """Leave out what joins images of different splits, and name the groups of the others anew."""
+    """Leave out what joins images of different splits, and rename the groups of the others."""
     grouped = rows[rows["group"] != ""]
     remembered = grouped["sha256"].map(memory)
     torn = set(grouped["group"][remembered.groupby(grouped["group"]).transform("nunique") > 1])

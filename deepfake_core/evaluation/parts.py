@@ -1,4 +1,4 @@
-"""The parts of a set of images that are worth metrics of their own, by what sources and file names tell."""
+"""The parts of a set of images that are worth metrics of their own, as sources and file names define them."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -21,7 +21,7 @@ MAX_FACTS_IMAGES = 5000
 """Training images, at most, from which file facts are learned."""
 
 MIN_AUC_STRONG_FACTS = 0.7
-"""AUC from which on the report warns that file facts alone tell the label."""
+"""From this AUC on the report warns that file facts alone reveal the label."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Measured:
 
 
 def evaluate_unseen(detector: Detector, dataset: Dataset, source: str) -> Evaluation:
-    """Evaluate all images of a source that was held out, but for those with a near copy in another source."""
+    """Evaluate all images of a source that was held out, except those with a near copy in another source."""
     manifest = dataset.manifest[dataset.manifest["kept"]]
     elsewhere = set(manifest.loc[manifest["source"] != source, "group"])
     parts = []

@@ -212,7 +212,7 @@ def read_text(run_id: str, artifact: str) -> str | None:
 
 
 def find_local_artifact(run_id: str, artifact: str) -> Path | None:
-    """Return where an artifact lies on this machine; None if it is elsewhere, or not there."""
+    """Return an artifact's path on this machine; None if it is elsewhere, or does not exist."""
     uri = f"{mlflow.MlflowClient().get_run(run_id).info.artifact_uri}/{artifact}"
     path = Path(uri.removeprefix("file://")).absolute()
     return path if path.is_file() else None

@@ -52,7 +52,7 @@ def write_model_card(
     weak = "; ".join(f"{row.change} {row.strength:g}: AUC {row.auc:.3f}" for row in worst)
     warnings = "\n".join(f"- {warning}" for warning in list_warnings(dataset, measured)) or "- none found"
     return (
-        f"**{facts.architecture}**, tells fake faces (1) from real ones (0). Input: one face, resized to "
+        f"**{facts.architecture}**, distinguishes fake faces (1) from real ones (0). Input: one face, resized to "
         f"{measured.images.pixels.shape[1]} x {measured.images.pixels.shape[1]} pixels. Fake from P(fake) = "
         f"{measured.threshold:.4f} up; scores are calibrated with temperature {facts.temperature:.3f}.\n\n"
         f"**Decision**: {'promoted' if decision.promoted else 'not promoted'}. {decision.text}\n\n"
@@ -60,8 +60,8 @@ def write_model_card(
         f"**On the {len(measured.images)} test images**, with 95 % intervals:\n\n| metric | value |\n|---|---|\n"
         f"{metrics}\n\n| source | images | AUC |\n|---|---|---|\n{sources}\n\n"
         f"**Changes of the image that cost most**: {weak or 'not measured'}.\n\n**Warnings**\n\n{warnings}\n\n"
-        "**Not for**: deciding about a person without one looking; faces, edits and generators of other kinds than "
-        "the sources hold.\n\n"
+        "**Not for**: deciding about a person without a person's review; faces, edits and generators of other kinds "
+        "than the sources hold.\n\n"
         f"**Made** by run {facts.run}, commit {facts.commit}, seed {facts.seed}.\n"
     )
 

@@ -37,7 +37,7 @@ the shared images."""
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in an image, in pixels; right and bottom lie outside it."""
+    """A rectangle in an image, in pixels; right and bottom are outside it."""
 
     left: float
     top: float
@@ -73,7 +73,7 @@ class Box:
 def load_face_finder() -> Callable[[Image.Image], list[Box]]:
     """Return a function that finds the faces of an upright RGB image, largest first.
 
-    Yu, Wu and others' libfacedetection, whose weights lie in its code ("YuNet: A Tiny Millisecond-level Face Detector",
+    Yu, Wu and others' libfacedetection, whose weights are in its code ("YuNet: A Tiny Millisecond-level Face Detector",
     Machine Intelligence Research 20, 2023).
 
     Raises:

@@ -100,7 +100,7 @@ def _read_times(container: Any, stream: Any) -> tuple["array[int]", int, int | N
 
 
 def _choose_times(keys: "array[int]", first: int, last: int, count: int) -> list[int]:
-    """Return times spread evenly, each that of a key frame if one lies within half the distance."""
+    """Return times spread evenly, each that of a key frame if one is within half the distance."""
     distance = (last - first) / count
     chosen = set()
     for target in first + (np.arange(count) + 0.5) * distance:

@@ -74,7 +74,7 @@ class ModelKeeper:
             if self._predictor is None:
                 self._predictor, self._version = Predictor(load_detector(self._model), self._detect), self._model
             return
-        connection.connect()  # fails within seconds; what follows would try for minutes, and whoever asks would wait
+        connection.connect()  # fails within seconds; what follows would try for minutes, and the user would wait
         name, version = detectors.resolve(self._model)
         found = f"{name} version {version}"
         if found != self._version:

@@ -41,7 +41,7 @@ def publish_folder(store: Store, folder: Path, members: Mapping[str, str], on_pr
         log.info("%s is published already", store.address_of(folder))
         _write_sums(folder, published)
         return
-    if published:  # whoever fetches meanwhile must not take a mixture of old and new for whole
+    if published:  # so that a fetch meanwhile does not mistake a mixture of old and new for a whole folder
         store.remove(folder / SUMS)
     for file in beside:
         store.publish(folder / file)
@@ -87,7 +87,7 @@ def fetch_folder(
         sums = _parse_sums(content)
         if PACKED not in sums:
             raise ArchiveError(
-                f"{store.address_of(marker)} must list {PACKED}. Received: {sorted(sums)}. Publish it anew."
+                f"{store.address_of(marker)} must list {PACKED}. Received: {sorted(sums)}. Publish it again."
             )
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed: the lock is ours
@@ -144,13 +144,13 @@ def _unpack(file: Path, members: Mapping[str, str], folder: Path) -> None:
             odd = sorted(set(names) ^ set(members)) or "repeated names"
             raise ArchiveError(
                 f"The images of a published data set must be those of its manifest, each once. Received: {odd[:3]} in "
-                f"one alone, {len(names)} images instead of {len(members)}. Nothing was written; publish it anew."
+                f"one alone, {len(names)} images instead of {len(members)}. Nothing was written; publish it again."
             )
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_BYTES:
                 raise ArchiveError(
                     f"An image must be stored as it is, in at most {MAX_BYTES:,} bytes. Received: {info.filename!r} of "
-                    f"{info.file_size:,} bytes. Nothing was written; publish the data set anew."
+                    f"{info.file_size:,} bytes. Nothing was written; publish the data set again."
                 )
             data = packed.read(info)
             _check_member(info.filename, data, members[info.filename], file)

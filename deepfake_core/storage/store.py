@@ -7,11 +7,8 @@ at a time keeps runs apart, and what must never be lost is added under new names
 
 import contextlib
 import hashlib
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from errno import EINVAL
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,16 +16,13 @@ from typing import Any
 import fsspec
 import platformdirs
 
-from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DownloadError
+from deepfake_core.errors import ArchiveError, ConfigurationError
 from deepfake_core.storage.files import hash_file, require_space, write_beside
 from deepfake_core.storage.progress import Progress, count_bytes
+from deepfake_core.storage.store_errors import CREDENTIALS_HELP, name_endpoint, translate_errors
 
 MAX_CONCURRENT_PARTS = 4
 """Parts of one object that s3fs holds in memory; each has 50 MB, or more in objects of 500 GB and above."""
-
-CREDENTIALS_HELP = (
-    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; they need to list, read, write and delete there."
-)
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class Store:
         return self.folder / "splits" / "memory.parquet"
 
     def shared_memory(self) -> Path:
-        """Return the folder of the Parquet files in which machines tell each other what they remember."""
+        """Return the folder of the Parquet files by which machines share what they remember."""
         return self.folder / "memory"
 
     def batches(self, version: str = "", image_size: int = 0) -> Path:
@@ -123,7 +117,7 @@ class Store:
     def list_names(self, folder: Path) -> list[str]:
         """Return the names directly below a shared folder, in order; none if it is not there."""
         files, root = self._place
-        with contextlib.suppress(FileNotFoundError), self._translate_errors():
+        with contextlib.suppress(FileNotFoundError), translate_errors(self.url):
             found = files.ls(f"{root}/{self.name(folder)}".removesuffix("/."), detail=False)
             return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
         return []
@@ -131,14 +125,14 @@ class Store:
     def read(self, path: Path) -> bytes | None:
         """Return a small object by its path on this disk; None if there is none at the URL."""
         files, root = self._place
-        with contextlib.suppress(FileNotFoundError), self._translate_errors():
+        with contextlib.suppress(FileNotFoundError), translate_errors(self.url):
             return files.cat_file(f"{root}/{self.name(path)}")
         return None
 
     def remove(self, path: Path) -> None:
         """Remove an object."""
         files, root = self._place
-        with self._translate_errors():
+        with translate_errors(self.url):
             files.rm_file(f"{root}/{self.name(path)}")
 
     def fetch(
@@ -161,7 +155,7 @@ class Store:
         )
         with write_beside(target or path) as beside:
             try:
-                with self._translate_errors():
+                with translate_errors(self.url):
                     size = files.info(f"{root}/{self.name(path)}")["size"]
                     what = f"What is fetched from {self.url}"
                     require_space(beside.parent, size, what, "set XDG_CACHE_HOME to another disk")
@@ -181,41 +175,8 @@ class Store:
         """
         files, root = self._place
         file = file or path
-        with self._translate_errors(), count_bytes(file.stat().st_size, on_progress) as callback:
+        with translate_errors(self.url), count_bytes(file.stat().st_size, on_progress) as callback:
             files.put_file(str(file), f"{root}/{self.name(path)}", callback=callback)
-
-    @contextlib.contextmanager
-    def _translate_errors(self) -> Iterator[None]:
-        """Explain what a person can do; an absent object stays a FileNotFoundError."""
-        try:
-            yield
-        except FileNotFoundError as exc:
-            if "NoSuchBucket" not in str(exc.__cause__):
-                raise
-            raise ConfigurationError(
-                f"The bucket of `data.data_dir` must exist. Received: {self.url}{_name_endpoint()} ({exc}). Create the "
-                "bucket, or correct `data.data_dir` or AWS_ENDPOINT_URL."
-            ) from exc
-        except PermissionError as exc:
-            raise CredentialsError(
-                f"The store must let this account in. {self.url}{_name_endpoint()} refused it ({exc}). "
-                f"{CREDENTIALS_HELP}"
-            ) from exc
-        except _list_failures() as exc:
-            kind = type(exc).__name__
-            if "Credential" in kind or "Profile" in kind:
-                raise CredentialsError(
-                    f"The store needs credentials. Received for {self.url}: {exc}. {CREDENTIALS_HELP}"
-                ) from exc
-            if (isinstance(exc, OSError) and exc.errno == EINVAL) or "Validation" in kind:
-                raise ConfigurationError(
-                    f"The store must understand the request. {self.url}{_name_endpoint()} answered: {exc}. "
-                    "Correct `data.data_dir`, AWS_ENDPOINT_URL or AWS_DEFAULT_REGION."
-                ) from exc
-            raise DownloadError(
-                f"The store must answer. {self.url}{_name_endpoint()} failed ({kind}: {exc}). Check the network and "
-                "AWS_ENDPOINT_URL, and run again: what was published stays."
-            ) from exc
 
 
 def open_store(data_dir: str | Path) -> Store:
@@ -240,7 +201,7 @@ def open_store(data_dir: str | Path) -> Store:
     if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(/?[^/].*)", url):
         raise ConfigurationError(f"{rule}. Received: {address}")
     readable = re.sub(r"[^\w.-]+", "-", url)[:80]
-    digest = hashlib.sha256(f"{url} {_name_endpoint()}".encode()).hexdigest()[:8]
+    digest = hashlib.sha256(f"{url} {name_endpoint()}".encode()).hexdigest()[:8]
     return Store(platformdirs.user_cache_path("deepfake", appauthor=False) / f"{readable}-{digest}", url)
 
 
@@ -256,19 +217,3 @@ def locate_dataset(address: str | Path) -> tuple[Store, str]:
         return store, version
     folder = Path(address).expanduser().resolve()
     return Store(folder.parent.parent), folder.name
-
-
-def _name_endpoint() -> str:
-    """Name the endpoint that the environment sets: the same bucket name at another endpoint is another bucket."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return f" at {endpoint}" if endpoint else ""
-
-
-def _list_failures() -> tuple[type[Exception], ...]:
-    """Return what filesystems raise when a store fails; s3fs lets some of its libraries' errors through."""
-    try:
-        from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError
-    except ImportError:
-        return (OSError,)
-    return OSError, BotoCoreError, ClientError

@@ -123,7 +123,7 @@ class Backup(keras.callbacks.BackupAndRestore):
     """Back up each epoch, and continue after the last one whose weights were written.
 
     Keras writes the epoch's number to a second file, which a kill leaves behind the weights. The optimizer's count
-    of steps lies with the weights and can't disagree with them.
+    of steps is stored with the weights and can't disagree with them.
     """
 
     def __init__(self, folder: Path, first_epoch: int, epoch_steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a network looked: a second output beside the score, so that whoever serves the model has it too."""
+"""Where a network looked: a second output beside the score, so that it is served with the model."""
 
 from typing import Any
 
@@ -53,8 +53,8 @@ def _apply_slope(layer: Any, before: Any, after: Any, gradient: Any, is_last: bo
         return ops.where(after > 0, gradient, 0.0)
     if activation != "linear" and not (is_last and activation == "sigmoid"):
         raise TypeError(
-            "Behind a candidate's features lie Flatten or GlobalAveragePooling2D, then Dropout, LeakyReLU, and Dense "
-            f"with ReLU or no activation, the last with a sigmoid. Received: {layer.name}, {activation}. Teach "
-            "deepfake_core/training/heat_map.py its slope."
+            "A candidate's features must be followed by Flatten or GlobalAveragePooling2D, then Dropout, LeakyReLU and "
+            f"Dense with ReLU or no activation, the last with a sigmoid. Received: {layer.name}, {activation}. Add "
+            "its slope in deepfake_core/training/heat_map.py."
         )
     return gradient

@@ -1,0 +1,65 @@
+"""What a store's filesystem raises, as errors that say what to do."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from errno import EINVAL
+
+from deepfake_core.errors import ConfigurationError, CredentialsError, DownloadError
+
+CREDENTIALS_HELP = (
+    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; they need to list, read, write and delete there."
+)
+
+
+@contextlib.contextmanager
+def translate_errors(url: str) -> Iterator[None]:
+    """Raise errors that say what a person can do instead; an absent object stays a FileNotFoundError.
+
+    Raises:
+        ConfigurationError, CredentialsError, DownloadError
+    """
+    try:
+        yield
+    except FileNotFoundError as exc:
+        if "NoSuchBucket" not in str(exc.__cause__):
+            raise
+        raise ConfigurationError(
+            f"The bucket of `data.data_dir` must exist. Received: {url}{name_endpoint()} ({exc}). Create the "
+            "bucket, or correct `data.data_dir` or AWS_ENDPOINT_URL."
+        ) from exc
+    except PermissionError as exc:
+        raise CredentialsError(
+            f"The store must let this account in. {url}{name_endpoint()} refused it ({exc}). {CREDENTIALS_HELP}"
+        ) from exc
+    except _list_failures() as exc:
+        kind = type(exc).__name__
+        if "Credential" in kind or "Profile" in kind:
+            raise CredentialsError(
+                f"The store needs credentials. Received for {url}: {exc}. {CREDENTIALS_HELP}"
+            ) from exc
+        if (isinstance(exc, OSError) and exc.errno == EINVAL) or "Validation" in kind:
+            raise ConfigurationError(
+                f"The store must understand the request. {url}{name_endpoint()} answered: {exc}. "
+                "Correct `data.data_dir`, AWS_ENDPOINT_URL or AWS_DEFAULT_REGION."
+            ) from exc
+        raise DownloadError(
+            f"The store must answer. {url}{name_endpoint()} failed ({kind}: {exc}). Check the network and "
+            "AWS_ENDPOINT_URL, and run again: what was published stays."
+        ) from exc
+
+
+def name_endpoint() -> str:
+    """Name the endpoint that the environment sets: the same bucket name at another endpoint is another bucket."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return f" at {endpoint}" if endpoint else ""
+
+
+def _list_failures() -> tuple[type[Exception], ...]:
+    """Return what filesystems raise when a store fails; s3fs lets some of its libraries' errors through."""
+    try:
+        from aiohttp import ClientError
+        from botocore.exceptions import BotoCoreError
+    except ImportError:
+        return (OSError,)
+    return OSError, BotoCoreError, ClientError
