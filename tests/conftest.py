@@ -117,5 +117,5 @@ def prefect_api() -> Iterator[None]:
     """Run flows against a temporary Prefect server with a database of its own."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=1200):
         yield

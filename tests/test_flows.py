@@ -361,7 +361,6 @@ def test_an_unreachable_prefect_server_is_said_without_a_traceback(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
         cwd=Path(__file__).parents[1],
     )
     assert ended.returncode == 1

@@ -142,9 +142,9 @@ def _choose_buckets(words: np.ndarray, number: int) -> np.ndarray:
     chosen = random.choice(len(words), 2, replace=False)
     sampled = np.zeros((2, 64), np.uint8)
     sampled.flat[random.choice(sampled.size, TABLE_BITS, replace=False)] = 1
-    (one, other), factors = np.packbits(sampled, axis=1).view(np.uint64).ravel(), random.integers(0, 2**63, 2) * 2 + 1
+    one, other = np.packbits(sampled, axis=1).view(np.uint64).ravel()
+    factor, other_factor = (random.integers(0, 2**63, 2) * 2 + 1).astype(np.uint64)
     first, second = words[chosen]
-    factor, other_factor = factors.astype(np.uint64)
     table = np.empty(words.shape[1], np.uint64)
     for start in range(0, len(table), 1 << 15):  # few enough to stay in the cache
         part = slice(start, start + (1 << 15))

@@ -27,29 +27,79 @@ NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("challenger", "compared", "changes", "cost", "blockers", "promoted", "reason"),
+    ("case", "promoted", "reason"),
     [
-        (evaluation(), None, {}, CHEAP, (), True, "met: no production model yet"),
-        (evaluation(), comparison(0.95), {}, CHEAP, (), True, "met: AUC 0.9000, production's 0.8500"),
-        (evaluation(), comparison(0.949), {}, CHEAP, (), False, "NOT met: AUC 0.9000, production's 0.8500"),
-        (evaluation(), comparison(0.949), {"min_probability": 0.9}, CHEAP, (), True, "at least 0.9 is needed"),
-        (evaluation(), comparison(0.03, other=0.95), {}, CHEAP, (), False, "probability 0.030"),
-        (evaluation(IMPRECISE), None, {}, CHEAP, (), False, "NOT met: precision 0.7900, floor 0.8000"),
-        (evaluation(FORGETFUL), None, {}, CHEAP, (), False, "NOT met: recall 0.6900, floor 0.7000"),
-        (evaluation(IMPRECISE), comparison(1.0), {}, CHEAP, (), False, "NOT met: precision 0.7900"),
+        pytest.param({}, True, "met: no production model yet", id="the first version"),
+        pytest.param(
+            {"compared": comparison(0.95)}, True, "met: AUC 0.9000, production's 0.8500", id="better than production"
+        ),
+        pytest.param(
+            {"compared": comparison(0.949)}, False, "NOT met: AUC 0.9000, production's 0.8500", id="perhaps by chance"
+        ),
+        pytest.param(
+            {"compared": comparison(0.949), "min_probability": 0.9},
+            True,
+            "at least 0.9 is needed",
+            id="less certainty is asked for",
+        ),
+        pytest.param(
+            {"compared": comparison(0.03, other=0.95)}, False, "probability 0.030", id="worse than production"
+        ),
+        pytest.param(
+            {"challenger": evaluation(IMPRECISE)},
+            False,
+            "NOT met: precision 0.7900, floor 0.8000",
+            id="misses the precision floor",
+        ),
+        pytest.param(
+            {"challenger": evaluation(FORGETFUL)},
+            False,
+            "NOT met: recall 0.6900, floor 0.7000",
+            id="misses the recall floor",
+        ),
+        pytest.param(
+            {"challenger": evaluation(IMPRECISE), "compared": comparison(1.0)},
+            False,
+            "NOT met: precision 0.7900",
+            id="better, but misses a floor",
+        ),
         # production's recall on the source is 0.8 (0.7 to 0.9): 0.65 is the least
-        (evaluation(), comparison(1.0, recall=0.651), {}, CHEAP, (), True, "met: recall on a 0.6510, at least 0.6500"),
-        (evaluation(), comparison(1.0, recall=0.649), {}, CHEAP, (), False, "NOT met: recall on a 0.6490"),
-        (evaluation(), comparison(1.0, recall=0.649), {"max_recall_drop": 0.1}, CHEAP, (), True, "met: recall on a"),
-        (evaluation(), None, {"max_latency": 4.9}, CHEAP, (), False, "NOT met: 5.0 ms an image, ceiling 4.9 ms"),
-        (evaluation(), None, {"max_latency": 5}, CHEAP, (), True, "met: 5.0 ms"),
-        (evaluation(), None, {"max_size": 9}, CHEAP, (), False, "NOT met: 10.0 MB, ceiling 9 MB"),
-        (evaluation(), comparison(1.0), {}, CHEAP, ("drawn",), False, "NOT met: drawn"),
-        (evaluation(), NO_CLASS, {}, CHEAP, (), False, "NOT met: AUC needs both classes"),
+        pytest.param(
+            {"compared": comparison(1.0, recall=0.651)},
+            True,
+            "met: recall on a 0.6510, at least 0.6500",
+            id="a source's recall falls as far as it may",
+        ),
+        pytest.param(
+            {"compared": comparison(1.0, recall=0.649)},
+            False,
+            "NOT met: recall on a 0.6490",
+            id="a source's recall falls too far",
+        ),
+        pytest.param(
+            {"compared": comparison(1.0, recall=0.649), "max_recall_drop": 0.1},
+            True,
+            "met: recall on a",
+            id="a source's recall may fall further",
+        ),
+        pytest.param({"max_latency": 4.9}, False, "NOT met: 5.0 ms an image, ceiling 4.9 ms", id="too slow"),
+        pytest.param({"max_latency": 5}, True, "met: 5.0 ms", id="just fast enough"),
+        pytest.param({"max_size": 9}, False, "NOT met: 10.0 MB, ceiling 9 MB", id="too large"),
+        pytest.param(
+            {"compared": comparison(1.0), "blockers": ("drawn",)}, False, "NOT met: drawn", id="better, but blocked"
+        ),
+        pytest.param({"compared": NO_CLASS}, False, "NOT met: AUC needs both classes", id="nothing to compare on"),
     ],
 )
-def test_decision(challenger, compared, changes, cost, blockers, promoted, reason):
-    decision = decide_promotion(challenger, compared, cost, FLOORS.model_copy(update=changes), blockers)
+def test_decision(case, promoted, reason):
+    changes = {name: value for name, value in case.items() if name in PromotionParameters.model_fields}
+    decision = decide_promotion(
+        case.get("challenger", evaluation()),
+        case.get("compared"),
+        CHEAP,
+        FLOORS.model_copy(update=changes),
+        case.get("blockers", ()),
+    )
     assert decision.promoted is promoted
     assert reason in decision.text
 
