@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs browser pictures bench bench-data bench-training bench-serving lock deploy up down \
+.PHONY: help demo test test-fast check docs browser pictures bench bench-data bench-training bench-serving lock deploy up down \
 	image containers
 
 help:  ## list the targets
@@ -14,7 +14,10 @@ demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
 
 test: .venv/installed  ## run the whole test suite
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+
+test-fast: .venv/installed  ## run the tests that take a moment and start no process: for the edit loop
+	$(BIN)/python -m pytest -n 0 -m "not slow and not process and not browser" --durations 3
 
 check: .venv/installed  ## check format, lint, types, import rules, and that the lock fits pyproject.toml
 	$(BIN)/ruff format --check .

@@ -2,9 +2,10 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import pytest
@@ -16,12 +17,37 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-LONGEST = ("test_stack.py", "test_flows.py", "test_training.py", "test_production.py", "test_devices.py")
+PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
+FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
+"""The files that take longest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """Group tests by file for the processes that share them, and begin with the groups that take longest.
+
+    Files in which a test needs Prefect's server are one group, so that one process starts it, once.
+    """
+    with_server = {item.path for item in items if "prefect_api" in getattr(item, "fixturenames", ())}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("prefect" if item.path in with_server else item.path.stem))
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("process")
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+@pytest.fixture(autouse=True)
+def forbid_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail a test that starts a process and is not marked so, since `make test-fast` would run it; git may be asked."""
+    if request.node.get_closest_marker("process"):
+        return
+    start = subprocess.Popen.__init__
+
+    def start_git(self: subprocess.Popen, command: Any, *arguments: Any, **named: Any) -> None:
+        name = command if isinstance(command, str) else command[0]
+        assert Path(str(name)).name == "git", f"this test starts {name}: mark it with pytest.mark.process"
+        start(self, command, *arguments, **named)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", start_git)
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ def test_a_backbone_is_counted_with_its_model():
     assert operations / 2 == pytest.approx(407e6, rel=0.06)  # multiply-adds that the authors give, less the classifier
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):

@@ -56,6 +56,7 @@ def read_lock(path: Path) -> dict[str, str]:
     return dict(re.findall(r"(?m)^([\w.-]+)(?:\[.*\])?==([\w.+-]+)", path.read_text()))
 
 
+@pytest.mark.process
 def test_the_dockerfile_has_no_warnings():
     hadolint = BIN / "hadolint"
     if not hadolint.exists():
@@ -64,12 +65,14 @@ def test_the_dockerfile_has_no_warnings():
     assert (linted.returncode, linted.stdout) == (0, "")
 
 
+@pytest.mark.process
 def test_compose_fits_its_specification():
     command = [BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", FOLDER / "compose.yaml"]
     checked = subprocess.run(command, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 
+@pytest.mark.process
 def test_docker_compose_reads_it_and_asks_for_a_password():
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
@@ -113,6 +116,7 @@ def test_local_stack_and_containers_start_the_same_parts():
     assert services["deploy"]["command"][-1] in (ROOT / "Makefile").read_text()
 
 
+@pytest.mark.process
 def test_ports_and_flags_stand_in_one_file(monkeypatch):
     for name in SHARED:
         assert f"${{{name}" in (FOLDER / "compose.yaml").read_text(), name
@@ -201,6 +205,8 @@ def test_the_job_template_is_prefects_own_with_a_gpu_a_volume_and_a_secret():
     WorkPoolCreate(name="gpu", type="kubernetes", base_job_template=TEMPLATE)  # the server's own validation
 
 
+@pytest.mark.slow
+@pytest.mark.process
 def test_a_training_becomes_a_job_with_one_gpu_and_the_data_folder():
     deployments = yaml.safe_load((FOLDER / "prefect.yaml").read_text())["deployments"]
     (train,) = [deployment for deployment in deployments if deployment["entrypoint"].startswith("flows/train.py")]
@@ -245,6 +251,7 @@ def test_the_gpu_pool_takes_the_template_and_keeps_its_type():
             apply_pool(client, "gpu-of-a-cluster", "process")
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_the_image_has_the_files_that_deploying_and_every_flow_need(tmp_path):
     """From what .dockerignore lets through, every flow and what deploys them can be imported."""

@@ -163,6 +163,7 @@ CHECKERS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("words", COMMANDS)
 @pytest.mark.usefixtures("example_files")
 def test_a_command_exists_and_takes_its_arguments(words, flows):
@@ -268,6 +269,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_reference_names_every_parameter_command_and_flow(site, flows):
     parameters = (site / "reference" / "parameters.html").read_text()
     names = [f"{group}.{name}" for group, model in GROUPS.items() for name in model.model_fields]

@@ -147,6 +147,7 @@ def check_run(run_id: str) -> dict:
     return {"params": run.data.params, "metrics": run.data.metrics}
 
 
+@pytest.mark.process
 @needs_faces
 @pytest.mark.slow
 def test_retrain_on_real_images(tracking):
@@ -294,6 +295,7 @@ def test_a_gpu_pool_without_a_gpu_is_refused(monkeypatch):
             run_flow(train, flow_run=client.read_flow_run(started.id), parameters={"dataset": "nowhere"})
 
 
+@pytest.mark.process
 def test_two_retrains_do_not_share_a_data_folder(tracking, two_zips):
     with (
         hold_data(tracking / "data", "flow run other") as other,
@@ -352,6 +354,7 @@ def test_environment_variables_are_no_parameters(monkeypatch):
     assert settings.training == TrainingParameters()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_an_unreachable_prefect_server_is_said_without_a_traceback(tmp_path):
     address = f"http://127.0.0.1:{free_port()}/api"

@@ -117,6 +117,7 @@ def find_run(version: str) -> mlflow.entities.Run:
     return mlflow.MlflowClient().get_run(read_version(NAME, version).run_id)
 
 
+@pytest.mark.slow
 def test_what_production_and_a_rollback_need_stays_whatever_is_kept(years, tmp_path, capsys):
     data_dir, (first, second, third, fourth, fifth) = years
     memory = (data_dir / "splits" / "memory.parquet").read_bytes()
@@ -145,6 +146,7 @@ def test_what_production_and_a_rollback_need_stays_whatever_is_kept(years, tmp_p
     assert {third, fourth}.isdisjoint(list_datasets(data_dir))
 
 
+@pytest.mark.slow
 def test_of_a_version_whose_files_went_the_history_stays_and_all_else_says_so(years, tmp_path, capsys):
     data_dir, _ = years
     clean(open_store(data_dir), keep=1)
@@ -170,6 +172,7 @@ def test_of_a_version_whose_files_went_the_history_stays_and_all_else_says_so(ye
     assert capsys.readouterr().out.count("model files removed 2") == 2
 
 
+@pytest.mark.slow
 def test_of_candidates_that_did_not_win_no_checkpoint_stays(years):
     data_dir, _ = years
     losers = [
@@ -186,6 +189,7 @@ def test_of_candidates_that_did_not_win_no_checkpoint_stays(years):
     assert len(list_datasets(data_dir)) == 5
 
 
+@pytest.mark.slow
 def test_a_dry_run_removes_nothing_and_says_what_the_real_one_frees(years, monkeypatch, capsys):
     data_dir, versions = years
     before = list_sizes(data_dir.parent)
@@ -302,6 +306,7 @@ def test_nothing_goes_where_it_cannot_be_told_what_production_needs(years, caplo
     assert len(list_datasets(data_dir)) == 5
 
 
+@pytest.mark.process
 def test_a_folder_that_a_run_holds_is_refused(years):
     data_dir, _ = years
     before = list_sizes(data_dir)

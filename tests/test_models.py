@@ -30,6 +30,7 @@ def test_every_architecture_has_a_file():
     assert set(CANDIDATES) == set(get_args(Architecture))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_a_candidate_takes_pixels_and_gives_a_probability_that_depends_on_them(architecture):
     model = build(architecture, image_size=64)
@@ -43,6 +44,7 @@ def test_a_candidate_takes_pixels_and_gives_a_probability_that_depends_on_them(a
     assert scores[0] != scores[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_a_checkpoint_is_loaded_without_code_of_its_own(architecture, tmp_path):
     model = build(architecture, image_size=32)
@@ -83,6 +85,7 @@ def test_the_high_pass_filter_removes_what_is_flat_and_is_never_trained():
     assert np.allclose(layer(noise), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("picture", "classes"), [("chelsea", {285}), ("coffee", {967}), ("rocket", {657})])
 def test_the_ported_backbone_names_what_imagenet_would(picture, classes):
     """Egyptian cat, espresso, missile: the classifier is the package's own, behind our backbone and preprocessing."""
@@ -115,6 +118,7 @@ def test_fused_normalisation_is_keras_s_in_training_and_after():
     assert all(np.array_equal(one, other) for one, other in zip(ours.get_weights(), before, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Skipping nested container")
 def test_a_backbone_s_own_weights_come_back_and_others_are_refused(tmp_path):
     first = efficientnet_lite0.build_backbone(32)
@@ -128,6 +132,7 @@ def test_a_backbone_s_own_weights_come_back_and_others_are_refused(tmp_path):
         build("efficientnet_lite0", image_size=32, weights="nowhere.h5")
 
 
+@pytest.mark.slow
 def test_weights_that_can_t_be_downloaded_are_said_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens on this machine's discard port

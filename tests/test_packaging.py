@@ -31,11 +31,13 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
+@pytest.mark.process
 def test_only_the_core_goes_into_the_wheel(wheel):
     folders = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert folders == {"deepfake_core", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
 
 
+@pytest.mark.process
 def test_the_command_line_never_imports_tensorflow():
     code = (
         "import sys, deepfake_core.cli, deepfake_core.detector\n"
@@ -45,6 +47,7 @@ def test_the_command_line_never_imports_tensorflow():
     assert ran.stdout.strip() == "[]"
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -126,6 +129,7 @@ print(json.dumps([[name for name in absent if importlib.util.find_spec(name)], r
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_the_registered_model_stands_alone_and_is_served(candidate, tmp_path, monkeypatch):
     """With mlflow and the model's own requirements, and the project absent: load it, and POST to it."""

@@ -57,6 +57,7 @@ def files(data_dir):
     return sorted(str(file.relative_to(data_dir)) for file in data_dir.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 def test_download_is_verified_and_its_provenance_recorded(kaggle, data_dir, content):
     seen = []
     fetched = fetch_archive(SOURCE, open_store(data_dir), lambda done, total: seen.append((done, total)))

@@ -80,6 +80,7 @@ def check_laws(index: pd.DataFrame, links: pd.DataFrame, rows: pd.DataFrame) -> 
     assert (copies["copy_of"] != "").all()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_growing_moves_no_image_across_and_leaves_no_group_torn(world, random):
@@ -103,6 +104,7 @@ def test_growing_moves_no_image_across_and_leaves_no_group_torn(world, random):
     assert all(now[name] == memory[name] for name in copies)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_same_images_in_any_order_are_the_same_version(world, random):
@@ -175,6 +177,7 @@ def test_an_image_that_was_away_comes_back_to_its_split(tmp_path):
     assert again.version == first.version
 
 
+@pytest.mark.slow
 def test_a_copy_takes_the_split_of_the_picture_it_replaces(tmp_path):
     large = {f"real/{i}.jpg": encode(draw_image(i, 96), quality=90) for i in range(40)}
     small = {f"real/small{i}.jpg": encode(draw_image(i, 48), quality=90) for i in range(40)}
@@ -282,6 +285,7 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path):
         open_dataset(tmp_path)
 
 
+@pytest.mark.process
 def test_a_locked_data_folder_says_who_holds_it(tmp_path, monkeypatch):
     with (
         hold_data(tmp_path, "flow run first") as first,

@@ -143,6 +143,7 @@ def test_links_do_not_depend_on_the_order_of_rows_or_cores(tmp_path, monkeypatch
     pd.testing.assert_frame_equal(find_links(index.sample(frac=1, random_state=1)), links)
 
 
+@pytest.mark.slow
 @needs_faces
 def test_edits_of_one_photograph_share_a_group_and_different_people_do_not(tmp_path):
     from benchmarks.near_copies import JUDGED_TRUE, KNOWN_PAIRS

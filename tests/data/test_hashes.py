@@ -113,6 +113,7 @@ def test_all_that_are_compared_are_found_and_no_others():
         assert {found[pair] for pair in planted[distance]} == {distance}
 
 
+@pytest.mark.slow
 def test_among_many_nearly_all_are_found_and_no_others(monkeypatch):
     simulated, planted = simulate(20_000, (0, 20, 40, 50, RADIUS, RADIUS + 1), pairs=400)
     monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", 0)
@@ -140,6 +141,7 @@ def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_com
     assert [column.tolist() for column in near] == [[3], [7], [1], [0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact_comparisons", [10**10, 0])
 def test_thousands_of_nearly_equal_hashes_stay_linked_in_bounded_space(monkeypatch, exact_comparisons):
     monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", exact_comparisons)

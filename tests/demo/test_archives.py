@@ -78,6 +78,7 @@ def modified_times(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_photographs_lie_as_in_the_first_two_archives(zips):
     folders = Counter(str(PurePosixPath(name).parent) for name in zips[CIPLAB])
     tops = ("real_and_fake_face", "real_and_fake_face_detection/real_and_fake_face")
@@ -92,6 +93,7 @@ def test_photographs_lie_as_in_the_first_two_archives(zips):
         assert (image.format, image.size, image.info.get("progressive")) == ("JPEG", (256, 256), 1)
 
 
+@pytest.mark.slow
 def test_portraits_lie_as_in_the_third_archive(zips):
     members = zips[FACES_140K]
     images = [name for name in members if name.endswith(".jpg")]
@@ -166,6 +168,7 @@ def test_zips_are_stored_without_times_of_their_own(folder):
         assert {(info.compress_type, info.date_time) for info in infos} == {(zipfile.ZIP_STORED, (2020, 1, 1, 0, 0, 0))}
 
 
+@pytest.mark.slow
 def test_same_arguments_draw_the_same_bytes(folder, tmp_path):
     draw_archives(tmp_path, PER_CLASS)
     assert {path.name for path in tmp_path.iterdir()} == {CIPLAB, REUPLOAD, FACES_140K, "sample.json"}
@@ -173,6 +176,7 @@ def test_same_arguments_draw_the_same_bytes(folder, tmp_path):
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_another_seed_draws_other_faces(zips, tmp_path):
     draw_archives(tmp_path, PER_CLASS, seed=1)
     for name in (REUPLOAD, FACES_140K):
@@ -181,6 +185,7 @@ def test_another_seed_draws_other_faces(zips, tmp_path):
         assert not drawn & set(zips[name].values())
 
 
+@pytest.mark.slow
 def test_more_pictures_leave_the_first_ones_as_they_were(zips, tmp_path):
     draw_archives(tmp_path, PER_CLASS + 1)
     assert zips[REUPLOAD].items() < read_zip(tmp_path / REUPLOAD).items()
@@ -210,6 +215,7 @@ def test_other_arguments_draw_again(other, tmp_path):
     assert json.loads((tmp_path / "sample.json").read_text()).items() >= other.items()
 
 
+@pytest.mark.slow
 def test_a_draw_that_is_interrupted_is_not_taken_for_whole(tmp_path, monkeypatch):
     draw_archives(tmp_path, 1)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -143,6 +143,7 @@ def test_of_1000_retrains_of_equally_good_models_at_most_50_are_promoted():
     assert count_promotions(1000, gain=0) <= 50
 
 
+@pytest.mark.slow
 def test_a_much_better_model_is_promoted():
     assert count_promotions(20, gain=3) == 20
 

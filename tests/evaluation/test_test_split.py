@@ -48,6 +48,7 @@ def test_a_selection_reads_what_it_is_asked_for():
     assert images.select(np.ones(20, bool)) is images
 
 
+@pytest.mark.slow
 def test_held_out_sources_are_only_tested(two_sources, candidate):
     for split in ("train", "val", "test"):
         assert set(load_seen(two_sources, split, SIZE, ["second"]).rows["source"]) == {"first"}
@@ -113,6 +114,7 @@ def test_each_change_changes_the_image_more_the_stronger_it_is(name):
     assert np.array_equal(np.asarray(change(image, strengths[0])), np.asarray(change(image, strengths[0])))
 
 
+@pytest.mark.slow
 def test_robustness_compares_with_the_same_images_unchanged(two_sources, candidate):
     result = evaluate_on_test(candidate.folder, two_sources)
     progress = []
@@ -145,6 +147,7 @@ def test_file_facts_alone_are_found_out():
     assert abs(guessed[fake].mean() - guessed[~fake].mean()) < 0.15
 
 
+@pytest.mark.slow
 def test_heat_lies_where_the_evidence_is():
     """Train a network to tell whether a white square is there, and see whether the heat lies on the square."""
     random = np.random.default_rng(0)
@@ -179,6 +182,7 @@ def test_heat_lies_where_the_evidence_is():
     assert np.mean(inside) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CANDIDATES)
 def test_heat_is_grad_cam_as_automatic_differentiation_gives_it(architecture):
     recipe = CANDIDATES[architecture].RECIPE.model_copy(update={"image_size": 64, "weights": "none"})
@@ -223,6 +227,7 @@ def test_the_heat_map_shows_the_evidence_for_the_verdict(candidate):
     assert expected.std(axis=(1, 2)).max() > 0.1  # an even map would not do
 
 
+@pytest.mark.slow
 def test_a_model_that_is_served_otherwise_than_trained_is_refused(candidate, tmp_path):
     images = stripes(250, 3)
     assert check_parity(candidate.folder, images) < 1e-5
@@ -270,6 +275,7 @@ def make_report(dataset, folder):
     return page, write_model_card(facts, dataset, result, decision, table), result, decision
 
 
+@pytest.mark.slow
 def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, candidate):
     page, card, result, decision = make_report(two_sources, candidate.folder)
     body = page[page.index("<body>") :]
@@ -285,6 +291,7 @@ def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, cand
     assert two_sources.version in card
 
 
+@pytest.mark.slow
 def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
     reals = {name: data for name, data in faces(40, start=700).items() if name.startswith("real")}
     dataset = prepare(tmp_path, write_zip(tmp_path / "both.zip", faces(40)), write_zip(tmp_path / "real.zip", reals))
@@ -294,6 +301,7 @@ def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
     assert "one class" in card
 
 
+@pytest.mark.slow
 def test_strong_file_facts_are_said_in_the_first_lines(tmp_path, candidate):
     members = {
         name: encode(draw_image(number), quality=60 if "fake" in name else 95)

@@ -60,6 +60,7 @@ def test_the_candidate_with_the_best_auc_on_validation_is_chosen():
     assert choose_best([found[0], dataclasses.replace(found[0], run_id="equal")]).run_id == "weak"
 
 
+@pytest.mark.slow
 def test_the_first_version_is_promoted_if_it_meets_the_floors(challenge_with, dataset):
     _, refused = challenge_with(dataset, PromotionParameters(min_precision=1, min_recall=1))
     assert refused.decision == names.NOT_PROMOTED
@@ -74,6 +75,7 @@ def test_the_first_version_is_promoted_if_it_meets_the_floors(challenge_with, da
     assert f"| AUC | {version.estimate('auc')} |" in text
 
 
+@pytest.mark.slow
 def test_an_equal_challenger_is_not_promoted_and_both_are_compared_on_the_same_images(challenge_with, dataset):
     challenge_with(dataset)
     outcome, version = challenge_with(dataset)
@@ -84,6 +86,7 @@ def test_an_equal_challenger_is_not_promoted_and_both_are_compared_on_the_same_i
     assert version.metrics["probability_better"] == outcome.comparison.probability < 0.95
 
 
+@pytest.mark.slow
 def test_drawn_images_never_replace_a_model_of_photographs(challenge_with, dataset, tmp_path):
     challenge_with(dataset)
     drawn = prepare(tmp_path / "drawn", write_zip(tmp_path / "b.zip", faces(20)))
@@ -96,6 +99,7 @@ def test_drawn_images_never_replace_a_model_of_photographs(challenge_with, datas
     assert production.find_production(NAME) == "1"
 
 
+@pytest.mark.slow
 def test_what_went_into_production_meanwhile_is_compared_with(challenge_with, dataset, monkeypatch):
     """Two retrains end together: the other one's version goes into production while ours is compared."""
     challenge_with(dataset)
@@ -116,6 +120,7 @@ def test_what_went_into_production_meanwhile_is_compared_with(challenge_with, da
     assert version.tags[names.COMPARED_WITH] == version.tags[names.REPLACED] == "2"
 
 
+@pytest.mark.slow
 def test_production_that_never_rests_fails_the_promotion(challenge_with, dataset, monkeypatch):
     challenge_with(dataset)
     moves = []
@@ -134,6 +139,7 @@ def test_production_that_never_rests_fails_the_promotion(challenge_with, dataset
     assert read_version(NAME, "2").decision == ""
 
 
+@pytest.mark.slow
 def test_images_that_production_learned_are_left_out_of_the_comparison(challenge_with, dataset, tmp_path):
     """The next data set holds production's training images under a fresh memory, so that they change their split."""
     challenge_with(dataset)
@@ -149,6 +155,7 @@ def test_images_that_production_learned_are_left_out_of_the_comparison(challenge
     assert any(f"on the same {left} images" in reason for reason in version.reasons)
 
 
+@pytest.mark.slow
 def test_production_without_a_manifest_is_never_replaced(challenge_with, dataset, tmp_path, monkeypatch):
     challenge_with(dataset)
     other = prepare(tmp_path / "other", write_zip(tmp_path / "other.zip", faces(20, start=300)))

@@ -62,6 +62,7 @@ def former(tracking):
     return folder
 
 
+@pytest.mark.slow
 def test_versions_of_former_code_are_read_pulled_compared_promoted_and_rolled_back(former, tmp_path, capsys):
     version = read_version(NAME, "1")
     assert (version.decision, version.reasons, version.is_drawn) == ("promoted", ["met: a", "met: b"], True)

@@ -71,6 +71,7 @@ def find_aliases() -> dict[str, str]:
     return {alias: one.version for one in list_versions(NAME) for alias in one.aliases}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("versions")
 def test_both_versions_say_who_replaced_whom_when_and_why():
     production.move_production(NAME, "1", None, "first")
@@ -85,6 +86,7 @@ def test_both_versions_say_who_replaced_whom_when_and_why():
     assert second["replaced"] == "1"
 
 
+@pytest.mark.slow
 def test_production_does_not_move_for_who_looked_too_early(versions):
     production.move_production(NAME, "1", None, "first")
     with pytest.raises(ProductionMovedError, match=r"Received: version 1, no longer None\. Compare again"):
@@ -104,6 +106,7 @@ def race(version: str, ready, results) -> None:
         results.put(None)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.usefixtures("versions")
 def test_of_processes_that_move_at_once_one_wins():
@@ -129,6 +132,7 @@ def test_a_lock_that_was_left_behind_is_removed(versions, monkeypatch, caplog):
     assert production.find_production(NAME) == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("versions")
 def test_rollbacks_go_back_one_by_one_and_never_forward():
     for version, expected in (("1", None), ("2", "1"), ("3", "2")):
@@ -161,6 +165,7 @@ def test_an_unsuitable_version_needs_force_which_is_recorded():
     assert because == "by hand: trust me (forced, though NOT met: AUC 0.5)"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("versions")
 def test_the_command_line_asks_first(monkeypatch, capsys):
     assert main(["promote", "1", "--reason", "start", "--yes"]) == 0

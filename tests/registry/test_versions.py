@@ -16,6 +16,7 @@ from deepfake_core.registry import connection, fingerprint, production, runs, ve
 from tests.builders import NAME, draw_image, draw_portrait, encode, free_port, jpeg
 
 
+@pytest.mark.slow
 def test_runs_are_nested_and_carry_the_commit(registered):
     parent, run_id, _ = registered
     run = mlflow.MlflowClient().get_run(run_id)
@@ -41,6 +42,7 @@ def test_no_model_and_no_alias_both_mean_no_production_yet():
     assert production.find_production(NAME) is None
 
 
+@pytest.mark.slow
 def test_pyfunc_model_answers_bytes_alone_and_harms_no_row(registered, tmp_path):
     _, _, version = registered
     model = mlflow.pyfunc.load_model(f"models:/{NAME}/{version}")

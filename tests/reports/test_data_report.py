@@ -43,6 +43,7 @@ def published(tmp_path):
     return prepare(write_zip(tmp_path / "a.zip", members), tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_found(published):
     dataset, links, archive = published
     page = write_report(dataset, links, [archive]).read_text()
@@ -61,6 +62,7 @@ def test_the_report_says_what_was_found(published):
     assert pd.read_parquet(dataset.path / "links.parquet").equals(links)
 
 
+@pytest.mark.slow
 def test_the_report_needs_nothing_else_and_runs_nothing(published, tmp_path):
     dataset, links, archive = published
     page = write_report(dataset, links, [archive]).read_text()
@@ -82,6 +84,7 @@ def mark_hostile(tmp_path) -> str:
     return page
 
 
+@pytest.mark.slow
 def test_a_report_that_is_there_is_not_written_again(published):
     dataset, links, archive = published
     path = write_report(dataset, links, [archive])

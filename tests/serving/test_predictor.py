@@ -56,6 +56,7 @@ def test_large_photographs_are_searched_too():
     assert Box(1500, 900, 1900, 1300).intersect(face) == face
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [600, 1000, 1280, 3000])
 def test_faces_that_fill_large_images_are_found_once(side):
     for seed in range(3):
@@ -170,6 +171,7 @@ def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys)
     assert read_json(capsys.readouterr().out) == rows
 
 
+@pytest.mark.process
 def test_standard_input_is_an_image_or_names(candidate, folder, tmp_path):
     def predict(data: bytes):
         command = [sys.executable, "-m", "deepfake_core.cli", "predict", "-", "--json", "--model", candidate.folder]
@@ -248,6 +250,7 @@ def test_pictures_of_equal_names_are_all_kept(candidate, folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_model_from_before_heat_maps_judges_but_explains_nothing(candidate, folder, tmp_path, capsys):
     shutil.copytree(candidate.folder, tmp_path / "old")
     network = load_network(candidate.folder)

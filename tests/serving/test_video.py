@@ -81,6 +81,7 @@ def test_nothing_is_decoded_twice_and_little_where_key_frames_lie_near(tmp_path,
     assert decoded == 20
 
 
+@pytest.mark.slow
 def test_faces_are_followed_and_judged_one_by_one(detector, two_people):
     steps = []
     clip = judge_clip(Predictor(detector), two_people, 30, explain=True, on_progress=lambda *step: steps.append(step))
@@ -101,11 +102,13 @@ def test_faces_are_followed_and_judged_one_by_one(detector, two_people):
     assert len(figure.axes[0].lines) == 3
 
 
+@pytest.mark.slow
 def test_without_detection_whole_frames_are_one_track(detector, two_people):
     (verdict,) = judge_clip(Predictor(detector, detect=False), two_people, frames=12).verdicts
     assert (verdict.face, verdict.clip.frames, verdict.box) == (None, 12, (0, 0, 640, 480))
 
 
+@pytest.mark.slow
 def test_many_crops_are_scored_as_they_come(detector, two_people, monkeypatch):
     at_once = judge_clip(Predictor(detector), two_people, frames=30)
     monkeypatch.setattr(video, "BATCH_SIZE", 4)
@@ -179,6 +182,7 @@ def test_no_face_in_a_clip_is_said(tmp_path, detector):
     assert not verdict.unreadable
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_clips_among_images(candidate, two_people, tmp_path, capsys):
     draw_portrait(3).save(tmp_path / "face.png")
     names = [str(tmp_path / "face.png"), str(two_people)]

@@ -119,6 +119,7 @@ def list_visible(folder: Path) -> list[str]:
     return [name for name in read_folder(folder) if not name.endswith(".lock")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalise", ["none", "reencode"])
 def test_another_machine_gets_the_same_bytes_once(url, go_to, tmp_path, monkeypatch, normalise):
     first = share(url, write_zip(tmp_path / "a.zip", faces(20)), normalise=normalise)
@@ -134,6 +135,7 @@ def test_another_machine_gets_the_same_bytes_once(url, go_to, tmp_path, monkeypa
     assert open_dataset(first.address) == second
 
 
+@pytest.mark.slow
 def test_what_is_published_is_not_published_again_and_news_about_it_are_fetched(url, go_to, tmp_path, monkeypatch):
     first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
     go_to("b")
@@ -164,6 +166,7 @@ def test_an_archive_is_downloaded_from_kaggle_once(url, go_to, kaggle):
     assert kaggle.requests == []  # a fixed version that is shared needs no Kaggle at all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [PACKED, "manifest.parquet", "dataset.json"])
 def test_a_damaged_object_is_refused_and_published_anew_once_the_sums_are_deleted(url, go_to, tmp_path, name):
     first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
@@ -198,6 +201,7 @@ def test_a_damaged_archive_is_refused(url, go_to):
     assert list_visible(here) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hostile", ["../../../evil.jpg", "/tmp/evil.jpg", "train/real/evil.jpg"])
 def test_a_name_that_leads_elsewhere_is_refused(url, go_to, tmp_path, hostile):
     first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
@@ -237,6 +241,7 @@ def test_an_image_that_is_not_the_manifests_is_refused(url, go_to, tmp_path):
     assert list_visible(here) == []
 
 
+@pytest.mark.slow
 def test_an_upload_that_was_killed_is_not_taken_for_whole(url, go_to, tmp_path, monkeypatch, kaggle):
     """Whatever the object before which it is killed; the next one publishes the rest."""
     dataset = prepare(url, write_zip(tmp_path / "a.zip", faces(20)))
@@ -271,6 +276,7 @@ def test_an_upload_that_was_killed_is_not_taken_for_whole(url, go_to, tmp_path, 
     assert len(kaggle.downloads) == 2
 
 
+@pytest.mark.slow
 def test_memory_loses_nothing_when_two_machines_publish_at_once(url, go_to, tmp_path):
     """Both split before either publishes; some images are in both, and with other shares, in another split."""
     zips = [write_zip(tmp_path / name / "a.zip", faces(40, start)) for name, start in (("x", 0), ("y", 20))]

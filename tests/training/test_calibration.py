@@ -21,6 +21,7 @@ def make_overconfident(count=4000, temperature=3.0):
     return labels, (1 / (1 + np.exp(-logits * temperature))).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_the_temperature_makes_a_score_mean_its_share():
     labels, scores = make_overconfident()
     temperature = fit_temperature(labels, scores)

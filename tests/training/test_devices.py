@@ -21,6 +21,7 @@ def build(architecture):
     return CANDIDATES[architecture].build(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "architecture", "chosen"),
     [
@@ -82,6 +83,7 @@ def train(folder, before="", **environment):
     return [float(loss) for loss in one], [float(loss) for loss in two]
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_devices_learn_as_one_does_from_the_same_batches(tmp_path):
     one, two = train(tmp_path, before=TWO_CPUS)
@@ -93,6 +95,7 @@ def test_more_devices_than_there_are_are_said():
         pass
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")
 def test_jax_trains_too_and_on_two_devices_as_on_one(tmp_path):

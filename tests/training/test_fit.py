@@ -104,6 +104,7 @@ def test_fit_gets_the_batches_of_the_epoch_in_their_order():
             assert (pixels.dtype, labels.dtype) == ("uint8", "float32")
 
 
+@pytest.mark.slow
 def test_each_epoch_of_fit_fetches_its_own_order():
     asked = []
 
@@ -142,6 +143,7 @@ def test_pixels_and_labels_stay_together():
     assert np.array_equal(bright, labels == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["recompression", "blur", "resize"])
 def test_each_degradation_changes_its_share_of_the_images_and_removes_detail(kind):
     images = stripes(200, 0)
@@ -155,6 +157,7 @@ def test_each_degradation_changes_its_share_of_the_images_and_removes_detail(kin
     assert Batches(images, 200, STILL.model_copy(update={kind: 1.0}))[0][0].tolist() == images.pixels.tolist()
 
 
+@pytest.mark.slow
 def test_crops_are_parts_of_their_images_at_random_places():
     images = stripes(60, 0)
     crops, labels = Batches(images, 60, STILL.model_copy(update={"crop": 0.75}), seed=0)[0]
@@ -275,6 +278,7 @@ def test_each_kind_of_augmentation_moves_a_dot_as_far_as_it_may(warp, parameters
         assert other == pytest.approx(16, abs=0.05)
 
 
+@pytest.mark.slow
 def test_training_learns_and_keeps_the_lowest_validation_loss(candidate):
     history = candidate.history
     assert history["epoch"].tolist() == [1, 2, 3, 4]
@@ -293,6 +297,7 @@ def test_checkpoint_holds_no_augmentation(candidate):
     assert "Augmentation" not in names
 
 
+@pytest.mark.slow
 def test_the_served_model_scores_as_the_trained_one(candidate):
     images = stripes(100, 2)
     checkpoint = keras.saving.load_model(candidate.folder / "checkpoint.keras")
@@ -320,6 +325,7 @@ def test_one_unreadable_image_harms_no_other(candidate):
     assert second.error == "must be a JPEG, PNG or WebP image"
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_repeats_with_its_seed(tmp_path):
     recipe = RECIPE.model_copy(update={"epochs": 30, "patience": 1, "learning_rate": 0.03, "batch_size": 8})
     noise = stripes(32, 0)
@@ -382,6 +388,7 @@ def die_between_weights_and_epoch(epoch):
     keras.callbacks.BackupAndRestore._save_model = save
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -420,11 +427,13 @@ def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 def test_two_runs_never_train_in_one_folder(tmp_path):
     with hold_data(tmp_path, "a training of cnn"), pytest.raises(LockedError, match=r"a training of cnn.*its seed"):
         train_candidate(Training("cnn", RECIPE), stripes(8, 0), stripes(8, 1), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
 def test_memory_stays_flat_from_epoch_to_epoch(tmp_path):
     def resident_bytes() -> int:
@@ -432,13 +441,13 @@ def test_memory_stays_flat_from_epoch_to_epoch(tmp_path):
 
     memory = []
     train_candidate(
-        Training("cnn", RECIPE.model_copy(update={"epochs": 12, "patience": 12})),
-        stripes(512, 0),
+        Training("cnn", RECIPE.model_copy(update={"epochs": 12, "patience": 12, "batch_size": 64})),
+        stripes(1024, 0),
         stripes(32, 1),
         tmp_path,
         on_epoch=lambda *_: memory.append(resident_bytes()),
     )
-    assert max(memory[4:]) - memory[3] < 8_000_000  # keeping each epoch's pixels would take 12.6 MB in these 8
+    assert max(memory[4:]) - memory[3] < 18_000_000  # keeping each epoch's pixels would take 25 MB in these 8
 
 
 def test_figures_show_what_was_measured(candidate, dataset):
