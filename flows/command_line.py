@@ -83,7 +83,8 @@ def read_settings(arguments: Sequence[str]) -> RetrainSettings:
     if "sources" in settings.data.model_fields_set:
         raise ConfigurationError("--sample draws its own sources. Leave out either --sample or data.sources.")
     Console(stderr=True).print(
-        "[bold]The images of this run are drawn, not photographs: its metrics say nothing about real faces."
+        "[bold]The images of this run are drawn, not photographs: its metrics say nothing about real faces.",
+        soft_wrap=True,
     )
     sources = draw_archives(open_store(settings.data.data_dir).sample())
     return settings.model_copy(update={"data": settings.data.model_copy(update={"sources": sources})})

@@ -1,7 +1,11 @@
 """How well a model does on sources that it never saw. `python -m flows.leave_one_out --help` lists the parameters."""
 
-import logging
 import sys
+
+if __name__ == "__main__":
+    from flows.terminal import load_quietly
+
+    load_quietly()
 
 from prefect import flow, runtime
 from prefect.artifacts import create_table_artifact
@@ -17,6 +21,7 @@ from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import open_run
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
+from flows.terminal import show_run
 from tasks.model import discard_trainings, evaluate, log_data, state_hardware, train_architecture
 
 
@@ -61,11 +66,11 @@ def leave_one_out(
 
 def main() -> int:
     """Run it from the command line, with the flags of `flows.retrain`; return the exit status."""
-    logging.getLogger("deepfake_core").setLevel(logging.INFO)
     try:
-        settings = read_settings(sys.argv[1:])
-        check_prefect()
-        found = leave_one_out(settings.data, settings.training, settings.evaluation)
+        with show_run():
+            settings = read_settings(sys.argv[1:])
+            check_prefect()
+            found = leave_one_out(settings.data, settings.training, settings.evaluation)
     except DeepfakeError as exc:
         print(f"\nleave-one-out stopped: {exc}", file=sys.stderr)
         return 1

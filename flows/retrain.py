@@ -1,7 +1,11 @@
 """The whole DAG. `python -m flows.retrain --help` lists the parameters."""
 
-import logging
 import sys
+
+if __name__ == "__main__":
+    from flows.terminal import load_quietly
+
+    load_quietly()
 
 from prefect import flow, get_run_logger, runtime
 from prefect.states import Completed
@@ -17,6 +21,7 @@ from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.store import open_store
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
+from flows.terminal import show_run
 from flows.train import train
 from tasks.model import report_outcome
 from tasks.remote import check_deployment, run_remotely
@@ -69,18 +74,18 @@ def retrain(
 
 def main() -> int:
     """Run one retrain from the command line; return the exit status."""
-    logging.getLogger("deepfake_core").setLevel(logging.INFO)
     try:
-        settings = read_settings(sys.argv[1:])
-        check_prefect()
-        address, number = retrain(
-            settings.data,
-            settings.training,
-            settings.evaluation,
-            settings.promotion,
-            settings.train_on,
-            settings.force,
-        )
+        with show_run():
+            settings = read_settings(sys.argv[1:])
+            check_prefect()
+            address, number = retrain(
+                settings.data,
+                settings.training,
+                settings.evaluation,
+                settings.promotion,
+                settings.train_on,
+                settings.force,
+            )
         dataset, version = open_dataset(address), read_version(settings.promotion.model_name, number)
         print_outcome(dataset, version)
         print_next_steps(dataset, version)

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flow_engine import run_flow
+from prefect.settings import PREFECT_API_URL
 
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
@@ -74,8 +76,8 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     assert same.is_completed()
     assert same.message == "Nothing changed since version 1 (promoted); `force` trains all the same."
     assert same.result() == (dataset, "1")
-    again, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS, force=True)
-    assert (again, version) == (dataset, "2")
+    check_screen(run_command(parameters(tracking, *two_zips), "--force"))
+    assert [one.version for one in versions.list_versions(NAME)] == ["2", "1"]
     second = versions.read_version(NAME, "2")
     assert second.tags["compared_with"] == "1"
     ours, theirs = re.search(r"AUC ([\d.]+), production's ([\d.]+) on", second.tags["reasons"]).groups()
@@ -96,6 +98,42 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
 
     logged = check_run(second.run_id)
     assert logged["params"]["architecture"] == "cnn"
+
+
+def run_command(data: DataParameters, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m flows.retrain` as from a shell, on the same Prefect server as the tests."""
+    values = {"data": data, "training": TINY, "promotion": NO_FLOORS}
+    file = Path("retrain.yaml")
+    file.write_text(yaml.safe_dump({name: one.model_dump(mode="json") for name, one in values.items()}))
+    hidden = {"TF_CPP_MIN_LOG_LEVEL", "NO_COLOR", "FORCE_COLOR"}
+    return subprocess.run(
+        [sys.executable, "-m", "flows.retrain", "--config", file.absolute(), *flags],
+        env={
+            **{name: value for name, value in os.environ.items() if name not in hidden},
+            "PREFECT_API_URL": PREFECT_API_URL.value(),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def check_screen(ended: subprocess.CompletedProcess[str]) -> None:
+    """Assert that a retrain printed lines of our own only, each known by how it begins, and no colour."""
+    assert ended.returncode == 0, ended.stderr
+    assert "\x1b" not in ended.stdout + ended.stderr
+    own = re.compile(
+        r"\d\d:\d\d:\d\d  ((first-1|second|data set \w+|cnn( epoch 1/1)?|train|val|test|deepfake-detector): "
+        r"|(data set|report of data set) \w+|deepfake-detector version 2: |hardware: |\d+ (pictures|usable images): "
+        r"|calibrated on )"
+    )
+    assert [line for line in ended.stderr.splitlines() if not own.match(line)] == []
+    assert "cnn epoch 1/1: loss" in ended.stderr
+    assert "deepfake-detector version 2: " in ended.stderr
+    tables, _, steps = ended.stdout.partition("\nTo look further:\n")
+    assert "Files found, and what became of them" in tables
+    assert all(line.startswith("  ") for line in steps.splitlines())
 
 
 def check_run(run_id: str) -> dict:

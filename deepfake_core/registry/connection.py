@@ -1,5 +1,6 @@
 """Where MLflow is, and whether it answers."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,13 @@ def connect() -> mlflow.MlflowClient:
                 "MLFLOW_TRACKING_URI."
             ) from exc
     return client
+
+
+def use_root_logger() -> None:
+    """Leave the lines of the loggers that MLflow gives a handler of its own to the root logger's handlers."""
+    for name in ("mlflow", "alembic", "huey", "sqlalchemy.engine"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
 
 
 @contextmanager

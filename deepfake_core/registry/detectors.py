@@ -1,5 +1,6 @@
 """Detectors into the registry, and out of it."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.utils.logging_utils import disable_logging, enable_logging
 
 import deepfake_core.detector
 from deepfake_core.config import PRODUCTION_URI
@@ -16,6 +18,8 @@ from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
 from deepfake_core.registry.connection import connect, set_environment
 from deepfake_core.registry.versions import require_files
+
+log = logging.getLogger(__name__)
 
 
 def register_detector(run_id: str, folder: Path, model_name: str, example: bytes, tags: Mapping[str, str]) -> str:
@@ -56,7 +60,12 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
                     for package in ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
                 ],
             )
-    registered = mlflow.register_model(model.model_uri, model_name, tags=dict(tags))
+    disable_logging()  # MLflow prints what it registered, whatever the level of its logger
+    try:
+        registered = mlflow.register_model(model.model_uri, model_name, tags=dict(tags))
+    finally:
+        enable_logging()
+    log.info("%s: version %s is registered", model_name, registered.version)
     return str(registered.version)
 
 

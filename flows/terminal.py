@@ -1,0 +1,102 @@
+"""What a run from the command line shows: our own lines, others' warnings, and how far each step has come.
+
+A worker's runs keep Prefect's logging, whose pages show every line.
+"""
+
+import copy
+import logging
+import os
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from deepfake_core.errors import DeepfakeError
+
+CHATTER = r"^WARNING: All log messages before absl::InitializeLog\(\)|^I0000 .* cudart_stub\.cc"
+"""What TensorFlow's C++ writes while it loads on a machine without CUDA, as grep's pattern."""
+
+OWN_FOLDERS = {Path(__file__).parent, Path(__file__).parents[1] / "tasks"}
+
+console = Console(stderr=True)
+
+
+def load_quietly() -> None:
+    """Import Keras, and with it TensorFlow, without what it writes meanwhile; whoever imports it first sees that.
+
+    No variable silences these lines, which C++ writes straight to file descriptor 2. A process of its own passes
+    on all others, so that the reason of a crash is seen too.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # to TensorFlow, a machine without a GPU is an error
+    os.environ.setdefault("DO_NOT_TRACK", "1")  # as the server in pyproject.toml; else Prefect's import says it does
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    stderr = os.dup(2)
+    with subprocess.Popen(["grep", "--line-buffered", "-Ev", CHATTER], stdin=subprocess.PIPE, stdout=stderr) as grep:
+        os.dup2(grep.stdin.fileno(), 2)  # type: ignore[union-attr] # a pipe
+        try:
+            import keras  # noqa: F401
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+@contextmanager
+def show_run() -> Iterator[None]:
+    """Show lines of our own and others' warnings on standard error; in a terminal, also moving lines of progress.
+
+    The root logger keeps its new handler: Prefect still logs when the process ends.
+    """
+    from prefect.logging.handlers import PrefectConsoleHandler  # not before load_quietly, as all that imports it
+
+    from deepfake_core.registry.connection import use_root_logger
+    from tasks.progress import show_progress
+
+    root = logging.getLogger()
+    root.handlers = [each for each in root.handlers if not isinstance(each, PrefectConsoleHandler)]
+    root.addHandler(TerminalHandler())
+    logging.getLogger("deepfake_core").setLevel(logging.INFO)
+    use_root_logger()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="keras")
+    with show_progress(console):
+        yield
+
+
+class TerminalHandler(logging.Handler):
+    """Prints time and message; level and origin only of warnings and of lines that are not our own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(is_shown)
+        self.times = logging.Formatter(datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = copy.copy(record)  # other handlers, such as Prefect's, get the record as it was
+        if record.exc_info and isinstance(record.exc_info[1], DeepfakeError):
+            line.exc_info = line.exc_text = None  # the message says it all
+        if not is_own(record) or record.levelno >= logging.WARNING:
+            run = getattr(record, "task_run_name", None) or getattr(record, "flow_run_name", None)
+            line.msg, line.args = f"{record.levelname} {run or record.name}: {record.getMessage()}", None
+        time = self.times.formatTime(record, self.times.datefmt)
+        return f"{time}  {self.times.format(line)}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            console.print(self.format(record), soft_wrap=True, markup=False, emoji=False, highlight=False)
+        except Exception:  # noqa: BLE001 - as logging's own handlers do
+            self.handleError(record)
+
+
+def is_own(record: logging.LogRecord) -> bool:
+    """Return whether our code logged this, in the core or through a run's logger."""
+    return record.name.startswith("deepfake_core") or Path(record.pathname).parent in OWN_FOLDERS
+
+
+def is_shown(record: logging.LogRecord) -> bool:
+    """Return whether a line is worth showing: in a terminal, moving lines say how far a step has come."""
+    if getattr(record, "is_progress", False):
+        return not console.is_interactive
+    failed = str(record.msg).startswith("Task run failed")  # Prefect logs at INFO what it is about to retry
+    return failed or is_own(record) or record.levelno >= logging.WARNING
