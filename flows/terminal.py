@@ -33,6 +33,7 @@ def load_quietly() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # to TensorFlow, a machine without a GPU is an error
     os.environ.setdefault("DO_NOT_TRACK", "1")  # as the server in pyproject.toml; else Prefect's import says it does
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     stderr = os.dup(2)
     with subprocess.Popen(["grep", "--line-buffered", "-Ev", CHATTER], stdin=subprocess.PIPE, stdout=stderr) as grep:
         os.dup2(grep.stdin.fileno(), 2)  # type: ignore[union-attr] # a pipe

@@ -124,7 +124,7 @@ def check_screen(ended: subprocess.CompletedProcess[str]) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "\x1b" not in ended.stdout + ended.stderr
     own = re.compile(
-        r"\d\d:\d\d:\d\d  ((first-1|second|data set \w+|cnn( epoch 1/1)?|train|val|test|deepfake-detector): "
+        r"\d\d:\d\d:\d\d  ((first _1_|second|data set \w+|cnn( epoch 1/1)?|train|val|test|deepfake-detector): "
         r"|(data set|report of data set) \w+|deepfake-detector version 2: |hardware: |\d+ (pictures|usable images): "
         r"|calibrated on )"
     )
