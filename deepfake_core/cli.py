@@ -4,7 +4,7 @@
 """
 
 import argparse
-import logging
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from deepfake_core.errors import DeepfakeError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, or 2 if it failed or an image could not be read."""
     options = build_parser().parse_args(arguments)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)  # in a new folder it logs how it makes its tables
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # in a new folder it logs how it makes its tables
     try:
         return options.run(options)
     except DeepfakeError as exc:
