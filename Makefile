@@ -17,7 +17,8 @@ test: .venv/installed  ## run the whole test suite
 	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 test-fast: .venv/installed  ## run the tests that take a moment and start no process: for the edit loop
-	$(BIN)/python -m pytest -n 0 -m "not slow and not process and not browser" --durations 3
+	$(BIN)/python -m pytest -n 0 -m "not slow and not process and not browser" --durations 3 \
+		$(addprefix --ignore=tests/test_,flows.py first_screen.py stack.py containers.py deployments.py docs.py)
 
 check: .venv/installed  ## check format, lint, types, import rules, and that the lock fits pyproject.toml
 	$(BIN)/ruff format --check .

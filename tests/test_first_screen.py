@@ -102,6 +102,7 @@ def test_a_failed_retrain_says_why_once_and_ends_with_status_1(tracking, monkeyp
     assert "Traceback" not in shown
 
 
+@pytest.mark.process
 def test_what_is_written_while_tensorflow_loads_is_passed_on_but_for_its_chatter(tmp_path):
     (tmp_path / "keras.py").write_text(
         "import os\n"
@@ -116,7 +117,6 @@ def test_what_is_written_while_tensorflow_loads_is_passed_on_but_for_its_chatter
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert ended.returncode < 0
     assert ended.stderr == "The TensorFlow library was compiled to use AVX instructions\n"

@@ -31,7 +31,6 @@ from deepfake_core.storage.files import hash_file
 from deepfake_core.storage.store import open_store
 from deepfake_core.training.checkpoints import CHECKPOINT
 from deepfake_core.training.fit import Training
-from flows.clean import clean as clean_flow
 from tests.builders import NAME, RECIPE, draw_portrait, faces, hold_data, jpeg, write_zip
 
 SOURCE = "owner/faces"
@@ -342,6 +341,8 @@ def test_model_files_out_of_reach_are_said():
 
 @pytest.mark.usefixtures("prefect_api")
 def test_the_same_as_a_flow(years):
+    from flows.clean import clean as clean_flow  # Prefect takes seconds to import
+
     data_dir, versions = years
     planned = housekeeping.clean(open_store(data_dir), dry_run=True)
     done = f"{len(planned)} items, {sum(removal.bytes for removal in planned) / 1e6:,.1f} MB"

@@ -15,7 +15,6 @@ from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.registry import connection, detectors, names, probe, production, runs
 from deepfake_core.registry.versions import ModelVersion, list_versions, read_version
 from deepfake_core.training.calibration import calibrate_detector
-from flows.production import health, promote, roll_back
 from tests.builders import jpeg, stripes
 
 NAME = "deepfake-detector"
@@ -224,6 +223,8 @@ def test_versions_are_compared_on_a_folder(tmp_path, capsys):
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.usefixtures("versions")
 def test_the_same_as_flows():
+    from flows.production import promote, roll_back  # Prefect takes seconds to import
+
     assert promote(1, "start").startswith("Version 1 of deepfake-detector is in production instead of none")
     with pytest.raises(ModelError, match="NOT met"):
         promote(3, "no")
@@ -234,6 +235,8 @@ def test_the_same_as_flows():
 
 @pytest.mark.usefixtures("prefect_api")
 def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
+    from flows.production import health
+
     with pytest.raises(ModelError, match="There must be a production model"):
         health()
     production.move_production(NAME, "1", None, "first")

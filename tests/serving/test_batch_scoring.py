@@ -15,7 +15,6 @@ from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
 from deepfake_core.serving.batch_scoring import score_images
 from deepfake_core.serving.predictor import Predictor
-from flows.score import score
 from tests.builders import NAME, draw_portrait, encode, jpeg
 
 IMAGES = {"a.jpg": jpeg(1), "below/b.png": encode(draw_portrait(2), "PNG"), "c.webp": b"words"}
@@ -87,6 +86,8 @@ def test_what_holds_no_images_is_said_and_leaves_nothing(predictor, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api")
 def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):
+    from flows.score import score  # Prefect takes seconds to import
+
     *_, version = registered
     production.move_production(NAME, version, production.find_production(NAME), "test")
     path = score(str(folder), str(tmp_path / "scores.parquet"), detect=True)

@@ -12,7 +12,6 @@ import fsspec
 import pandas as pd
 import pytest
 import requests
-from moto.server import ThreadedMotoServer
 
 from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, Source, TrainingParameters
 from deepfake_core.data.dataset import open_dataset, share_dataset
@@ -22,9 +21,6 @@ from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsEr
 from deepfake_core.registry import connection, versions
 from deepfake_core.storage.shared_folder import PACKED, SUMS
 from deepfake_core.storage.store import Store, open_store
-from flows.check_sources import check_sources
-from flows.prepare import prepare as prepare_flow
-from flows.train import train
 from tests.builders import faces, forbid, free_port, prepare, write_zip
 from tests.kaggle_server import HIDDEN, KaggleServer
 
@@ -34,6 +30,8 @@ numbers = itertools.count()
 
 @pytest.fixture(scope="module")
 def endpoint():
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -347,6 +345,10 @@ def test_a_store_that_can_not_be_used_is_said_before_any_work(url, endpoint, tmp
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api", "tracking")
 def test_one_machine_prepares_and_another_trains(url, go_to, kaggle):
+    from flows.check_sources import check_sources  # Prefect takes seconds to import
+    from flows.prepare import prepare as prepare_flow
+    from flows.train import train
+
     data = DataParameters(sources=(SOURCE,), data_dir=url, test_fraction=0.25, val_fraction=0.25)
     address = prepare_flow(data)
     assert address.startswith(f"{url}/splits/")
