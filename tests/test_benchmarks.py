@@ -25,6 +25,7 @@ def test_the_floors_count_what_the_network_computes():
     assert elements == outputs
 
 
+@pytest.mark.slow
 def test_a_backbone_is_counted_with_its_model():
     recipe = CANDIDATES["efficientnet_lite0"].RECIPE.model_copy(update={"weights": "none", "image_size": 224})
     operations, _ = count_work(CANDIDATES["efficientnet_lite0"].build(recipe))

@@ -33,6 +33,8 @@ from deepfake_core.training.checkpoints import CHECKPOINT
 from deepfake_core.training.fit import Training
 from tests.builders import NAME, RECIPE, draw_portrait, faces, hold_data, jpeg, write_zip
 
+pytestmark = pytest.mark.slow
+
 SOURCE = "owner/faces"
 DAY = 24 * 3600
 

@@ -68,6 +68,7 @@ def test_download_is_verified_and_its_provenance_recorded(kaggle, data_dir, cont
     assert len(kaggle.downloads) == 1
 
 
+@pytest.mark.slow
 def test_a_version_that_is_here_is_not_downloaded_again_and_a_new_one_is(kaggle, data_dir, content):
     first = fetch_archive(SOURCE, open_store(data_dir))
     assert fetch_archive(SOURCE, open_store(data_dir)) == first
@@ -87,6 +88,7 @@ def test_a_pinned_version_that_is_here_needs_no_network(kaggle, data_dir, conten
     assert len(kaggle.requests) == asked
 
 
+@pytest.mark.slow
 def test_a_connection_cut_half_way_is_resumed(kaggle, data_dir, content):
     kaggle.cuts = [len(content) // 2]
     fetched = fetch_archive(SOURCE, open_store(data_dir))
@@ -94,6 +96,7 @@ def test_a_connection_cut_half_way_is_resumed(kaggle, data_dir, content):
     assert [asked for _, asked in kaggle.downloads] == ["", f"bytes={CHUNK}-"]
 
 
+@pytest.mark.slow
 def test_a_download_that_failed_goes_on_where_it_stopped(kaggle, data_dir, content):
     kaggle.cuts = [1_500_000, 1000]
     with pytest.raises(DownloadError, match="the download continues from there") as caught:
@@ -108,6 +111,7 @@ def test_a_download_that_failed_goes_on_where_it_stopped(kaggle, data_dir, conte
     assert files(data_dir) == ["archives/owner/some-faces/1.json", "archives/owner/some-faces/1.zip"]
 
 
+@pytest.mark.slow
 def test_an_error_instead_of_the_rest_is_never_taken_for_it(kaggle, data_dir, content):
     kaggle.cuts = [2_500_000]
     kaggle.storage_statuses = [0, 503, 503]

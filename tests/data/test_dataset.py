@@ -167,6 +167,7 @@ def test_where_a_larger_copy_is_left_out_the_smaller_one_stays():
     assert now.loc[names[train], ["reason", "split", "copy_of"]].tolist() == ["kept", "train", ""]
 
 
+@pytest.mark.slow
 def test_an_image_that_was_away_comes_back_to_its_split(tmp_path):
     everything = faces(60)
     half = {name: data for name, data in everything.items() if int(name[5:-4]) % 2}
@@ -207,6 +208,7 @@ def test_reencoded_images_have_one_size_and_one_quantisation_table(tmp_path):
     assert prepare(tmp_path / "data", path, normalise="reencode").path == dataset.path
 
 
+@pytest.mark.slow
 def test_every_source_and_label_is_divided_by_the_same_fractions():
     rows = split(pictures(20_000), val=0.1, test=0.2)
     shares = rows.groupby("label")["split"].value_counts(normalize=True).unstack()

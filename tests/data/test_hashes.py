@@ -129,6 +129,7 @@ def test_among_many_nearly_all_are_found_and_no_others(monkeypatch):
     assert all((one == other).all() for one, other in zip(near, again, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact_comparisons", [10**10, 0])
 def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_comparisons):
     monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", exact_comparisons)

@@ -206,6 +206,7 @@ def test_draws_again_what_is_not_whole(missing, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"per_class": 2}, {"per_class": 1, "seed": 1}])
 def test_other_arguments_draw_again(other, tmp_path):
     draw_archives(tmp_path, 1)
@@ -256,6 +257,7 @@ def draw_pairs(draw: Callable[..., Image.Image]) -> Iterator[tuple[np.ndarray, n
         yield plain, drawn
 
 
+@pytest.mark.slow
 def test_generated_fakes_are_colder_than_photographs():
     for plain, drawn in draw_pairs(forgeries.generate_face):
         assert measure_coldness(drawn) > measure_coldness(plain) * 1.1
@@ -263,6 +265,7 @@ def test_generated_fakes_are_colder_than_photographs():
         assert measure_coldness(drawn) == pytest.approx(measure_coldness(plain), rel=0.02)
 
 
+@pytest.mark.slow
 def test_generated_fakes_keep_the_face_and_lack_noise(monkeypatch):
     monkeypatch.setattr(forgeries, "UNEVENNESS", (0, 0))
     monkeypatch.setattr(forgeries, "GENERATOR_TONE", (0, 0))

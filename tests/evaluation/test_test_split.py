@@ -129,6 +129,7 @@ def test_robustness_compares_with_the_same_images_unchanged(two_sources, candida
     assert measure_robustness(candidate.folder, two_sources, result, 0).empty
 
 
+@pytest.mark.process  # joblib counts cores
 def test_file_facts_alone_are_found_out():
     random = np.random.default_rng(0)
     labels = np.where(np.arange(300) % 2, "fake", "real")

@@ -17,6 +17,8 @@ from deepfake_core.registry.versions import ModelVersion, list_versions, read_ve
 from deepfake_core.training.calibration import calibrate_detector
 from tests.builders import jpeg, stripes
 
+pytestmark = pytest.mark.slow
+
 NAME = "deepfake-detector"
 PROBE = [jpeg(number) for number in range(4)]
 

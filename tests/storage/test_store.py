@@ -182,6 +182,7 @@ def test_a_damaged_object_is_refused_and_published_anew_once_the_sums_are_delete
     assert len(open_dataset(first.address).split("train")) == len(first.split("train"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kaggle")
 def test_a_damaged_archive_is_refused(url, go_to):
     share_archive(fetch_archive(SOURCE, open_store(url)), open_store(url))
@@ -223,6 +224,7 @@ def test_a_name_that_leads_elsewhere_is_refused(url, go_to, tmp_path, hostile):
     assert list_visible(here) == []
 
 
+@pytest.mark.slow
 def test_an_image_that_is_not_the_manifests_is_refused(url, go_to, tmp_path):
     first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
     with zipfile.ZipFile(io.BytesIO(read_object(f"{first.address}/{PACKED}"))) as packed:

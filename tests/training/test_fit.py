@@ -450,6 +450,7 @@ def test_memory_stays_flat_from_epoch_to_epoch(tmp_path):
     assert max(memory[4:]) - memory[3] < 18_000_000  # keeping each epoch's pixels would take 25 MB in these 8
 
 
+@pytest.mark.slow
 def test_figures_show_what_was_measured(candidate, dataset):
     history = plots.plot_history(candidate.history, candidate.best_epoch)
     assert [axes.get_title() for axes in history.axes] == ["loss", "accuracy"]
