@@ -39,8 +39,8 @@ from PIL import Image
 from deepfake_core.config import KAGGLE_SOURCES, DataParameters, Source
 from deepfake_core.data import hashes, neighbours
 from deepfake_core.data.archive import Archive
-from deepfake_core.data.duplicates import RADIUS
-from deepfake_core.data.index import MIN_DECODED_SIDE, build_index
+from deepfake_core.data.duplicates import MAX_HASH_DISTANCE_BITS
+from deepfake_core.data.index import MIN_DECODED_PIXELS, build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.splits import assign_splits
@@ -50,7 +50,7 @@ from deepfake_core.storage.store import open_store
 FOLDER = Path(__file__).parent / "results"
 CORES = os.cpu_count() or 1
 SIZES = (20_000, 50_000, 100_000, 140_000, 200_000, 500_000, 1_000_000)
-LARGEST_FLAT = 200_000
+MAX_FLAT_HASHES = 200_000
 DISTANCES = (20, 30, 40, 50, 60)
 PLANTED = 1000
 """Pairs planted at each distance."""
@@ -100,7 +100,7 @@ def measure_index(images: Sequence[bytes], folder: Path, rounds: int) -> dict[st
             build_index(archive, open_store(data_dir))
 
     def decode(data: bytes) -> None:
-        simplejpeg.decode_jpeg(data, "GRAY", min_height=MIN_DECODED_SIDE, min_width=MIN_DECODED_SIDE)
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=MIN_DECODED_PIXELS, min_width=MIN_DECODED_PIXELS)
 
     seconds = time_rounds(
         rounds,
@@ -192,7 +192,7 @@ def search(count: int, exact: bool | None) -> dict:
     if exact is not None:
         neighbours.MAX_EXACT_COMPARISONS = 10**15 if exact else 0
     start = time.perf_counter()
-    near = neighbours.find_neighbours(simulated[None], RADIUS)
+    near = neighbours.find_neighbours(simulated[None], MAX_HASH_DISTANCE_BITS)
     seconds = time.perf_counter() - start
     found = set(zip(near.images.tolist(), near.viewed.tolist(), strict=True))
     return {
@@ -208,7 +208,7 @@ def search_flat(count: int) -> dict:
     start = time.perf_counter()
     index = faiss.IndexBinaryFlat(8 * hashes.HASH_BYTES)
     index.add(simulated)
-    index.range_search(simulated, RADIUS + 1)
+    index.range_search(simulated, MAX_HASH_DISTANCE_BITS + 1)
     return {"seconds": time.perf_counter() - start}
 
 
@@ -216,7 +216,7 @@ def search_views(count: int) -> dict:
     """Search as `find_links` does, through all views."""
     simulated, _ = plant_neighbours(count * len(hashes.VIEWS))
     start = time.perf_counter()
-    neighbours.find_neighbours(simulated.reshape(len(hashes.VIEWS), count, -1), RADIUS)
+    neighbours.find_neighbours(simulated.reshape(len(hashes.VIEWS), count, -1), MAX_HASH_DISTANCE_BITS)
     return {"images": count, "seconds": time.perf_counter() - start, "peak_memory_gb": read_peak_memory()}
 
 
@@ -232,10 +232,10 @@ def measure_search() -> dict:
     curve = {}
     for count in SIZES:
         curve[count] = {"ours": run_alone(search, count, None), "tables": run_alone(search, count, False)}
-        if count <= LARGEST_FLAT:
+        if count <= MAX_FLAT_HASHES:
             curve[count]["flat"] = run_alone(search_flat, count)
     return {
-        "radius": RADIUS,
+        "radius": MAX_HASH_DISTANCE_BITS,
         "curve": curve,
         "growth_100k_to_1m": curve[1_000_000]["ours"]["seconds"] / curve[100_000]["ours"]["seconds"],
         "growth_100k_to_1m_tables_alone": curve[1_000_000]["tables"]["seconds"] / curve[100_000]["tables"]["seconds"],
@@ -269,7 +269,11 @@ def plot_search(curve: dict[int, dict]) -> Figure:
         sizes, [sides["ours"]["seconds"] for sides in curve.values()], "o-", color="#2c7fb8", label="find_neighbours"
     )
     axes.set(
-        xscale="log", yscale="log", xlabel="hashes", ylabel="seconds", title=f"All pairs within {RADIUS} of 256 bits"
+        xscale="log",
+        yscale="log",
+        xlabel="hashes",
+        ylabel="seconds",
+        title=f"All pairs within {MAX_HASH_DISTANCE_BITS} of 256 bits",
     )
     axes.grid(which="both", alpha=0.25)
     axes.legend()

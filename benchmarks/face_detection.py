@@ -85,12 +85,12 @@ def make_finders() -> dict[str, Callable[[Image.Image], list[Box]]]:
 
     def find_at(sure: int, longest: int = 1280, again: int = 320) -> Callable[[Image.Image], list[Box]]:
         def find(image: Image.Image) -> list[Box]:
-            before = faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_SIDE, faces.MAX_SECOND_SEARCH_SIDE
-            faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_SIDE, faces.MAX_SECOND_SEARCH_SIDE = sure, longest, again
+            before = faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS
+            faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS = sure, longest, again
             try:
                 return ours(image)
             finally:
-                faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_SIDE, faces.MAX_SECOND_SEARCH_SIDE = before
+                faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS = before
 
         return find
 

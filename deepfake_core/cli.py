@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     promote.add_argument("--force", action="store_true", help="even if it failed the promotion rule")
     rollback = commands.add_parser("rollback", help="put the version that production replaced back")
     for command, run in ((promote, production.promote), (rollback, production.roll_back)):
-        command.add_argument("--reason", required=True, help="why, for whoever asks later")
+        command.add_argument("--reason", required=True, help="why; recorded with the version")
         command.add_argument("--yes", action="store_true", help="don't ask for confirmation")
         command.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
         command.set_defaults(run=run)

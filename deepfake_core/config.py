@@ -110,7 +110,7 @@ class Source(Parameters):
 
         What MLflow admits in no metric's name becomes `_`.
         """
-        path = os.path.normpath(Path(self.name).expanduser().absolute())  # without `..`, and without following links
+        path = os.path.abspath(os.path.expanduser(self.name))  # noqa: PTH100, PTH111 - pathlib keeps `..`
         return re.sub(r"[^\w. -]", "_", Path(path).name.removesuffix(".zip"))
 
 

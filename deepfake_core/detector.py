@@ -167,7 +167,7 @@ class Detector:
         return self.class_names[int(score >= self.threshold)]
 
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
-        """Judge encoded images; one that can't be read gets an `error` and harms no other."""
+        """Judge encoded images; one that can't be read gets an `error` and doesn't affect the others."""
         predictions: list[Prediction] = []
         for start in range(0, len(images), BATCH_SIZE):
             predictions += self._predict_batch(images[start : start + BATCH_SIZE])

@@ -1,6 +1,6 @@
 """Removes what years of retrains leave behind, except what production, a rollback or a run in progress needs.
 
-`memory.parquet` is never removed: images stay in their split for ever. Of a version whose model files are removed,
+`memory.parquet` is never removed: images stay in their split permanently. Of a version whose model files are removed,
 MLflow keeps run, parameters, metrics, figures, reports and tags.
 """
 
@@ -29,9 +29,9 @@ from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-DATASET = re.compile(r"[0-9a-f]{16}")
-ARCHIVE = re.compile(r"(?P<version>\d+)\.(zip|json).*")
-INDEX = re.compile(r"(?P<source>.+)-v\d+-[0-9a-f]{16}\.parquet")
+DATASET_NAME = re.compile(r"[0-9a-f]{16}")
+ARCHIVE_NAME = re.compile(r"(?P<version>\d+)\.(zip|json).*")
+INDEX_NAME = re.compile(r"(?P<source>.+)-v\d+-[0-9a-f]{16}\.parquet")
 WRITTEN_BESIDE = re.compile(r"\..+\.\d+")
 """How `files.write_beside` names a file that is not whole yet; the number is its process."""
 
@@ -114,7 +114,9 @@ def plan_removals(store: Store, model_name: str, keep: int) -> list[Removal]:
 
 def _list_datasets(store: Store) -> list[Dataset]:
     """Return the published data sets, the one that was last asked for at the end."""
-    folders = [path.parent for path in store.splits().glob("*/dataset.json") if DATASET.fullmatch(path.parent.name)]
+    folders = [
+        path.parent for path in store.splits().glob("*/dataset.json") if DATASET_NAME.fullmatch(path.parent.name)
+    ]
     folders.sort(key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
     return [Dataset(folder, store) for folder in folders]
 
@@ -129,7 +131,7 @@ def _plan_derived(store: Store, stays: Collection[str]) -> Iterator[Removal]:
     for folder, what in ((store.batches(), "batches"), (store.training(), "state of a training")):
         for path in sorted(folder.glob("*")):
             version = path.name.partition("-")[0]
-            if DATASET.fullmatch(version) and version not in stays:
+            if DATASET_NAME.fullmatch(version) and version not in stays:
                 yield _remove_paths(f"{what} {path.name}", "its data set is not kept", path)
 
 
@@ -140,7 +142,7 @@ def _plan_archives(store: Store, datasets: Sequence[Dataset], keep: int) -> Iter
         source = f"{folder.parent.name}/{folder.name}"
         files: dict[int, list[Path]] = {}
         for path in folder.glob("*.*"):
-            if match := ARCHIVE.fullmatch(path.name):
+            if match := ARCHIVE_NAME.fullmatch(path.name):
                 files.setdefault(int(match["version"]), []).append(path)
         whole = sorted(version for version in files if (folder / f"{version}.zip").exists())
         for version in sorted(files):
@@ -153,7 +155,7 @@ def _plan_indexes(store: Store, keep: int) -> Iterator[Removal]:
     """Plan by source; an index is a cache, made again from its archive in seconds."""
     by_source: dict[str, list[Path]] = {}
     for path in sorted(store.indexes().glob("*.parquet"), key=lambda path: (path.stat().st_mtime_ns, path.name)):
-        if match := INDEX.fullmatch(path.name):
+        if match := INDEX_NAME.fullmatch(path.name):
             by_source.setdefault(match["source"], []).append(path)
     for source, paths in sorted(by_source.items()):
         for path in paths[:-keep]:
@@ -176,7 +178,7 @@ def _plan_leftovers(store: Store, removed: Collection[Path]) -> Iterator[Removal
 def _is_abandoned(path: Path) -> bool:
     try:
         return path.stat().st_mtime < time.time() - MAX_WRITING_SECONDS
-    except FileNotFoundError:  # whole, and in place, by now
+    except FileNotFoundError:  # already renamed into place
         return False
 
 

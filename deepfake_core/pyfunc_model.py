@@ -19,7 +19,7 @@ Detector = runpy.run_path(str(CODE / "detector.py"))["Detector"]
 
 
 class DeepfakeDetector(PythonModel):
-    """Judge encoded images; a row that can't be read gets an error and harms no other."""
+    """Judge encoded images; a row that can't be read gets an error and doesn't affect the others."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self._detector = Detector(context.artifacts["detector"])

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGURATION = ROOT / "deployments" / "supervisord.conf"
 SHARED = ROOT / "deployments" / "stack.env"
 BIN = Path(sys.executable).parent
-MOST_SECONDS = 180
+MAX_SECONDS_TO_START = 180
 """How long a part may take until it answers."""
 
 
@@ -70,14 +70,16 @@ def is_up(environment: dict[str, str]) -> bool:
 def wait_for(name: str, address: str, log: str) -> None:
     """Wait until an address answers."""
     print(f"waiting for {name} at {address}", flush=True)
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + MAX_SECONDS_TO_START
     while True:
         try:
             with urllib.request.urlopen(address, timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             if time.monotonic() > deadline:
-                sys.exit(f"{name} must answer within {MOST_SECONDS} s. Received: nothing from {address}. See {log}.")
+                sys.exit(
+                    f"{name} must answer within {MAX_SECONDS_TO_START} s. Received: nothing from {address}. See {log}."
+                )
             time.sleep(0.5)
 
 
@@ -95,7 +97,7 @@ def up() -> None:
     done = subprocess.run(deploy, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"The deployments must be applied. Received:\n{done.stdout}{done.stderr}")
-    print(done.stdout.splitlines()[-1])  # who is told of failures
+    print(done.stdout.splitlines()[-1])  # who receives alerts
     for worker in ("worker-cpu", "worker-gpu"):
         control(environment, "start", worker)
     print(control(environment, "status").stdout, end="")

@@ -16,7 +16,7 @@ def promote(version: int, reason: str, force: bool = False, model_name: str = DE
 
     Args:
         version: Number of the version.
-        reason: Why, for whoever asks later.
+        reason: Why; recorded with the version.
         force: Even if the version failed the promotion rule, or was never compared.
         model_name: Name in MLflow's model registry.
 
@@ -35,7 +35,7 @@ def roll_back(reason: str, model_name: str = DEFAULT_MODEL) -> str:
     """Put the version that production replaced back into production.
 
     Args:
-        reason: Why, for whoever asks later.
+        reason: Why; recorded with the version.
         model_name: Name in MLflow's model registry.
 
     Returns:

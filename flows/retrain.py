@@ -60,7 +60,7 @@ def retrain(
         same = None if force else find_same_training(promotion.model_name, fingerprint)
         if same:
             decision = same.decision or "no decision"
-            message = f"Nothing changed since version {same.version} ({decision}); `force` trains all the same."
+            message = f"Nothing changed since version {same.version} ({decision}); `force` trains anyway."
             get_run_logger().info(message)
             return Completed(message=message, data=(address, same.version))  # type: ignore[return-value] # unwrapped
         if train_on:

@@ -25,7 +25,7 @@ console = Console(stderr=True)
 
 
 def load_quietly() -> None:
-    """Import Keras, and with it TensorFlow, without what it writes meanwhile; whoever imports it first sees that.
+    """Import Keras, and with it TensorFlow, without what it writes meanwhile; otherwise the first import prints it.
 
     No variable silences these lines, which C++ writes straight to file descriptor 2. A process of its own passes
     on all others, so that the reason of a crash is seen too.

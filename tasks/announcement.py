@@ -4,10 +4,10 @@ from typing import Literal
 
 from prefect.events import emit_event
 
-Outcome = Literal["promoted", "not-promoted", "rolled-back"]
+Announcement = Literal["promoted", "not-promoted", "rolled-back"]
 
 
-def announce(outcome: Outcome, model: str, version: str, text: str) -> None:
+def announce(outcome: Announcement, model: str, version: str, text: str) -> None:
     """Emit `deepfake.version.<outcome>`; the text says what was decided and why."""
     emit_event(
         f"deepfake.version.{outcome}",

@@ -12,6 +12,7 @@ from deepfake_core.config import Architecture, EvaluationParameters, PromotionPa
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_seen
 from deepfake_core.evaluation import test_split
+from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry import challenge, names, runs, versions
@@ -87,7 +88,7 @@ def train_architecture(
 
 
 def discard_trainings(trained: Sequence[TrainedCandidate]) -> None:
-    """Remove the trainings' folders: MLflow has what is worth keeping, and the next retrain must train anew."""
+    """Remove the trainings' folders: MLflow has what is worth keeping, and the next retrain must not resume them."""
     for one in trained:
         shutil.rmtree(one.candidate.folder.parent)
 
@@ -115,7 +116,7 @@ def evaluate_robustness(
 def register(
     best: TrainedCandidate, measured: Measured, dataset: Dataset, model_name: str, fingerprint: str, flow_run_id: str
 ) -> str:
-    """Register the best candidate as a new version, if it is served as it was trained; return its number."""
+    """Register the best candidate as a new version, if ONNX scores as the trained network does; return its number."""
     tags = {names.FINGERPRINT: fingerprint, names.FLOW_RUN_ID: flow_run_id}
     return challenge.register_challenger(best, measured, dataset, model_name, tags)
 
@@ -161,7 +162,9 @@ def report_on_model(
 def report_outcome(dataset: Dataset, name: str, number: str) -> None:
     """Write what came out of a retrain to the flow run's log and artifacts."""
     version = versions.read_version(name, number)
-    get_run_logger().info("%s version %s: %s: %s", name, number, version.decision, "; ".join(version.reasons))
+    get_run_logger().info(
+        "%s version %s: %s: %s", name, number, version.decision, REASON_SEPARATOR.join(version.reasons)
+    )
     create_markdown_artifact(
         outcome.describe_retrain(dataset, version), key="retrain", description=f"{name} version {number}"
     )

@@ -78,7 +78,7 @@ def report_progress(name: str) -> Iterator[Progress]:
 
 @contextmanager
 def moving_line(name: str) -> Iterator[Progress]:
-    """Yield a callback that moves a step's line, where lines are shown; the line goes with the step."""
+    """Yield a callback that moves a step's line, where lines are shown; it is removed when the step ends."""
     lines = _lines
     line: rich.progress.TaskID | None = None
 

@@ -22,6 +22,7 @@ FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "
 """The files that take longest."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group tests by file for the processes that share them, and begin with the groups that take longest.
 

@@ -1,4 +1,4 @@
-"""The walls of the house: what each folder may hold."""
+"""Rules of layout: sizes of files and functions, and what may import what."""
 
 import ast
 import tomllib

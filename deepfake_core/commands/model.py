@@ -1,4 +1,4 @@
-"""The model that a command is to use, and the commands that hand it out: `pull`, `serve`."""
+"""The model that a command is to use, and the commands that provide it: `pull`, `serve`."""
 
 import argparse
 import tempfile

@@ -106,8 +106,8 @@ def compare_on_folder(first: "ModelVersion", second: "ModelVersion", folder: Pat
         raise ModelError(f"--split must be a folder with images in real/ and in fake/. Received: {folder}")
     sources = [(str(file), file) for file, _ in images]
     scored, readable = [], np.ones(len(images), bool)
-    for version in (first, second):
-        detector = load_model(f"models:/{version.name}/{version.version}")
+    detectors = [load_model(f"models:/{version.name}/{version.version}") for version in (first, second)]
+    for detector in detectors:
         judged = Predictor(detector, detect=False).judge(sources)
         scores = np.array([one.verdicts[0].fake_probability for one in judged], np.float64)  # None becomes NaN
         readable &= ~np.isnan(scores)

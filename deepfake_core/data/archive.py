@@ -16,7 +16,7 @@ from deepfake_core.detector import MAX_BYTES
 from deepfake_core.errors import ArchiveError, SourceError
 from deepfake_core.storage.files import hash_file
 
-MAX_EXPANSION = 100
+MAX_EXPANSION_FACTOR = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
 
 
@@ -88,9 +88,9 @@ def verify_zip(path: Path) -> None:
     """
     with ArchiveReader(path) as reader:
         expanded = sum(member.size for member in reader.members)
-        if expanded > MAX_EXPANSION * path.stat().st_size:
+        if expanded > MAX_EXPANSION_FACTOR * path.stat().st_size:
             raise ArchiveError(
-                f"A zip may expand to {MAX_EXPANSION} times its size. Received: {path}, "
+                f"A zip may expand to {MAX_EXPANSION_FACTOR} times its size. Received: {path}, "
                 f"{path.stat().st_size:,} bytes that expand to {expanded:,}."
             )
         for member in reader.members:

@@ -87,18 +87,16 @@ def open_dataset(address: str | Path, on_progress: Progress | None = None) -> Da
         DatasetError: if there is none.
         ArchiveError: if what is fetched is damaged.
     """
-    store, version = locate_dataset(address)
+    store, path = locate_dataset(address)
     if not store.url:
-        path = Path(address)
         if not (path / "dataset.json").is_file() or not (path / "manifest.parquet").is_file():
             raise DatasetError(
                 "A data set must be a folder that the prepare flow published, with dataset.json and manifest.parquet. "
                 f"Received: {path}. Run `prepare`, or check that this machine shares the data folder."
             )
-        return Dataset(store.splits(version), store)
-    path = store.splits(version)
-    if not re.fullmatch(r"[0-9a-f]{16}", version) or not fetch_folder(
-        store, path, lambda folder: _list_images(Dataset(folder, store), version), on_progress
+        return Dataset(path, store)
+    if not re.fullmatch(r"[0-9a-f]{16}", path.name) or not fetch_folder(
+        store, path, lambda folder: _list_images(Dataset(folder, store), path.name), on_progress
     ):
         raise DatasetError(
             "A data set must be one that the prepare flow published whole, at <data_dir>/splits/<dataset version>. "

@@ -14,7 +14,7 @@ from deepfake_core.data.neighbours import find_neighbours
 
 log = logging.getLogger(__name__)
 
-RADIUS = 60
+MAX_HASH_DISTANCE_BITS = 60
 """Candidates are pairs whose hashes are this near, in bits of 256. From 54 on, some are of different people."""
 
 MIN_LIKENESS = 0.5
@@ -23,7 +23,7 @@ MIN_LIKENESS = 0.5
 MAX_COPY_DIFFERENCE = 12.0
 """Grey levels by which a resized or recompressed copy may differ anywhere; see `measure_difference`."""
 
-MIN_CONTRAST = 8
+MIN_CONTRAST_GREYS = 8
 """Grey levels between the darkest and the brightest of a thumbnail; the hash of an even picture is noise."""
 
 MAX_GROUP_IMAGES, MAX_GROUP_SHARE = 50, 0.02
@@ -49,10 +49,12 @@ def find_links(index: pd.DataFrame) -> pd.DataFrame:
     hashes = np.frombuffer(b"".join(distinct["hash"]), np.uint8).reshape(len(distinct), HASH_BYTES)
 
     # Of pictures with equal hashes, the first stands for all.
-    searched = np.flatnonzero(thumbnails.max((1, 2)) - thumbnails.min((1, 2)) >= MIN_CONTRAST)
+    searched = np.flatnonzero(thumbnails.max((1, 2)) - thumbnails.min((1, 2)) >= MIN_CONTRAST_GREYS)
     _, first, inverse = np.unique(hashes[searched], axis=0, return_index=True, return_inverse=True)
     stand_ins, represented = searched[np.sort(first)], searched[first[inverse.ravel()]]
-    near = find_neighbours(np.stack([hash_thumbnails(thumbnails, view)[stand_ins] for view in VIEWS]), RADIUS)
+    near = find_neighbours(
+        np.stack([hash_thumbnails(thumbnails, view)[stand_ins] for view in VIEWS]), MAX_HASH_DISTANCE_BITS
+    )
     equal = represented != searched
     image = np.concatenate([stand_ins[near.images], represented[equal]])
     other = np.concatenate([stand_ins[near.viewed], searched[equal]])
@@ -83,7 +85,7 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     Groups are the connected components of the links. Inside a group, of the images of one label that show the same
     picture the largest is kept (pixels, then bytes, then the source listed first, then the member's name). Other
     near copies are all kept, and so are images of different labels: an edit and its source belong to the most valuable
-    pairs there are. Only where the same bytes stand under both labels, both are dropped: one label is wrong.
+    pairs there are. Only where the same bytes have both labels, both are dropped: one label is wrong.
 
     Args:
         index: image indexes of all sources, concatenated in the order of `data.sources`.

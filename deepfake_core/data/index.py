@@ -44,7 +44,7 @@ SHARD_SIZE = 2000
 DECODED_AT_ONCE = 128
 """Images of a shard that are in memory before they are shrunk, of 256 x 256 pixels at most."""
 
-MIN_DECODED_SIDE = 64
+MIN_DECODED_PIXELS = 64
 """JPEGs are decoded at the smallest of libjpeg's scales that leaves this many pixels a side."""
 
 NO_PIXELS = np.empty((0, 0), np.uint8)
@@ -168,12 +168,12 @@ def decode(data: bytes) -> tuple[Content, np.ndarray]:
     table = header.table if header else ""
     if header and header.is_plain:
         try:
-            pixels = simplejpeg.decode_jpeg(data, "GRAY", min_height=MIN_DECODED_SIDE, min_width=MIN_DECODED_SIDE)[
+            pixels = simplejpeg.decode_jpeg(data, "GRAY", min_height=MIN_DECODED_PIXELS, min_width=MIN_DECODED_PIXELS)[
                 :, :, 0
             ]
             return Content(header.width, header.height, len(data), "JPEG", table), _reduce(pixels)
         except ValueError:
-            pass  # damaged, or of a rare kind: Pillow says which
+            pass  # damaged, or of a rare kind: Pillow raises the exact error
     try:
         image = decode_image(data)
     except UnreadableImageError as exc:
@@ -184,9 +184,9 @@ def decode(data: bytes) -> tuple[Content, np.ndarray]:
 
 def _reduce(pixels: np.ndarray) -> np.ndarray:
     """Average blocks of a large picture's pixels, so that both sides are 256 pixels at most."""
-    if max(pixels.shape) <= 4 * MIN_DECODED_SIDE:
+    if max(pixels.shape) <= 4 * MIN_DECODED_PIXELS:
         return pixels
-    height, width = (max(1, side // MIN_DECODED_SIDE) for side in pixels.shape)
+    height, width = (max(1, side // MIN_DECODED_PIXELS) for side in pixels.shape)
     return np.asarray(Image.fromarray(pixels).reduce((width, height)))
 
 

@@ -30,7 +30,7 @@ class JpegHeader(NamedTuple):
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Read what stands before a JPEG's first scan; None if it is no JPEG, or a damaged one.
+    """Read a JPEG's header, up to its first scan; None if it is no JPEG, or a damaged one.
 
     Images of one encoder and size begin with the same bytes, so that most headers are remembered: reading one takes
     about 50 microseconds, which would make indexing small images a third slower.

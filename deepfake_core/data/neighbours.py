@@ -22,7 +22,7 @@ MAX_EXACT_COMPARISONS = 10**10
 """Up to this many pairs of hashes, all are compared; it takes seconds."""
 
 MAX_NEIGHBOURS = 64
-"""Per hash. Thousands of nearly equal pictures, such as a film's frames, are linked all the same, each through some."""
+"""Per hash. Thousands of nearly equal pictures, such as a film's frames, are still linked, each through some."""
 
 MAX_PAIRS_WAITING = 10_000_000
 """Pairs found before they are merged with those of other tables; 80 MB."""

@@ -1,4 +1,4 @@
-"""The split of every image that any version held, so that an image stays in its split for ever."""
+"""The split of every image that any version held, so that an image stays in its split permanently."""
 
 import logging
 import re

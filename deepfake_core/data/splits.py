@@ -34,7 +34,7 @@ def assign_splits(
         memory: splits of images that earlier versions held, by SHA-256; see `read_memory`.
 
     Returns:
-        The same rows with `split` and `path` (both empty where not kept), and `group` of what is left together.
+        The same rows with `split` and `path` (both empty where not kept), and the `group` of the remaining images.
 
     Raises:
         DatasetError: if a class has no image in some split.

@@ -24,7 +24,7 @@ WEIGHTS_AT_ONCE = 4_000_000
 
 
 def draw_resamples(groups: np.ndarray, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Draw bootstrap resamples in which near copies come and go together.
+    """Draw bootstrap resamples in which near copies are drawn together.
 
     Args:
         groups: group of each image, shape (n,).
@@ -76,8 +76,8 @@ def _compute(labels: np.ndarray, scores: np.ndarray, threshold: float, weights: 
     fake, real = weights * labels, weights * ~labels
     fakes, reals = fake.sum(1), real.sum(1)
     total = fakes + reals
-    said = int((scores >= threshold).sum())
-    hits, alarms = fake[:, :said].sum(1), real[:, :said].sum(1)
+    called_fake = int((scores >= threshold).sum())
+    hits, alarms = fake[:, :called_fake].sum(1), real[:, :called_fake].sum(1)
 
     # One column per distinct score, from the highest down: what is called fake at that threshold.
     starts = np.flatnonzero(np.diff(scores, prepend=np.inf))

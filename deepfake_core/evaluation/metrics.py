@@ -25,13 +25,13 @@ class Confusion:
 
     @classmethod
     def count(cls, labels: np.ndarray, scores: np.ndarray, threshold: float) -> "Confusion":
-        """Count; a score at or above the threshold says fake."""
-        fake, said_fake = np.asarray(labels) == 1, np.asarray(scores) >= threshold
+        """Count; a score at or above the threshold means fake."""
+        fake, called_fake = np.asarray(labels) == 1, np.asarray(scores) >= threshold
         return cls(
-            true_positives=int((fake & said_fake).sum()),
-            false_positives=int((~fake & said_fake).sum()),
-            true_negatives=int((~fake & ~said_fake).sum()),
-            false_negatives=int((fake & ~said_fake).sum()),
+            true_positives=int((fake & called_fake).sum()),
+            false_positives=int((~fake & called_fake).sum()),
+            true_negatives=int((~fake & ~called_fake).sum()),
+            false_negatives=int((fake & ~called_fake).sum()),
         )
 
     @property

@@ -109,7 +109,7 @@ def log_robustness(best: TrainedCandidate, table: pd.DataFrame) -> None:
 def register_challenger(
     best: TrainedCandidate, measured: Measured, dataset: Dataset, model_name: str, tags: Mapping[str, str]
 ) -> str:
-    """Register the best candidate as a new version, if it is served as it was trained; return its number.
+    """Register the best candidate as a new version, if ONNX scores as the trained network does; return its number.
 
     Args:
         tags: further ones, such as the training's fingerprint.

@@ -19,7 +19,7 @@ def connect() -> mlflow.MlflowClient:
     """Return a client of the tracking server, which is asked once whether it is there.
 
     Raises:
-        ServiceError: if it can't be reached; within seconds, not after MLflow's minutes of retries.
+        ServiceError: if it can't be reached; within seconds, without MLflow's long retries.
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
     mlflow.set_tracking_uri(uri)

@@ -10,6 +10,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from deepfake_core.errors import ModelError, ProductionMovedError
+from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.registry import names
 from deepfake_core.registry.versions import ModelVersion, read_version, require_files, tag_version
 
@@ -97,9 +98,9 @@ def promote_by_hand(model_name: str, version: str, reason: str, force: bool = Fa
     if objections and not force:
         raise ModelError(
             f"A version must be suitable, unless it is forced. Received: version {version} of {model_name}: "
-            f"{'; '.join(objections)}. Choose another, or force it (--force)."
+            f"{REASON_SEPARATOR.join(objections)}. Choose another, or force it (--force)."
         )
-    forced = f" (forced, though {'; '.join(objections)})" if objections else ""
+    forced = f" (forced, though {REASON_SEPARATOR.join(objections)})" if objections else ""
     move_production(model_name, version, current, f"by hand: {reason}{forced}")
     return current
 

@@ -130,8 +130,8 @@ def log_dataset(run_id: str, dataset: "Dataset") -> None:
         tags = [mlflow.entities.InputTag("mlflow.data.context", "training")]
         dataset_input = mlflow.entities.DatasetInput(manifest._to_mlflow_entity(), tags)
     client.log_inputs(run_id, datasets=[dataset_input])
-    for file in ("manifest.parquet", "dataset.json", "report.html"):
-        client.log_artifact(run_id, str(dataset.path / file), "dataset")
+    for file in (dataset.path / "manifest.parquet", dataset.path / "dataset.json", dataset.report):
+        client.log_artifact(run_id, str(file), "dataset")
     client.set_tag(run_id, names.DATASET_VERSION, dataset.version)
 
 

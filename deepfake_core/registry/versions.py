@@ -84,7 +84,7 @@ def find_pages(version: ModelVersion) -> dict[str, str]:
     return {
         "version": f"{uri}/#/models/{version.name}/versions/{version.version}",
         "figures and curves": run,
-        "report": f"{run}/artifacts/report.html",
+        "report": f"{run}/artifacts/{names.REPORT}",
     }
 
 
@@ -158,7 +158,7 @@ def require_files(version: Any) -> None:
         raise ModelError(
             f"A version's model files must still be there. Received: version {version.version} of {version.name}, "
             f"whose files were removed {removed}; metrics and report are kept. Choose another version "
-            f"(`deepfake versions`), or train it again with `force`: run {version.run_id} says from what."
+            f"(`deepfake versions`), or train it again with `force`: run {version.run_id} lists data and parameters."
         )
 
 

@@ -10,10 +10,10 @@ from PIL import Image
 
 from deepfake_core.errors import ModelError
 
-MAX_SEARCH_SIDE = 1280
+MAX_SEARCH_PIXELS = 1280
 """Larger images are scaled down to this before faces are looked for."""
 
-MAX_SECOND_SEARCH_SIDE = 320
+MAX_SECOND_SEARCH_PIXELS = 320
 """Images are searched at this size too, for faces that are large in the first search: it misses those of some 400
 pixels and more."""
 
@@ -92,10 +92,10 @@ def load_face_finder() -> Callable[[Image.Image], list[Box]]:
 
 def _find_faces(image: Image.Image, detect: Callable[[int, int, bytes], list[Any]]) -> list[Box]:
     longest = max(image.size)
-    scale = min(1.0, MAX_SEARCH_SIDE / longest)
+    scale = min(1.0, MAX_SEARCH_PIXELS / longest)
     boxes = _search(image, scale, detect)
-    if longest * scale > MAX_SECOND_SEARCH_SIDE:
-        again = _search(image, MAX_SECOND_SEARCH_SIDE / longest, detect)
+    if longest * scale > MAX_SECOND_SEARCH_PIXELS:
+        again = _search(image, MAX_SECOND_SEARCH_PIXELS / longest, detect)
         large = [box for box in again if sqrt(box.area) * scale >= MIN_LARGE_FACE_PIXELS]
         boxes = large + [box for box in boxes if all(box.overlap(other) < MIN_IOU_SAME_FACE for other in large)]
     return sorted(boxes, key=lambda box: -box.area)

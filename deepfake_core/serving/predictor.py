@@ -19,7 +19,7 @@ from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
 from deepfake_core.serving.verdict import Judged, Verdict
 
 NO_FACE = "no face was found; --no-detect judges the whole image"
-MAX_QUEUED = BATCH_SIZE
+MAX_QUEUED_IMAGES = BATCH_SIZE
 """How many images may wait to be scored, which bounds the memory."""
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
@@ -75,7 +75,7 @@ class Predictor:
         return self._find is not None
 
     def judge(self, images: Iterable[tuple[str, Encoded]], explain: bool = False) -> Iterator[Judged]:
-        """Judge named images in order, in bounded memory; one that can't be read harms no other.
+        """Judge named images in order, in bounded memory; one that can't be read doesn't affect the others.
 
         Args:
             explain: draw pictures, for which the model must carry heat maps.
@@ -83,7 +83,7 @@ class Predictor:
         batch: list[_Prepared] = []
         for prepared in self._prepare_ahead(images, explain):
             batch.append(prepared)
-            if sum(len(one.crops) for one in batch) >= BATCH_SIZE or len(batch) >= MAX_QUEUED:
+            if sum(len(one.crops) for one in batch) >= BATCH_SIZE or len(batch) >= MAX_QUEUED_IMAGES:
                 yield from self._score(batch)
                 batch = []
         yield from self._score(batch)
@@ -94,7 +94,7 @@ class Predictor:
         try:
             for name, image in images:
                 waiting.append(pool.submit(self._prepare, name, image, explain))
-                if len(waiting) >= MAX_QUEUED:
+                if len(waiting) >= MAX_QUEUED_IMAGES:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -60,7 +60,8 @@ class Verdict:
     def as_row(self) -> dict[str, Any]:
         """Return it as plain values by `COLUMNS`; those of a clip for a clip alone."""
         row = asdict(self)
-        return row | (row.pop("clip") or {})
+        clip = row.pop("clip")
+        return row | (clip or {})
 
     def describe(self) -> str:
         """Return it as a line, such as `face 1: fake, P(fake) = 0.93`."""

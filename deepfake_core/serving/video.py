@@ -158,7 +158,7 @@ def plot_timeline(clip: Judged, threshold: float, title: str) -> "Figure":
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     axes = figure.subplots()
     for verdict, (seconds, scores), marker in zip(clip.verdicts, clip.timelines, cycle("os^Dv"), strict=False):
-        colour = CLASS_COLOURS[str(verdict.label)]
+        colour = CLASS_COLOURS["fake" if verdict.label == "fake" else "real"]
         axes.plot(seconds, scores, marker + "-", color=colour, markersize=4, label=verdict.describe())
     axes.axhline(threshold, color="grey", linestyle=":", label=f"fake from {threshold:.2f} up")
     axes.set(xlabel="seconds", ylabel="P(fake)", ylim=(-0.03, 1.03), title=title)

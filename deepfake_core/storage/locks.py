@@ -15,7 +15,7 @@ from deepfake_core.storage.files import write_json
 
 @contextmanager
 def lock_folder(folder: Path, holder: str, remedy: str = "set `data.data_dir` to another folder") -> Iterator[None]:
-    """Hold a folder for one run; nested use in one process is one lock.
+    """Hold a folder for one run; calls can be nested in one process.
 
     The operating system releases the lock when the process ends, however it ends. It holds for this machine alone.
 

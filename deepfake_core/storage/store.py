@@ -205,8 +205,8 @@ def open_store(data_dir: str | Path) -> Store:
     return Store(platformdirs.user_cache_path("deepfake", appauthor=False) / f"{readable}-{digest}", url)
 
 
-def locate_dataset(address: str | Path) -> tuple[Store, str]:
-    """Return the store that a data set's folder or URL belongs to, and the version that the address names.
+def locate_dataset(address: str | Path) -> tuple[Store, Path]:
+    """Return the store that a data set's folder or URL belongs to, and the data set's folder on this disk.
 
     Args:
         address: as `Store.address_of(store.splits(version))` gave it, perhaps on another machine.
@@ -214,6 +214,6 @@ def locate_dataset(address: str | Path) -> tuple[Store, str]:
     root, _, version = str(address).rpartition("/splits/")
     store = open_store(root or address)
     if store.url:
-        return store, version
+        return store, store.splits(version)
     folder = Path(address).expanduser().resolve()
-    return Store(folder.parent.parent), folder.name
+    return Store(folder.parent.parent), folder

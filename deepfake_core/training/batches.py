@@ -1,4 +1,4 @@
-"""Images become batches: shuffled, cropped, degraded and warped anew in each epoch."""
+"""Images become batches: shuffled, cropped, degraded and warped again in each epoch."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +63,7 @@ class Batches(keras.utils.PyDataset):
         return tf.data.Dataset.range(len(self)).map(fetch, WORKERS).prefetch(WORKERS).with_options(options)
 
     def start_epoch(self, epoch: int) -> None:
-        """Shuffle all images anew, in an order that follows from the seed and the epoch."""
+        """Shuffle all images again, in an order that follows from the seed and the epoch."""
         self._epoch = epoch
         self._order = np.arange(len(self._images))
         if self._seed is not None:

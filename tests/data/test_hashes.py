@@ -11,7 +11,7 @@ from deepfake_core.data.hashes import VIEWS, View, hash_thumbnails, shrink_image
 from deepfake_core.data.neighbours import find_neighbours
 from tests.builders import draw_image, encode
 
-RADIUS = 60
+MAX_HASH_DISTANCE_BITS = 60
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
@@ -41,7 +41,7 @@ def test_a_hash_does_not_depend_on_what_is_hashed_with_it():
 def test_about_half_of_the_bits_are_set_and_other_pictures_have_other_hashes():
     images = [hash_thumbnails(thumbnail(draw_image(seed, 128, 24)))[0] for seed in range(12)]
     assert all(112 <= np.bitwise_count(bits).sum() <= 128 for bits in images)
-    assert min(count_bits(images[i], images[j]) for i in range(12) for j in range(i)) > RADIUS
+    assert min(count_bits(images[i], images[j]) for i in range(12) for j in range(i)) > MAX_HASH_DISTANCE_BITS
 
 
 CHANGES = {
@@ -104,28 +104,30 @@ def simulate(count: int, distances: tuple[int, ...], pairs: int = 200) -> tuple[
 
 
 def test_all_that_are_compared_are_found_and_no_others():
-    simulated, planted = simulate(5000, (0, 1, 30, RADIUS, RADIUS + 1))
-    near = find_neighbours(simulated[None], RADIUS)
+    simulated, planted = simulate(5000, (0, 1, 30, MAX_HASH_DISTANCE_BITS, MAX_HASH_DISTANCE_BITS + 1))
+    near = find_neighbours(simulated[None], MAX_HASH_DISTANCE_BITS)
     found = dict(zip(zip(near.images, near.viewed, strict=True), near.distances, strict=True))
     assert len(found) == len(near.images)
-    assert set(found) == planted[0] | planted[1] | planted[30] | planted[RADIUS]
-    for distance in (0, 1, 30, RADIUS):
+    assert set(found) == planted[0] | planted[1] | planted[30] | planted[MAX_HASH_DISTANCE_BITS]
+    for distance in (0, 1, 30, MAX_HASH_DISTANCE_BITS):
         assert {found[pair] for pair in planted[distance]} == {distance}
 
 
 @pytest.mark.slow
 def test_among_many_nearly_all_are_found_and_no_others(monkeypatch):
-    simulated, planted = simulate(20_000, (0, 20, 40, 50, RADIUS, RADIUS + 1), pairs=400)
+    simulated, planted = simulate(
+        20_000, (0, 20, 40, 50, MAX_HASH_DISTANCE_BITS, MAX_HASH_DISTANCE_BITS + 1), pairs=400
+    )
     monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", 0)
-    near = find_neighbours(simulated[None], RADIUS)
+    near = find_neighbours(simulated[None], MAX_HASH_DISTANCE_BITS)
     found = dict(zip(zip(near.images, near.viewed, strict=True), near.distances, strict=True))
-    assert set(found) <= set().union(*(planted[distance] for distance in (0, 20, 40, 50, RADIUS)))
-    for distance, least in ((0, 1), (20, 1), (40, 1), (50, 0.99), (RADIUS, 0.97)):
+    assert set(found) <= set().union(*(planted[distance] for distance in (0, 20, 40, 50, MAX_HASH_DISTANCE_BITS)))
+    for distance, least in ((0, 1), (20, 1), (40, 1), (50, 0.99), (MAX_HASH_DISTANCE_BITS, 0.97)):
         assert len(planted[distance] & set(found)) >= least * 400
         assert {found[pair] for pair in planted[distance] & set(found)} == {distance}
 
     monkeypatch.setattr("os.cpu_count", lambda: 5)
-    again = find_neighbours(simulated[None], RADIUS)
+    again = find_neighbours(simulated[None], MAX_HASH_DISTANCE_BITS)
     assert all((one == other).all() for one, other in zip(near, again, strict=True))
 
 
@@ -138,7 +140,7 @@ def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_com
     views[1, 7] = views[0, 3]  # image 7 seen through view 1 is image 3
     views[2, 3] = views[0, 7] ^ np.uint8(1)  # and the other way round through view 2, 32 bits away
     views[2, 9] = views[0, 9]  # an image is no neighbour of itself
-    near = find_neighbours(views, RADIUS)
+    near = find_neighbours(views, MAX_HASH_DISTANCE_BITS)
     assert [column.tolist() for column in near] == [[3], [7], [1], [0]]
 
 
@@ -149,7 +151,7 @@ def test_thousands_of_nearly_equal_hashes_stay_linked_in_bounded_space(monkeypat
     monkeypatch.setattr(neighbours, "TABLES", 40)
     frames = np.zeros((3000, 32), np.uint8)
     frames[:, :2] = np.arange(3000, dtype=np.uint16)[:, None].view(np.uint8)
-    near = find_neighbours(frames[None], RADIUS)
+    near = find_neighbours(frames[None], MAX_HASH_DISTANCE_BITS)
     assert len(near.images) <= 3000 * neighbours.MAX_NEIGHBOURS * (1 if exact_comparisons else 40)
     linked = {0}
     for one, other in sorted(zip(near.images.tolist(), near.viewed.tolist(), strict=True), key=lambda pair: pair[1]):
@@ -160,5 +162,5 @@ def test_thousands_of_nearly_equal_hashes_stay_linked_in_bounded_space(monkeypat
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_nothing_has_no_neighbours(count):
-    near = find_neighbours(np.zeros((7, count, 32), np.uint8), RADIUS)
+    near = find_neighbours(np.zeros((7, count, 32), np.uint8), MAX_HASH_DISTANCE_BITS)
     assert [len(column) for column in near] == [0] * 4

@@ -18,7 +18,7 @@ from deepfake_core.detector import Detector, resize_image
 from deepfake_core.errors import ModelError
 from deepfake_core.serving.explained import colour_heat
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
-from deepfake_core.serving.predictor import MAX_QUEUED, Predictor
+from deepfake_core.serving.predictor import MAX_QUEUED_IMAGES, Predictor
 from deepfake_core.training.export import load_network
 from tests.builders import draw_image, draw_portrait, draw_scene, encode, jpeg, stripes
 
@@ -83,7 +83,7 @@ def test_each_face_is_scored_as_its_crop_would_be(detector, scene):
 
 
 def test_order_is_kept_and_one_bad_image_harms_no_other(detector):
-    images = [(str(seed), b"no image" if seed % 50 == 7 else jpeg(seed)) for seed in range(3 * MAX_QUEUED)]
+    images = [(str(seed), b"no image" if seed % 50 == 7 else jpeg(seed)) for seed in range(3 * MAX_QUEUED_IMAGES)]
     judged = list(Predictor(detector, detect=False).judge(images))
     assert [one.name for one in judged] == [name for name, _ in images]
     plain = detector.predict([data for _, data in images])
@@ -108,7 +108,7 @@ def test_no_more_images_are_read_than_wait_to_be_scored(detector):
     for _ in range(100):
         next(judged)
     judged.close()
-    assert read <= 100 + 3 * MAX_QUEUED
+    assert read <= 100 + 3 * MAX_QUEUED_IMAGES
 
 
 def test_no_face_is_said_and_is_not_unreadable(detector):
