@@ -11,7 +11,7 @@ ARCHIVES holds real-and-fake-face-detection.zip and 140k-real-and-fake-faces.zip
 - pair search: 20,000 to 1,000,000 simulated hashes with neighbours planted at known distances, against faiss's exact
   search, each in a process of its own; and 140,000 images through all views.
 
-Each round measures all sides in turn; figures are medians of the rounds. The results go into
+Each round measures all sides in turn; its numbers are medians of the rounds. The results go into
 benchmarks/results/data_speed.json and pair_search.png, which docs/benchmarks.md quotes.
 """
 

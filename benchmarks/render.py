@@ -80,7 +80,7 @@ def show_splits(splits: dict[str, dict[str, int]]) -> str:
 
 
 def render_key_results(results: Results) -> str:
-    """Write the few figures of a full run, of serving and of near copies that matter most."""
+    """Write the few metrics of a full run, of serving and of near copies that matter most."""
     run, faces, serving = results["retrain"], results["face_detection"], results["serving_speed"]
     found, planted = faces["detectors"][DETECTOR], results["near_copies"]["planted"]
     grouped = min(shares["grouped"] for shares in planted.values())

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from deepfake_core.config import DEFAULT_MODEL, AugmentationParameters, DataParameters, Recipe, Source
 from deepfake_core.data.dataset import Dataset
@@ -174,6 +174,16 @@ def write_clip(
             container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
     return file
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "quality 30": lambda image: Image.open(io.BytesIO(encode(image, quality=30))),
+    "a quarter": lambda image: image.resize((64, 64), Image.Resampling.LANCZOS),
+    "twice": lambda image: image.resize((512, 512), Image.Resampling.LANCZOS),
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+    "darker": lambda image: image.point(lambda value: value * 0.9),
+}
+"""What becomes of pictures of 256 pixels on their way through the web, which leaves them the same picture."""
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *targets: str) -> None:

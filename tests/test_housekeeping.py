@@ -336,7 +336,7 @@ def test_model_files_out_of_reach_are_said():
         pytest.raises(
             ServiceError, match=r"mlflow-artifacts:/1.*Set MLFLOW_TRACKING_URI as on the machine that trains"
         ),
-        model_files._open_artifacts(stored_by_a_server),
+        model_files.open_artifacts(stored_by_a_server),
     ):
         pass
 

@@ -89,7 +89,7 @@ def find_unneeded_files(model_name: str, keep: int) -> list[ModelFiles]:
         ]
         size = 0
         for uri, path in folders:
-            with _open_artifacts(uri) as store:
+            with open_artifacts(uri) as store:
                 size += _measure_artifacts(store, path)
         if size:
             found.append(ModelFiles(run_id, run.info.run_name, tuple(served), tuple(folders), size))
@@ -114,7 +114,7 @@ def remove_model_files(model_name: str, files: ModelFiles) -> bool:
             for version in files.versions:
                 tag_version(model_name, version, {names.FILES_REMOVED: now})
     for uri, path in files.folders:
-        with _open_artifacts(uri) as store:
+        with open_artifacts(uri) as store:
             store.delete_artifacts(path)
     client.set_tag(files.run_id, names.FILES_REMOVED, now)
     return True
@@ -139,7 +139,12 @@ def _is_in_progress(run: Any) -> bool:
 
 
 @contextmanager
-def _open_artifacts(uri: str) -> Iterator[ArtifactRepository]:
+def open_artifacts(uri: str) -> Iterator[ArtifactRepository]:
+    """Open an artifact store.
+
+    Raises:
+        ServiceError: if it can't be reached, or refuses what the body does.
+    """
     try:
         yield get_artifact_repository(uri)
     except (MlflowException, OSError) as exc:

@@ -1,15 +1,13 @@
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from deepfake_core.data import neighbours
 from deepfake_core.data.hashes import VIEWS, View, hash_thumbnails, shrink_images
 from deepfake_core.data.neighbours import find_neighbours
-from tests.builders import draw_image, encode
+from tests.builders import CHANGES, draw_image
 
 MAX_HASH_DISTANCE_BITS = 60
 
@@ -42,15 +40,6 @@ def test_about_half_of_the_bits_are_set_and_other_pictures_have_other_hashes():
     images = [hash_thumbnails(thumbnail(draw_image(seed, 128, 24)))[0] for seed in range(12)]
     assert all(112 <= np.bitwise_count(bits).sum() <= 128 for bits in images)
     assert min(count_bits(images[i], images[j]) for i in range(12) for j in range(i)) > MAX_HASH_DISTANCE_BITS
-
-
-CHANGES = {
-    "quality 30": lambda image: Image.open(io.BytesIO(encode(image, quality=30))),
-    "a quarter": lambda image: image.resize((64, 64), Image.Resampling.LANCZOS),
-    "twice": lambda image: image.resize((512, 512), Image.Resampling.LANCZOS),
-    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
-    "darker": lambda image: image.point(lambda value: value * 0.9),
-}
 
 
 @pytest.mark.parametrize("change", CHANGES)

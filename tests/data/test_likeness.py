@@ -5,8 +5,7 @@ from PIL import Image
 from deepfake_core.data.duplicates import MAX_COPY_DIFFERENCE, MIN_LIKENESS
 from deepfake_core.data.hashes import shrink_images
 from deepfake_core.data.likeness import measure_difference, measure_likeness, measure_pairs
-from tests.builders import draw_image
-from tests.data.test_hashes import CHANGES
+from tests.builders import CHANGES, draw_image
 
 
 def look(image: Image.Image) -> np.ndarray:

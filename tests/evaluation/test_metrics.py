@@ -45,7 +45,7 @@ def test_auc_counts_the_pairs_in_the_right_order():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_every_figure_of_every_resample_is_scikit_learns(seed):
+def test_every_metric_of_every_resample_is_scikit_learns(seed):
     labels, scores = draw_scores(80, seed)
     scores = np.round(scores, 1 + seed % 2)  # with ties
     weights = draw_resamples(np.arange(80) // 2, count=20, seed=seed)
@@ -72,8 +72,8 @@ def test_every_figure_of_every_resample_is_scikit_learns(seed):
 def test_calibration_error_is_the_distance_between_score_and_share():
     labels = np.array([0, 0, 0, 1, 1, 1, 1, 1])
     scores = np.array([0.3, 0.3, 0.3, 0.3, 0.9, 0.9, 0.9, 0.9])
-    figures = evaluate_scores(labels, scores, 0.5).metrics
-    assert figures["ece"].value == pytest.approx((4 * abs(0.3 - 0.25) + 4 * abs(0.9 - 1)) / 8)
+    metrics = evaluate_scores(labels, scores, 0.5).metrics
+    assert metrics["ece"].value == pytest.approx((4 * abs(0.3 - 0.25) + 4 * abs(0.9 - 1)) / 8)
 
 
 def test_resamples_keep_groups_together_and_draw_as_many_groups_as_there_are():
@@ -94,9 +94,9 @@ def test_95_of_100_intervals_hold_the_truth():
     held = dict.fromkeys(names, 0)
     for seed in range(200):
         sample = draw_scores(300, seed + 1)
-        figures = evaluate_scores(*sample, 0.5).metrics
+        metrics = evaluate_scores(*sample, 0.5).metrics
         for name in names:
-            held[name] += figures[name].low <= truth[name] <= figures[name].high
+            held[name] += metrics[name].low <= truth[name] <= metrics[name].high
     assert all(180 <= count <= 200 for count in held.values()), held
 
 
@@ -108,7 +108,7 @@ def test_near_copies_widen_the_interval():
     assert copied.high - copied.low == pytest.approx(once.high - once.low, rel=0.15)
 
 
-def test_figures_are_named_by_source():
+def test_metrics_are_named_by_source():
     flat = evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "a", "b", "a", "a", "c", "c"])).flatten("test")
     assert flat["test/precision"] == 0.5
     assert flat["test/a/auc"] == 0.75
@@ -146,10 +146,10 @@ def test_file_names_tell_origin_and_edit():
     }  # fmt: skip
 
 
-def test_the_table_has_a_row_for_each_part_and_a_column_for_each_figure():
+def test_the_table_has_a_row_for_each_part_and_a_column_for_each_metric():
     table = pd.DataFrame(evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "a", "b", "a", "a", "c", "c"])).list_rows())
     assert table["name"].tolist() == ["all", "a", "b", "c"]
-    assert {name for figure in METRIC_TITLES for name in (figure, f"{figure}_low", f"{figure}_high")} <= set(
+    assert {name for metric in METRIC_TITLES for name in (metric, f"{metric}_low", f"{metric}_high")} <= set(
         table.columns
     )
     assert pd.isna(table.loc[3, "auc"])
