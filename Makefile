@@ -14,7 +14,7 @@ demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
 
 test: .venv/installed  ## run the whole test suite
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/installed  ## run the tests that take a moment and start no process: for the edit loop
 	$(BIN)/python -m pytest -n 0 -m "not slow and not process and not browser" --durations 3 \

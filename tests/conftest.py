@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.builders import NAME, RECIPE, jpeg, stripes, write_zip
 
@@ -21,19 +22,27 @@ PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
 FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
 """The files that take longest."""
 
+WITH_SERVER = {"test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py"}
+"""Files of which tests need Prefect's server: one process runs them, so that it starts once."""
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by file for the processes that share them, and begin with the groups that take longest.
-
-    Files in which a test needs Prefect's server are one group, so that one process starts it, once.
-    """
-    with_server = {item.path for item in items if "prefect_api" in getattr(item, "fixturenames", ())}
+    """Mark the tests whose fixtures start a process, and begin with the files that take longest."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("prefect" if item.path in with_server else item.path.stem))
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
     items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Give each process whole files, as fixtures of a module are made once for it."""
+
+    class FileScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "with server" if Path(file).name in WITH_SERVER else file
+
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
