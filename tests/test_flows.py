@@ -29,7 +29,7 @@ from flows.retrain import retrain
 from flows.train import train
 from tasks.data import download
 from tasks.model import GPU_POOL
-from tests.builders import FACES, NAME, faces, forbid, free_port, hold_data, needs_faces, recode, write_zip
+from tests.builders import FACES, NAME, ROOT, faces, forbid, free_port, hold_data, needs_faces, recode, write_zip
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
@@ -74,7 +74,7 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     forbid_work(monkeypatch)
     same = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS, return_state=True)
     assert same.is_completed()
-    assert same.message == "Nothing changed since version 1 (promoted); `force` trains all the same."
+    assert same.message == "Nothing changed since version 1 (promoted); `force` trains anyway."
     assert same.result() == (dataset, "1")
     check_screen(run_command(parameters(tracking, *two_zips), "--force"))
     assert [one.version for one in versions.list_versions(NAME)] == ["2", "1"]
@@ -114,8 +114,7 @@ def run_command(data: DataParameters, *flags: str) -> subprocess.CompletedProces
         },
         capture_output=True,
         text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
 
 
@@ -155,7 +154,7 @@ def check_run(run_id: str) -> dict:
     assert {"model_summary.txt", "report.html", "checkpoint/checkpoint.keras", "probe/scores.json"} <= artifacts
     figures = {"history", "confusion_matrix", "roc_and_precision_recall", "scores", "reliability", "robustness"}
     assert {f"figures/{name}.png" for name in {*figures, "worst_mistakes", "typical_images"}} <= artifacts
-    assert {f"evaluation/{name}.csv" for name in ("figures", "scores", "robustness", "cross_sources")} <= artifacts
+    assert {f"evaluation/{name}.csv" for name in ("metrics", "scores", "robustness", "cross_sources")} <= artifacts
     for name in ("test/auc_low", "test/auc_high", "test/ece", "file_facts/auc", "latency_ms", "size_mb"):
         assert name in run.data.metrics
     assert 0 < run.data.metrics["system/system_memory_usage_percentage"] <= 100
@@ -402,7 +401,7 @@ def test_an_unreachable_prefect_server_is_said_without_a_traceback(tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert ended.returncode == 1
     assert "retrain stopped: Prefect must answer" in ended.stderr
