@@ -106,7 +106,7 @@ def _write_verdict(verdicts: list[Verdict], version: str, threshold: float) -> s
     else:
         headline = f"{fakes or 'None'} of {len(verdicts)} faces {'is' if fakes == 1 else 'are'} judged fake"
     lines = "".join(f"<li>{html.escape(one.describe())}</li>" for one in verdicts if len(verdicts) > 1 or one.clip)
-    answered = html.escape(f"Judged by {version}, which calls a face fake from P(fake) = {threshold:.2f} up.")
+    answered = html.escape(f"Judged by {version}, which calls a face fake from {threshold:.2f} up.")
     return f"<h2>{html.escape(headline)}</h2><ul>{lines}</ul><p>{answered}</p>"
 
 

@@ -65,7 +65,7 @@ def drop(page, file):
 @pytest.mark.slow
 def test_an_image_gets_its_verdict_heat_map_and_version(page, tmp_path):
     draw_scene({(40, 60): draw_portrait(1, 200), (300, 250): draw_portrait(2, 150)}).save(tmp_path / "scene.png")
-    drop(page, tmp_path / "scene.png").get_by_text(f"Answered by {NAME} version").wait_for()
+    drop(page, tmp_path / "scene.png").get_by_text(f"Judged by {NAME} version").wait_for()
     assert page.get_by_role("heading", name=re.compile(r"(None|1|2) of 2 faces (is|are) judged fake")).is_visible()
     assert page.get_by_text("P(fake) =").count() == 2
     picture = page.locator("img[src*='/file=']")
@@ -120,10 +120,10 @@ def test_a_request_can_name_no_file_and_no_address(served, tmp_path, how):
 @pytest.mark.slow
 def test_the_page_follows_production(page, served, tmp_path):
     draw_portrait(1).save(tmp_path / "face.png")
-    drop(page, tmp_path / "face.png").get_by_text("Answered by deepfake-detector version 1").wait_for()
+    drop(page, tmp_path / "face.png").get_by_text("Judged by deepfake-detector version 1").wait_for()
     production.move_production(NAME, "2", "1", "test")
     page.goto(served[0])
-    drop(page, tmp_path / "face.png").get_by_text("Answered by deepfake-detector version 2").wait_for()
+    drop(page, tmp_path / "face.png").get_by_text("Judged by deepfake-detector version 2").wait_for()
 
 
 @pytest.mark.slow
