@@ -94,4 +94,5 @@ def moving_line(name: str) -> Iterator[Progress]:
         yield move
     finally:
         if lines is not None and line is not None:
+            lines.refresh()  # a short step's end too
             lines.remove_task(line)

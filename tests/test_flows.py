@@ -62,17 +62,17 @@ def two_zips(tracking):
 
 
 def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
-    monkeypatch.setattr(fingerprint, "read_git_commit", lambda: "c" * 40)  # committed, as on a worker
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    with caplog.at_level(logging.INFO, "deepfake_core"):
+    with monkeypatch.context() as committed, caplog.at_level(logging.INFO, "deepfake_core"):
+        committed.setattr(fingerprint, "read_git_commit", lambda: "c" * 40)  # as on a worker
         dataset, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
-    assert version == "1"
-    assert open_dataset(dataset).description["counts"]["reasons"] == {"copy": 80, "kept": 80}
-    assert production.find_production(NAME) == "1"
-    assert "160 usable images: 80 copy, 80 kept" in caplog.text
+        assert version == "1"
+        assert open_dataset(dataset).description["counts"]["reasons"] == {"copy": 80, "kept": 80}
+        assert production.find_production(NAME) == "1"
+        assert "160 usable images: 80 copy, 80 kept" in caplog.text
 
-    forbid_work(monkeypatch)
-    same = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS, return_state=True)
+        forbid_work(committed)
+        same = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS, return_state=True)
     assert same.is_completed()
     assert same.message == "Nothing changed since version 1 (promoted); `force` trains anyway."
     assert same.result() == (dataset, "1")
