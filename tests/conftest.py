@@ -111,23 +111,34 @@ def empty_database(shared_folder: Path) -> Path:
     return database
 
 
+@pytest.fixture(scope="session")
+def put_mlflow(empty_database: Path) -> Callable[[pytest.MonkeyPatch, Path], None]:
+    """Return a function that puts an MLflow, which is empty, into a folder that becomes the current one."""
+
+    def put(patch: pytest.MonkeyPatch, folder: Path) -> None:
+        patch.chdir(folder)
+        shutil.copy(empty_database, folder / "mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+
+    return put
+
+
 @pytest.fixture
-def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_database: Path) -> Path:
+def tracking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, put_mlflow: Callable[[pytest.MonkeyPatch, Path], None]
+) -> Path:
     """Put MLflow into a folder of its own, which is also the current folder."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    put_mlflow(monkeypatch, tmp_path)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
-def registered_once(candidate, tmp_path_factory):
+def registered_once(candidate, put_mlflow, tmp_path_factory):
     from deepfake_core.registry import detectors, runs
 
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        put_mlflow(patch, folder)
         with runs.open_run("retrain") as parent:
             with runs.open_run("cnn", parent) as run_id:
                 runs.log_parameters(run_id, {"training": {"epochs": 3, "augmentation": {"zoom": 0.1}}})

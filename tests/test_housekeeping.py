@@ -74,12 +74,11 @@ def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def years_once(candidate, tmp_path_factory):
+def years_once(candidate, put_mlflow, tmp_path_factory):
     """Leave behind five retrains: the second is in production, the first is what a rollback leads to."""
     folder = tmp_path_factory.mktemp("years")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        put_mlflow(patch, folder)
         versions = [retrain(folder / "data", number, candidate.folder).version for number in range(1, 6)]
         production.move_production(NAME, "1", None, "first")
         production.move_production(NAME, "2", "1", "better")

@@ -60,6 +60,7 @@ def build_report(
         robustness: from `measure_robustness`.
         settings: dotted names and values of the best one's parameters, as its run holds them.
     """
+    detector = Detector(best.candidate.folder)
     facts = ModelFacts(
         name=model_name,
         version=version,
@@ -67,13 +68,13 @@ def build_report(
         run=best.run_id,
         commit=commit,
         seed=int(settings["training.seed"]),
-        temperature=Detector(best.candidate.folder).temperature,
+        temperature=detector.temperature,
         cost=outcome.cost,
         candidates=tabulate_candidates(trained),
         settings=settings,
     )
     figures = plots.plot_measured(measured, robustness)
-    photographs = explain_images(Detector(best.candidate.folder), measured)
+    photographs = explain_images(detector, measured)
     histories = {
         f"Training of {one.candidate.architecture}": plots.plot_history(one.candidate.history, one.candidate.best_epoch)
         for one in trained

@@ -33,14 +33,13 @@ def write_scores(detector: Detector, count: int, seed: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def versions_once(candidate, tmp_path_factory):
+def versions_once(candidate, put_mlflow, tmp_path_factory):
     """Register three versions: two promoted by the rule, the third refused by it."""
     folder = tmp_path_factory.mktemp("production")
     detector = shutil.copytree(candidate.folder, folder / "detector")
     calibrate_detector(detector, stripes(64, 5), EvaluationParameters())
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        put_mlflow(patch, folder)
         for number, tags in enumerate(
             (
                 {"decision": "promoted", "reasons": "met: a"},

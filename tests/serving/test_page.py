@@ -20,12 +20,11 @@ pytest.importorskip("gradio")
 
 
 @pytest.fixture(scope="module")
-def served(candidate, tmp_path_factory):
+def served(candidate, put_mlflow, tmp_path_factory):
     """Serve the page, with version 1 in production; yield its address."""
     folder = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        put_mlflow(patch, folder)
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         patch.setattr(page_server, "MAX_UPLOAD_BYTES", 1_000_000)
         patch.setattr(page_server, "MAX_ALIAS_AGE_SECONDS", 0)
