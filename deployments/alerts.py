@@ -114,13 +114,16 @@ def make_automations(
 
 
 def apply(client: SyncPrefectClient, automations: list[AutomationCore]) -> None:
-    """Create the automations, or replace those of the same name."""
+    """Create the automations, or replace those of the same name.
+
+    One that is unchanged stays: while a server on SQLite loads an updated one, it misses what should trigger it.
+    """
     for automation in automations:
         existing = client.read_automations_by_name(automation.name)
-        if existing:
-            client.update_automation(existing[0].id, automation)
-        else:
+        if not existing:
             client.create_automation(automation)
+        elif existing[0].model_dump(exclude={"id"}) != automation.model_dump():
+            client.update_automation(existing[0].id, automation)
 
 
 def main() -> None:

@@ -162,6 +162,17 @@ def test_schedules_make_runs():
         assert wait_until(lambda name=name: find_runs(name))[0].state.is_scheduled()
 
 
+def test_alerts_that_are_unchanged_stay(stack):
+    def read() -> dict[str, str]:
+        automations = httpx.post(f"{stack.prefect}/api/automations/filter", json={}).json()
+        return {automation["name"]: automation["updated"] for automation in automations}
+
+    before = read()
+    assert len(before) == 4
+    apply_alerts(late=timedelta(seconds=11))
+    assert [name for name, updated in read().items() if updated != before[name]] == ["deepfake: a run is late"]
+
+
 def test_a_run_that_waits_is_late_and_one_that_fails_says_why(stack):
     stack.control("stop", "worker-gpu")
     with get_client(sync_client=True) as client:
@@ -178,6 +189,14 @@ def test_a_run_that_waits_is_late_and_one_that_fails_says_why(stack):
     assert versions.list_versions(NAME) == []
     words = (f"retrain run {failed.name}: Failed", "ended as Cancelled", "run again", f"/runs/flow-run/{failed.id}")
     wait_until(lambda: stack.was_told(*words))
+
+
+def test_what_becomes_of_versions_is_told(stack):
+    """What is promoted tells so by itself, in the next test; a refusal and a rollback take more runs than one."""
+    announce("not-promoted", NAME, "7", f"{NAME} version 7 was not promoted")
+    announce("rolled-back", NAME, "5", f"Version 5 of {NAME} is back in production")
+    wait_until(lambda: stack.was_told(f"{NAME} version 7", "was not promoted"))
+    wait_until(lambda: stack.was_told(f"{NAME} version 5", "is back in production"))
 
 
 def test_a_part_that_crashes_is_started_again(stack):
@@ -204,14 +223,6 @@ def test_a_run_that_falls_silent_is_crashed_and_told(stack):
     assert crashed.state.is_crashed()
     assert "fell silent" in crashed.state.message
     wait_until(lambda: stack.was_told(f"check-sources run {run.name}: Crashed", "fell silent"))
-
-
-def test_what_becomes_of_versions_is_told(stack):
-    """What is promoted tells so by itself, in the next test; a refusal and a rollback take more runs than one."""
-    announce("not-promoted", NAME, "7", f"{NAME} version 7 was not promoted")
-    announce("rolled-back", NAME, "5", f"Version 5 of {NAME} is back in production")
-    wait_until(lambda: stack.was_told(f"{NAME} version 7", "was not promoted"))
-    wait_until(lambda: stack.was_told(f"{NAME} version 5", "is back in production"))
 
 
 @pytest.mark.browser
