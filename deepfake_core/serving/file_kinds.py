@@ -16,21 +16,21 @@ PICTURE_BRANDS = rb"avi[fs]|crx |hei[cfmsx]|hev[cmsx]|jxl |mi[af][1f]|msf1"
 """Of files in the container of MP4 that hold pictures: AVIF, HEIC and so on."""
 
 IMAGE_HEAD = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|8BPS|qoif|\0\0\1\0[^\0]\0"
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|8BPS|qoif|\0\0\x01\0[^\0]\0"
     rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  |\xff\x0a|\0\0\0\x0cJXL |.{4}ftyp(?:" + PICTURE_BRANDS + rb")",
     re.DOTALL,
 )
 """JPEG, PNG, WebP; and what is an image, though of a kind that is not judged: GIF, BMP, TIFF, HEIC and so on."""
 
 CLIP_HEAD = re.compile(
-    rb"\0.{3}(?:ftyp|moov|wide|free|skip|moof|styp)|.{4}mdat|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\1"
-    rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|OggS.*?(?:\x80theora|OVP80|BBCD|\1video)|\0\0\1[\xb3\xba]"
+    rb"\0.{3}(?:ftyp(?!M4[ABP])|moov|wide|free|skip|moof|styp)|.{4}mdat|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01"
+    rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|OggS.*?(?:\x80theora|OVP80|BBCD|\x01video)|\0\0\x01[\xb3\xba]"
     rb"|.{0,203}?(?:(?:G.{187}){5}|(?:G.{191}){5}|(?:G.{203}){5})",
     re.DOTALL,
 )
 """MP4 and its kin, Matroska, AVI, FLV, ASF; Ogg with pictures, MPEG; MPEG-TS, which may begin within a packet."""
 
-IMAGE_NAME = re.compile(r"\.(avif|bmp|gif|hei[cf]|jfif|jpe?g?|jxl|png|tiff?|webp)", re.IGNORECASE)
+IMAGE_NAME = re.compile(r"\.(avif|bmp|gif|hei[cf]|jfif|jpe|jpe?g|jxl|png|tiff?|webp)", re.IGNORECASE)
 CLIP_NAME = re.compile(
     r"\.(3g[2p]|asf|avi|f4v|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|og[mv]|ts|vob|webm|wmv)", re.IGNORECASE
 )

@@ -5,6 +5,8 @@ since many containers have no index, and their seeking ends anywhere. So a frame
 """
 
 import contextlib
+import os
+import struct
 from array import array
 from collections import deque
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from deepfake_core.detector import MAX_PIXELS, UnreadableImageError
 FORMATS = "3gp,asf,avi,flv,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
 """Containers that hold their frames themselves; playlists, which name other files and hosts, are left out."""
 
-WITH_LENGTH = ("asf", "avi", "flv", "matroska", "mov")
+WITH_LENGTH = ("asf", "flv", "matroska", "mov")
 """Containers whose header says how long they are, so that a file that was cut short can be told."""
 
 MAX_ROUNDING_SECONDS = 0.003
@@ -41,20 +43,22 @@ class ClipFrames:
     Attributes:
         asked: how many were chosen: `count`, or all of a clip that holds fewer.
         seen: how many could be decoded so far.
-        missing_seconds: what lacks of the length that the header states; 0 of a whole file.
+        missing_seconds: what lacks of the length that the header states; None where it states more bytes than there
+            are; 0 of a whole file, and where nothing is stated.
     """
 
     def __init__(self, file: Path, count: int) -> None:
         self._file, self._count = file, count
         self.asked = self.seen = 0
-        self.missing_seconds = 0.0
+        self.missing_seconds: float | None = 0.0
 
     @property
     def warning(self) -> str | None:
         """What of the clip was not seen; None if all that was asked for was."""
         lines = []
-        if self.missing_seconds:
-            lines.append(f"the file is cut short: {self.missing_seconds:.1f} seconds are missing")
+        if self.missing_seconds != 0:
+            much = f": {self.missing_seconds:.1f} seconds are missing" if self.missing_seconds else ""
+            lines.append(f"the file is cut short{much}")
         if self.seen < self.asked:
             lines.append(f"only {self.seen} of {self.asked} frames could be decoded")
         return "; ".join(lines) or None
@@ -77,7 +81,7 @@ class ClipFrames:
             try:
                 with _open(opened) as container:
                     packets = _Packets(container, _find_stream(container))
-                self.missing_seconds = packets.missing_seconds
+                self.missing_seconds = None if _is_cut_avi(opened) else packets.missing_seconds
                 chosen = packets.choose(self._count)
                 self.asked = len(chosen)
                 with _open(opened) as container:
@@ -103,6 +107,12 @@ def _open(opened: BinaryIO) -> Any:
 
     opened.seek(0)
     return av.open(opened, options={"format_whitelist": FORMATS}, metadata_errors="replace")
+
+
+def _is_cut_avi(opened: BinaryIO) -> bool:
+    opened.seek(0)
+    kind, size, form = struct.unpack("<4sI4s", opened.read(12).ljust(12, b"\0"))
+    return (kind, form) == (b"RIFF", b"AVI ") and opened.seek(0, os.SEEK_END) < size < 0xFFFFFFF0
 
 
 def _find_stream(container: Any) -> Any:
@@ -140,7 +150,8 @@ class _Packets:
             if packet.is_keyframe:
                 keys.append(len(times))
                 if times and time is not None and time + shift <= latest:
-                    shift = latest + 1 - time  # joined clips: the clock starts again
+                    step = (latest - times[0]) // max(1, len(times) - 1)
+                    shift = latest + max(1, step) - time  # joined clips: the clock starts again
             if packet.is_discard:
                 hidden.append(len(times))  # an edit list leaves it out
             times.append(latest if time is None else time + shift)
