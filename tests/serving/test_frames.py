@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from deepfake_core.detector import UnreadableImageError
-from deepfake_core.serving import frames
+from deepfake_core.serving import packets
 from deepfake_core.serving.frames import ClipFrames
 
 RATE = 25
@@ -175,6 +175,16 @@ def test_frames_come_one_at_a_time_and_key_frames_are_taken_where_they_lie_near(
     assert all(number % 10 == 0 for number in found)
 
 
+@pytest.mark.parametrize("parameters", ["intra-refresh=1:keyint=20", "open-gop=1:keyint=20:bframes=3", "tff=1"])
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "flv"])
+def test_key_frames_of_any_kind_cost_no_frame(tmp_path, monkeypatch, container, parameters):
+    monkeypatch.setitem(CODEC_OPTIONS, "libx264", {"preset": "veryfast", "x264-params": parameters})
+    clip, found = look(write_numbered(tmp_path, container, range(150)), 10)
+    assert len(found) == 10
+    assert [second for _, second in found] == pytest.approx([number / RATE for number, _ in found], abs=0.002)
+    assert clip.warning is None
+
+
 def test_sound_alone_and_frames_too_large_are_refused(tmp_path, monkeypatch):
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
@@ -185,7 +195,7 @@ def test_sound_alone_and_frames_too_large_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UnreadableImageError, match="holds no pictures"):
         look(tmp_path / "sound.mp4", 5)
     file = write_numbered(tmp_path, "mp4", range(1))
-    monkeypatch.setattr(frames, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(packets, "MAX_PIXELS", 1000)
     with pytest.raises(UnreadableImageError, match=r"1,000 pixels a frame at most. Received: 128 x 64"):
         look(file, 5)
 
