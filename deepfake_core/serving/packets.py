@@ -191,7 +191,8 @@ def _read(container: Any, *streams: Any) -> Iterator[Any]:
     """Yield packets up to the file's end, or to where it can't be read on: what came before is kept."""
     import av
 
-    with contextlib.suppress(av.error.FFmpegError):
+    # IndexError: what PyAV raises at the end of a file in which a stream begins late
+    with contextlib.suppress(av.error.FFmpegError, IndexError):
         yield from container.demux(*streams)
 
 

@@ -1,5 +1,7 @@
 """The frames of clips whose number is drawn into each, in every container that the installed PyAV writes."""
 
+import contextlib
+import random
 from fractions import Fraction
 
 import av
@@ -148,6 +150,21 @@ def test_damage_in_the_middle_costs_only_what_it_hits(tmp_path, container):
     assert (clip.seen == clip.asked) == (clip.warning is None)
     if container == "mp4":
         assert f"only {clip.seen} of 200 frames could be decoded" in clip.warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("container", ["mp4", "mkv", "mts", "m2ts", "mpg", "avi", "flv", "ogv", "wmv"])
+def test_changed_bits_are_an_error_of_ours_or_cost_only_what_they_hit(tmp_path, container):
+    data = write_numbered(tmp_path, container, range(60)).read_bytes()
+    for seed in range(30):
+        draw = random.Random(seed)
+        changed = bytearray(data)
+        for _ in range(draw.choice([1, 5, 30, 100])):
+            changed[draw.randrange(len(data) if seed % 2 else min(len(data), 1500))] ^= 1 << draw.randrange(8)
+        (tmp_path / "changed").write_bytes(changed)
+        with contextlib.suppress(UnreadableImageError):
+            clip = ClipFrames(tmp_path / "changed", 20)
+            assert sum(1 for _ in clip) == clip.seen <= 20
 
 
 def test_a_recording_that_begins_within_a_packet_and_joined_ones_are_healthy(tmp_path):
