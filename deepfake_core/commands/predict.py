@@ -15,9 +15,9 @@ from typing import Any
 from deepfake_core.commands.model import load_model
 from deepfake_core.detector import MAX_BYTES
 from deepfake_core.errors import ModelError
-from deepfake_core.serving.predictor import IMAGE_SUFFIXES, Encoded, Predictor, find_files
+from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
+from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import COLUMNS, Judged, Verdict
-from deepfake_core.serving.video import SUFFIXES as CLIP_SUFFIXES
 
 STANDARD_INPUT = "standard input"
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Judge what was named; return 0, 2 if something could not be read, or 1 if `--fail-on` applies."""
+    """Judge what was named; return 1 if `--fail-on` applies, else 2 if a file could not be read, or a clip in part."""
     sources, skipped = find_sources(options.images)
     if not sources:
         raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
@@ -73,45 +73,49 @@ def run(options: argparse.Namespace) -> int:
     elif options.csv:
         show = _make_csv_printer()
     names: set[str] = set()
+    incomplete = False
     with _show_progress(len(sources), quiet=(options.json or options.csv) and sys.stdout.isatty()) as advance:
         for judged in _judge(predictor, sources, bool(options.explain), advance):
             if options.explain:
                 _write_pictures(judged, options.explain, names, predictor.detector.threshold)
             counts.update(verdict.outcome for verdict in judged.verdicts)
             show(judged.verdicts)
-            for verdict in judged.verdicts:
-                if verdict.unreadable and (options.json or options.csv):
-                    print(f"deepfake: {verdict.image}: {verdict.error}", file=sys.stderr)
+            first = judged.verdicts[0]  # has what is true of the whole file
+            incomplete |= first.unreadable or bool(first.warning)
+            if (first.unreadable or first.warning) and (options.json or options.csv):
+                print(f"deepfake: {first.image}: {first.error or first.warning}", file=sys.stderr)
     if not (options.json or options.csv):
         _print_table(verdicts, counts, predictor.detector.threshold)
     if skipped:
-        print(f"Skipped {skipped} files of other kinds.", file=sys.stderr)
+        print(f"Skipped {len(skipped):,} that are neither image nor clip: {list_names(skipped)}", file=sys.stderr)
     if options.fail_on and counts[options.fail_on]:
         return 1
-    return 2 if counts["unreadable"] else 0
+    return 2 if incomplete else 0
 
 
-def find_sources(arguments: Sequence[str]) -> tuple[list[Source], int]:
-    """Return what was named, each with its name, and how many files in folders are neither image nor clip.
+def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[Path]]:
+    """Return what was named, each with its name, and the files in folders that are neither image nor clip.
 
     Raises:
         ModelError: if a glob or a folder yields nothing.
     """
     sources: list[Source] = []
-    skipped = 0
+    skipped: list[Path] = []
     for argument in arguments:
         path = Path(argument)
         if argument == "-":
             sources += _read_standard_input()
         elif path.is_dir():
-            known, others = find_files(path, IMAGE_SUFFIXES + CLIP_SUFFIXES)
+            known, others = find_files(path)
             skipped += others
             sources += [(str(file), file) for file in known]
         elif not path.exists() and glob.has_magic(argument):
             found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute patterns too
             if not found:
                 raise ModelError(f"A glob must match files. Received: {argument}, which matches none.")
-            sources += [(file, Path(file)) for file in found if Path(file).is_file()]
+            sources += [(file, Path(file)) for file in found if not Path(file).is_dir()]
+            if "**" not in argument:  # which opens folders, as others don't
+                skipped += [Path(file) for file in found if Path(file).is_dir()]
         else:
             sources.append((argument, path))
     return sources, skipped
@@ -133,10 +137,7 @@ def _judge(
 ) -> Iterator[Judged]:
     """Judge images and clips in order, and advance by 1 for each, by parts of it for the frames of a clip."""
 
-    def is_clip(source: Source) -> bool:
-        return isinstance(source[1], Path) and source[1].suffix.lower() in CLIP_SUFFIXES
-
-    for clips, some in groupby(sources, is_clip):
+    for clips, some in groupby(sources, lambda source: isinstance(source[1], Path) and is_clip(source[1])):
         if clips:
             from deepfake_core.serving.video import MAX_FRAMES, judge_clip
 
@@ -181,7 +182,8 @@ def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: f
         clip = verdict.clip
         spread = f"{clip.low:.2f} to {clip.high:.2f}, {clip.frames} frames" if clip else ""
         face = str(verdict.face or "")
-        table.add_row(escape(image), face, f"[{style}]{outcome}", probability, escape(verdict.error or spread))
+        remarks = "; ".join(filter(None, (verdict.error or spread, verdict.warning)))
+        table.add_row(escape(image), face, f"[{style}]{outcome}", probability, escape(remarks))
     Console().print(table)
     print(
         f"{', '.join(f'{count:,} {outcome}' for outcome, count in counts.most_common())}; fake from {threshold:g} up."

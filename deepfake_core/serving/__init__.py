@@ -1,5 +1,5 @@
 """From images as they come to verdicts, without TensorFlow.
 
-Read `faces`, `predictor` and `verdict`, then `frames` and `video` (clips), `explained` (pictures with heat maps),
-`batch_scoring` (tables), `page` (`deepfake serve`).
+Read `file_kinds`, `faces`, `predictor` and `verdict`, then `packets`, `frames` and `video` (clips), `explained`
+(pictures with heat maps), `batch_scoring` (tables), `page` (`deepfake serve`).
 """

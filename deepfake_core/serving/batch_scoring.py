@@ -1,6 +1,7 @@
 """From a folder or a table of images to a table of scores."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from deepfake_core.errors import ConfigurationError
-from deepfake_core.serving.predictor import IMAGE_SUFFIXES, Encoded, Predictor, find_files
+from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
+from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import Judged
 from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.progress import Progress
+
+log = logging.getLogger(__name__)
 
 ROWS_READ = 64
 """Images read from a table at a time."""
@@ -82,7 +86,13 @@ def score_images(predictor: Predictor, images: Path, output: Path, on_progress: 
 
 def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]]]:
     if images.is_dir():
-        files, _ = find_files(images, IMAGE_SUFFIXES)
+        known, others = find_files(images)
+        clips = [file for file in known if is_clip(file)]
+        files, others = sorted(set(known) - set(clips)), others + clips
+        if others:
+            log.warning("%s: %d files are no images and are not scored: %s", images, len(others), list_names(others))
+        if not files:
+            raise ModelError(f"A folder must hold images. Received: {images}, which holds none.")
         return len(files), lambda: ((str(file.relative_to(images)), file) for file in files)
     rule = "Images must be a folder, or a Parquet file with a column `image` of bytes"
     try:

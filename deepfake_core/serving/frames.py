@@ -1,110 +1,86 @@
 """Frames spread evenly over a clip, decoded one at a time."""
 
-from array import array
-from bisect import bisect_right
+import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import numpy as np
 from PIL import Image
 
 from deepfake_core.detector import MAX_PIXELS, UnreadableImageError
-
-FORMATS = "asf,avi,matroska,mov,mp4,mpeg,mpegts,ogg,webm"
-"""Containers that hold their frames themselves; playlists, which name other files and hosts, are left out."""
+from deepfake_core.serving.packets import Packets
 
 
-def sample_frames(file: Path, count: int) -> Iterator[tuple[float, Image.Image]]:
-    """Yield frames spread evenly over a clip with their seconds, upright, one at a time.
+class ClipFrames:
+    """Frames spread evenly over a clip with their seconds from its first frame, upright, one at a time.
 
     Where a key frame is near, it is taken, so that no other must be decoded; nothing is decoded twice.
 
     Args:
         count: how many, at most.
 
-    Raises:
-        UnreadableImageError: if the file is no clip, holds no picture, or none that can be decoded; or if PyAV is not
-            installed.
-        OSError: if it can't be opened.
+    Attributes:
+        asked: how many were chosen: `count`, or all of a clip that holds fewer.
+        seen: how many could be decoded so far.
+        missing_seconds: what lacks of the length that the header states; None where it states more bytes than there
+            are; 0 of a whole file, and where nothing is stated.
     """
-    try:
-        import av
-    except ImportError as exc:
-        raise UnreadableImageError(
-            "not_a_clip", "is a clip, which needs PyAV to be read. Install deepfake-retraining[video]"
-        ) from exc
-    with file.open("rb") as opened:
+
+    def __init__(self, file: Path, count: int) -> None:
+        self._file, self._count = file, count
+        self.asked = self.seen = 0
+        self.missing_seconds: float | None = 0.0
+
+    @property
+    def warning(self) -> str | None:
+        """What of the clip was not seen; None if all that was asked for was."""
+        lines = []
+        if self.missing_seconds != 0:
+            much = f": {self.missing_seconds:.1f} seconds are missing" if self.missing_seconds else ""
+            lines.append(f"the file is cut short{much}")
+        if self.seen < self.asked:
+            lines.append(f"only {self.seen} of {self.asked} frames could be decoded")
+        return "; ".join(lines) or None
+
+    def __iter__(self) -> Iterator[tuple[float, Image.Image]]:
+        """Decode the frames.
+
+        Raises:
+            UnreadableImageError: if the file is no clip, holds no picture, or none that can be decoded; or if PyAV is
+                not installed.
+            OSError: if it can't be opened.
+        """
         try:
-            with av.open(opened, options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
-                yield from _sample(container, count)
-        except (av.error.FFmpegError, OSError) as exc:  # OSError: where a clip would end before its beginning
+            import av
+        except ImportError as exc:
             raise UnreadableImageError(
-                "not_a_clip", f"is no clip that can be read, or is damaged ({exc.strerror})"
+                "not_a_clip", "is a clip, which needs PyAV to be read. Install deepfake-retraining[video]"
             ) from exc
+        with self._file.open("rb") as opened:
+            try:
+                packets = Packets(opened)
+                self.missing_seconds = None if _is_cut_avi(opened) else packets.missing_seconds
+                chosen = packets.choose(self._count)
+                self.asked = len(chosen)
+                for number, frame in packets.decode(chosen):
+                    if not self.seen and number >= packets.first_key:  # of a recording that starts between two
+                        self.asked = max(1, int((chosen >= packets.first_key).sum()))
+                    if frame.width * frame.height > MAX_PIXELS:
+                        continue
+                    self.seen += 1
+                    image = frame.to_image()
+                    upright = image.rotate(frame.rotation, expand=True) if frame.rotation else image
+                    yield float(packets.seconds[number]), upright
+            except (av.error.FFmpegError, OSError) as exc:
+                raise UnreadableImageError(
+                    "not_a_clip", f"is no clip that can be read, or is damaged ({exc.strerror})"
+                ) from exc
+        if not self.seen:
+            raise UnreadableImageError("truncated", "is truncated or damaged: no frame can be decoded")
 
 
-def _sample(container: Any, count: int) -> Iterator[tuple[float, Image.Image]]:
-    import av
-
-    stream = next(iter(container.streams.video), None)
-    if stream is None:
-        raise UnreadableImageError("not_a_clip", "holds no pictures")
-    if stream.codec_context is None:
-        raise UnreadableImageError("not_a_clip", "is in a codec that can't be decoded here")
-    if stream.width * stream.height > MAX_PIXELS:
-        size = f"{stream.width} x {stream.height}"
-        raise UnreadableImageError("too_large", f"may hold {MAX_PIXELS:,} pixels a frame at most. Received: {size}")
-    stream.thread_type = "AUTO"
-    keys, first, last = _read_times(container, stream)
-    if last is None:
-        raise UnreadableImageError("not_a_clip", "is empty: it holds no frame")
-    position, yielded = first - 1, 0
-    for wanted in _choose_times(keys, first, last, count):
-        if wanted <= position:
-            continue
-        before = keys[max(0, bisect_right(keys, wanted) - 1)] if keys else first
-        if position < before:
-            container.seek(before, stream=stream)
-            frames = container.decode(stream)
-        try:
-            frame = next((one for one in frames if one.pts is not None and one.pts >= wanted), None)
-        except av.error.InvalidDataError:
-            continue  # a damaged stretch: the next wanted frame may come after it
-        if frame is None:
-            break
-        position = frame.pts
-        if frame.width * frame.height > MAX_PIXELS:
-            continue
-        image = frame.to_image()
-        yielded += 1
-        yield (
-            float(frame.pts * stream.time_base),
-            image.rotate(frame.rotation, expand=True) if frame.rotation else image,
-        )
-    if not yielded:
-        raise UnreadableImageError("truncated", "is truncated or damaged: no frame can be decoded")
-
-
-def _read_times(container: Any, stream: Any) -> tuple["array[int]", int, int | None]:
-    """Return when key frames, the first and the last frame are shown, in the stream's time base, without decoding."""
-    keys, first, last = array("q"), 0, None
-    for packet in container.demux(stream):
-        time = packet.pts if packet.pts is not None else packet.dts
-        if time is None or not packet.size:
-            continue
-        first, last = (time, time) if last is None else (min(first, time), max(last, time))
-        if packet.is_keyframe:
-            keys.append(time)
-    return array("q", sorted(keys)), first, last
-
-
-def _choose_times(keys: "array[int]", first: int, last: int, count: int) -> list[int]:
-    """Return times spread evenly, each that of a key frame if one is within half the distance."""
-    distance = (last - first) / count
-    chosen = set()
-    for target in first + (np.arange(count) + 0.5) * distance:
-        after = bisect_right(keys, target)
-        near = min(keys[max(0, after - 1) : after + 1], key=lambda time: abs(time - target), default=None)
-        chosen.add(near if near is not None and abs(near - target) <= distance / 2 else int(target))
-    return sorted(chosen)
+def _is_cut_avi(opened: BinaryIO) -> bool:
+    opened.seek(0)
+    kind, size, form = struct.unpack("<4sI4s", opened.read(12).ljust(12, b"\0"))
+    return (kind, form) == (b"RIFF", b"AVI ") and opened.seek(0, os.SEEK_END) < size < 0xFFFFFFF0

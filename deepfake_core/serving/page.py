@@ -13,9 +13,9 @@ from PIL import Image
 
 from deepfake_core.errors import DeepfakeError, ModelError
 from deepfake_core.registry import connection, detectors
+from deepfake_core.serving.file_kinds import is_clip
 from deepfake_core.serving.predictor import Predictor, load_detector
 from deepfake_core.serving.verdict import Verdict
-from deepfake_core.serving.video import SUFFIXES as CLIP_SUFFIXES
 from deepfake_core.serving.video import judge_clip, plot_timeline
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | No
     """Return the verdict as HTML, the picture that explains it, and a clip's timeline."""
     predictor, version = keeper.get()
     timeline = None
-    if file.suffix.lower() in CLIP_SUFFIXES:
+    if is_clip(file):
         judged = judge_clip(predictor, file, explain=predictor.detector.explains)
         if judged.timelines:
             timeline = plot_timeline(judged, predictor.detector.threshold, file.name)
@@ -100,7 +100,7 @@ def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | No
 def _write_verdict(verdicts: list[Verdict], version: str, threshold: float) -> str:
     fakes = sum(verdict.label == "fake" for verdict in verdicts)
     if verdicts[0].label is None:
-        headline = f"No verdict: {verdicts[0].error}"
+        headline = f"No verdict: {verdicts[0].describe()}"
     elif len(verdicts) == 1:
         headline = f"{str(verdicts[0].label).capitalize()}, P(fake) = {verdicts[0].fake_probability:.2f}"
     else:
@@ -165,7 +165,7 @@ def build_page(keeper: ModelKeeper) -> Any:
     ) as page:
         gradio.Markdown(f"# Fake or real?\n{LIMITS}")
         with gradio.Row():
-            upload = gradio.File(label="Image or clip", file_types=["image", "video"], type="filepath")
+            upload = gradio.File(label="Image or clip", type="filepath")  # of any name: its content decides
             verdict = gradio.HTML(label="Verdict")
         picture = gradio.Image(
             label="Heat map: where the model looked",

@@ -22,8 +22,6 @@ NO_FACE = "no face was found; --no-detect judges the whole image"
 MAX_QUEUED_IMAGES = BATCH_SIZE
 """How many images may wait to be scored, which bounds the memory."""
 
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
-
 Encoded = Path | bytes
 
 
@@ -180,21 +178,6 @@ class Predictor:
             fake_probability=float(score),
             threshold=self.detector.threshold,
         )
-
-
-def find_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], int]:
-    """Return the files in a folder, and in those below, that have one of the suffixes; and how many have none of them.
-
-    Raises:
-        ModelError: if none has.
-    """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    known = [file for file in files if file.suffix.lower() in suffixes]
-    if not known:
-        raise ModelError(
-            f"A folder must hold files of kind {', '.join(suffixes)}. Received: {folder}, which holds none."
-        )
-    return known, len(files) - len(known)
 
 
 def _read(image: Encoded) -> bytes:

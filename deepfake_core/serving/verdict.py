@@ -13,7 +13,9 @@ class Clip:
     Attributes:
         frames: how many were scored.
         low: 10th percentile of their probabilities; likewise `high`, the 90th.
-        first_second: when the face was first seen; likewise `last_second`.
+        first_second: when the face was first seen, from the first frame on; likewise `last_second`.
+        frames_seen: how many frames of the clip were decoded.
+        frames_asked: how many were to be.
     """
 
     frames: int
@@ -21,6 +23,8 @@ class Clip:
     high: float
     first_second: float
     last_second: float
+    frames_seen: int
+    frames_asked: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Verdict:
         fake_probability: 0 to 1; of a clip, from the trimmed mean of its frames' logits.
         unreadable: True if the image could not be read, as opposed to showing no face.
         clip: None for an image.
+        warning: what of a clip was not seen, though there is a verdict; None if nothing.
     """
 
     image: str
@@ -46,11 +51,14 @@ class Verdict:
     error: str | None = None
     unreadable: bool = False
     clip: Clip | None = None
+    warning: str | None = None
 
     @classmethod
-    def refuse(cls, image: str, threshold: float, error: str, *, unreadable: bool = False) -> "Verdict":
+    def refuse(
+        cls, image: str, threshold: float, error: str, *, unreadable: bool = False, warning: str | None = None
+    ) -> "Verdict":
         """Return that there is no verdict, and why."""
-        return cls(image, None, None, None, None, threshold, error, unreadable)
+        return cls(image, None, None, None, None, threshold, error, unreadable, warning=warning)
 
     @property
     def outcome(self) -> str:
@@ -65,11 +73,12 @@ class Verdict:
 
     def describe(self) -> str:
         """Return it as a line, such as `face 1: fake, P(fake) = 0.93`."""
+        warning = f"; {self.warning}" if self.warning else ""
         if self.fake_probability is None:
-            return str(self.error)
+            return f"{self.error}{warning}"
         face = f"face {self.face}: " if self.face else ""
         spread = f" ({self.clip.low:.2f} to {self.clip.high:.2f} over {self.clip.frames} frames)" if self.clip else ""
-        return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}"
+        return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}{warning}"
 
 
 COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name != "clip")

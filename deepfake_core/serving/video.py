@@ -13,14 +13,12 @@ from deepfake_core.config import CLASS_COLOURS
 from deepfake_core.detector import BATCH_SIZE, UnreadableImageError
 from deepfake_core.serving.explained import draw_heat
 from deepfake_core.serving.faces import Box
-from deepfake_core.serving.frames import sample_frames
+from deepfake_core.serving.frames import ClipFrames
 from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.verdict import Clip, Judged, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
 
 MAX_FRAMES = 48
 """How many frames are judged of a clip."""
@@ -62,12 +60,12 @@ def judge_clip(
         on_progress: called after each frame with 1, and at the end with the frames that the clip lacks; and with all.
 
     Returns:
-        One verdict per face; one with an `error` if the clip can't be read or shows no face.
+        One verdict per face; one with an `error` if the clip can't be read or shows no face. A `warning` says what of
+        the clip was not seen.
     """
-    detector, tracks, done = predictor.detector, list[_Track](), 0
+    detector, tracks, clip = predictor.detector, list[_Track](), ClipFrames(file, frames)
     try:
-        for second, image in sample_frames(file, frames):
-            done += 1
+        for second, image in clip:
             _follow(tracks, second, predictor.cut_faces(image))
             if sum(len(track.crops) for track in tracks) >= BATCH_SIZE:
                 _score(tracks, predictor)
@@ -78,13 +76,14 @@ def judge_clip(
         return Judged(str(file), [Verdict.refuse(str(file), detector.threshold, error, unreadable=True)])
     _score(tracks, predictor)
     if on_progress:
-        on_progress(frames - done, frames)
+        on_progress(frames - clip.seen, frames)
     if not tracks:
-        error = f"no face was found in {frames} frames; --no-detect judges whole frames"
-        return Judged(str(file), [Verdict.refuse(str(file), detector.threshold, error)])
+        error = f"no face was found in {clip.seen} frames; --no-detect judges whole frames"
+        return Judged(str(file), [Verdict.refuse(str(file), detector.threshold, error, warning=clip.warning)])
     tracks.sort(key=lambda track: (len(track.scores) >= MIN_TRACK_FRAMES, average_scores(track.scores)), reverse=True)
     verdicts = [
-        _judge(predictor, str(file), number if predictor.detects else None, one) for number, one in enumerate(tracks, 1)
+        _judge(predictor, clip, str(file), number if predictor.detects else None, one)
+        for number, one in enumerate(tracks, 1)
     ]
     picture = None
     if explain and tracks[0].shown is not None:
@@ -136,7 +135,7 @@ def _score(tracks: list[_Track], predictor: Predictor) -> None:
         track.crops.clear()
 
 
-def _judge(predictor: Predictor, name: str, face: int | None, track: _Track) -> Verdict:
+def _judge(predictor: Predictor, clip: ClipFrames, name: str, face: int | None, track: _Track) -> Verdict:
     probability = average_scores(track.scores)
     low, high = np.quantile(track.scores, (0.1, 0.9))
     box = track.boxes[len(track.boxes) // 2]
@@ -147,7 +146,16 @@ def _judge(predictor: Predictor, name: str, face: int | None, track: _Track) -> 
         label=predictor.detector.label(probability),
         fake_probability=probability,
         threshold=predictor.detector.threshold,
-        clip=Clip(len(track.scores), float(low), float(high), track.seconds[0], track.seconds[-1]),
+        clip=Clip(
+            frames=len(track.scores),
+            low=float(low),
+            high=float(high),
+            first_second=track.seconds[0],
+            last_second=track.seconds[-1],
+            frames_seen=clip.seen,
+            frames_asked=clip.asked,
+        ),
+        warning=clip.warning,
     )
 
 

@@ -163,7 +163,7 @@ def test_a_folder_a_glob_and_files_give_the_same_rows(candidate, folder, capsys)
         ("/scene.png", 3),
         ("/wall.webp", None),
     ]
-    assert "Skipped 1 files of other kinds" in err
+    assert f"Skipped 1 that are neither image nor clip: {folder / 'notes.txt'}" in err
     assert main(["predict", str(folder / "**" / "*.[jpw]*"), *model]) == 0
     assert read_json(capsys.readouterr().out) == rows
     files = [str(folder / name) for name in ("below/scene.jpg", "scene.png", "wall.webp")]

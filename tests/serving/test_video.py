@@ -1,14 +1,18 @@
 """Clips, drawn and encoded here."""
 
+import csv
+import io
+import json
+
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from deepfake_core.cli import main
-from deepfake_core.detector import Detector, UnreadableImageError
-from deepfake_core.serving import frames, video
-from deepfake_core.serving.frames import sample_frames
+from deepfake_core.detector import Detector
+from deepfake_core.serving import video
+from deepfake_core.serving.page import ModelKeeper, judge_upload
 from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.video import average_scores, judge_clip, plot_timeline
 from tests.builders import draw_portrait, draw_scene, write_clip
@@ -36,49 +40,6 @@ def two_people(tmp_path_factory):
 @pytest.fixture(scope="module")
 def detector(candidate):
     return Detector(candidate.folder)
-
-
-@pytest.mark.parametrize("gop", [1, 10, 250], ids=["key frames alone", "some key frames", "one key frame"])
-@pytest.mark.parametrize("container", ["mp4", "mkv", "avi", "webm", "mov"])
-def test_frames_are_spread_evenly_and_are_those_of_their_time(tmp_path, gop, container):
-    codec = "libvpx" if container == "webm" else "mpeg4" if container == "avi" else "libx264"
-    file = write_clip(tmp_path / f"clip.{container}", [grey(20 + 2 * number) for number in range(100)], gop, codec)
-    found = list(sample_frames(file, 10))
-    assert len(found) == 10
-    seconds = np.array([second for second, _ in found])
-    assert (np.diff(seconds) > 0).all()
-    wanted = (np.arange(10) + 0.5) * 99 / RATE / 10
-    assert np.abs(seconds - wanted).max() <= 99 / RATE / 20 + 1 / RATE
-    brightness = np.array([np.asarray(image).mean() for _, image in found])
-    assert np.abs(brightness - (20 + 2 * seconds * RATE)).max() < 4  # a codec's error; frames are 2 apart
-
-
-def test_a_clip_of_fewer_frames_gives_each_once(tmp_path):
-    file = write_clip(tmp_path / "short.mp4", [grey(50 * number) for number in range(5)])
-    assert len(list(sample_frames(file, 48))) == 5
-
-
-def test_nothing_is_decoded_twice_and_little_where_key_frames_lie_near(tmp_path, monkeypatch):
-    file = write_clip(tmp_path / "long.mp4", [grey(number % 200) for number in range(1000)], gop=10)
-    decoded = 0
-    sample = frames._sample
-
-    class Counting:
-        def __init__(self, container):
-            self._container = container
-
-        def __getattr__(self, name):
-            return getattr(self._container, name)
-
-        def decode(self, stream):
-            nonlocal decoded
-            for frame in self._container.decode(stream):
-                decoded += 1
-                yield frame
-
-    monkeypatch.setattr(frames, "_sample", lambda container, count: sample(Counting(container), count))
-    assert len(list(sample_frames(file, 20))) == 20
-    assert decoded == 20
 
 
 @pytest.mark.slow
@@ -146,33 +107,72 @@ def test_a_truncated_clip_is_an_error_or_gives_what_can_be_decoded(tmp_path, det
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])  # mp4's index lies at the end
     (verdict,) = judge_clip(Predictor(detector), tmp_path / "cut.mp4").verdicts
     assert verdict.unreadable
-    stream = write_clip(tmp_path / "whole.mkv", [grey(number) for number in range(200)], gop=10).read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(stream[: len(stream) // 2])
-    assert 3 <= len(list(sample_frames(tmp_path / "cut.mkv", 10))) <= 10
 
 
-def test_sound_alone_and_frames_too_large_are_refused(tmp_path, monkeypatch):
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=44100)
-        silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
-        silence.sample_rate = 44100
-        container.mux(stream.encode(silence))
-        container.mux(stream.encode())
-    with pytest.raises(UnreadableImageError, match="holds no pictures"):
-        list(sample_frames(tmp_path / "sound.mp4", 5))
-    file = write_clip(tmp_path / "large.mp4", [grey(1)])
-    monkeypatch.setattr(frames, "MAX_PIXELS", 1000)
-    with pytest.raises(UnreadableImageError, match=r"1,000 pixels a frame at most. Received: 64 x 48"):
-        list(sample_frames(file, 5))
+def remux(file, target, form=None):
+    """Write a clip's pictures, unchanged, into another container."""
+    with av.open(str(file)) as source, av.open(str(target), "w", format=form) as container:
+        pictures = source.streams.video[0]
+        stream = container.add_stream_from_template(pictures)
+        stream.time_base = 1 / pictures.average_rate  # which AVI numbers frames by
+        as_stream = av.BitStreamFilterContext("h264_mp4toannexb", pictures)
+        for packet in source.demux(pictures):
+            if packet.dts is None:
+                continue
+            packet.dts, packet.pts = packet.dts + 2048, packet.pts + 2048  # AVI holds no time below 0
+            for one in as_stream.filter(packet) if target.suffix in (".avi", ".mpg") else [packet]:
+                one.stream = stream
+                container.mux(one)
+    return target
 
 
-def test_a_codec_that_nobody_knows_is_said_and_odd_titles_are_no_matter(tmp_path):
-    clip = write_clip(tmp_path / "clip.mp4", [grey(number) for number in range(20)]).read_bytes()
-    (tmp_path / "codec.mp4").write_bytes(clip.replace(b"avc1", b"zzzz"))
-    with pytest.raises(UnreadableImageError, match="in a codec that can't be decoded"):
-        list(sample_frames(tmp_path / "codec.mp4", 5))
-    (tmp_path / "title.mp4").write_bytes(clip.replace(b"Lavf", b"L\xe4\xffv"))
-    assert len(list(sample_frames(tmp_path / "title.mp4", 5))) == 5
+@pytest.fixture(scope="module")
+def cut(two_people):
+    """Half of a file in Matroska, whose name does not say that it is a clip."""
+    whole = remux(two_people, two_people.with_name("whole.mkv"))
+    file = two_people.with_name("recording")
+    file.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    return file
+
+
+WARNING = "the file is cut short: "
+
+
+def test_the_page_says_what_of_a_clip_was_not_seen(candidate, cut):
+    text, _, timeline = judge_upload(ModelKeeper(str(candidate.folder), detect=False), cut)
+    assert "frames); " + WARNING in text
+    assert timeline
+
+
+@pytest.mark.parametrize("how", ["--json", "--csv", "table"])
+def test_the_command_line_says_what_of_a_clip_was_not_seen(candidate, cut, capsys, monkeypatch, how):
+    monkeypatch.setenv("COLUMNS", "300")
+    options = ["--no-detect", "--model", str(candidate.folder), *([] if how == "table" else [how])]
+    assert main(["predict", str(cut), *options]) == 2  # a part could not be read, which may be the fake one
+    out, err = capsys.readouterr()
+    if how == "table":
+        assert WARNING in out
+        return
+    row = json.loads(out) if how == "--json" else next(csv.DictReader(io.StringIO(out)))
+    assert WARNING in row["warning"]
+    assert row["frames_seen"] in (48, "48")
+    assert row["frames_asked"] in (48, "48")
+    assert WARNING in err
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("mkv", None), ("mov", None), ("flv", None), ("ts", None), ("m2ts", "mpegts"), ("mpg", None), ("avi", None)],
+)
+def test_the_same_pictures_in_any_container_get_the_same_verdict(detector, two_people, tmp_path, name, form):
+    def judge(file):
+        (verdict,) = judge_clip(Predictor(detector, detect=False), file).verdicts
+        return {name: value for name, value in verdict.as_row().items() if name not in ("image", "box")}
+
+    expected = judge(two_people)
+    assert expected["frames_seen"] == expected["frames_asked"] == 48
+    found = judge(remux(two_people, tmp_path / f"clip.{name}", form))
+    assert found == pytest.approx(expected, abs=0.002)  # seconds are rounded to milliseconds
 
 
 def test_no_face_in_a_clip_is_said(tmp_path, detector):
