@@ -15,7 +15,7 @@ from deepfake_core.serving.verdict import Judged
 from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.progress import Progress
 
-ROWS_READ = 64
+ROWS_READ = 8
 """Images read from a table at a time."""
 
 ROWS_WRITTEN = 5000
