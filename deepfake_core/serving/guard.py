@@ -39,11 +39,16 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        async def send_and_close(message: Message) -> None:
+            if message.get("status", 200) >= 400:  # else the server would go on reading the body
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
         try:
-            await self._app(scope, await self._check(scope, receive), send)
+            await self._app(scope, await self._check(scope, receive), send_and_close)
         except HTTPException as exc:
-            headers = {"Connection": "close"}  # else the server would go on reading the body
-            await JSONResponse({"detail": exc.detail}, exc.status_code, headers)(scope, receive, send)
+            await JSONResponse({"detail": exc.detail}, exc.status_code)(scope, receive, send_and_close)
 
     async def _check(self, scope: Message, receive: Receive) -> Receive:
         """Return what to read the request's body from.
