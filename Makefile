@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check docs browser pictures bench bench-data bench-training bench-serving lock deploy up down \
+.PHONY: help demo test test-fast check docs browser pictures bench bench-data bench-training bench-serving bench-soak lock deploy up down \
 	image containers
 
 help:  ## list the targets
@@ -57,6 +57,10 @@ bench-training: .venv/installed  ## measure candidates and training speed, hours
 bench-serving: .venv/installed  ## measure face detection and how fast predict answers: make bench-serving ARCHIVES=folder
 	$(BIN)/python benchmarks/face_detection.py $(ARCHIVES)
 	$(BIN)/python benchmarks/serving_speed.py $(ARCHIVES)
+	$(BIN)/python benchmarks/render.py
+
+bench-soak: .venv/installed  ## watch memory, files and threads of what runs for long: over an hour
+	PYTHONPATH=. $(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/render.py
 
 lock: .venv/installed  ## write requirements.lock, and the image's deployments/gpu.lock, anew from pyproject.toml

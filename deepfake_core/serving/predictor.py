@@ -19,8 +19,10 @@ from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
 from deepfake_core.serving.verdict import Judged, Verdict
 
 NO_FACE = "no face was found; --no-detect judges the whole image"
-MAX_QUEUED_IMAGES = BATCH_SIZE
+MAX_QUEUED_IMAGES = 2 * BATCH_SIZE
 """How many images may wait to be scored, which bounds the memory."""
+
+MAX_DECODING_THREADS = 4
 
 Encoded = Path | bytes
 
@@ -58,9 +60,6 @@ class Predictor:
 
     Args:
         detect: look for faces; False judges each image as a whole.
-
-    Raises:
-        ModelError: if `detect` is set on a processor that the face detector has no build for.
     """
 
     def __init__(self, detector: Detector, detect: bool = True) -> None:
@@ -87,7 +86,7 @@ class Predictor:
         yield from self._score(batch)
 
     def _prepare_ahead(self, images: Iterable[tuple[str, Encoded]], explain: bool) -> Iterator[_Prepared]:
-        pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_DECODING_THREADS), thread_name_prefix="decode")
         waiting: deque[Future[_Prepared]] = deque()
         try:
             for name, image in images:

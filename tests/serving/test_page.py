@@ -1,6 +1,12 @@
 """The page, in a real browser, with versions from a real registry."""
 
+import contextlib
+import http.client
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -92,9 +98,27 @@ def test_what_is_no_image_shows_no_face_or_is_too_large_is_said(page, served, tm
     drop(page, tmp_path / "large.jpg").get_by_text("exceed the maximum allowed size").first.wait_for()
 
 
+def call(served, data, **headers):
+    """Call the page's function as a program does; return the answer, or what it ended with."""
+    api = f"{served[0]}/gradio_api/call/judge"
+    called = requests.post(api, json={"data": [data]}, headers=headers)
+    if not called.ok:
+        return called
+    return requests.get(f"{api}/{called.json()['event_id']}")
+
+
+def send(served, file):
+    """Upload a file and have it judged; return the answer's text."""
+    with file.open("rb") as opened:
+        (path,) = requests.post(f"{served[0]}/gradio_api/upload", files={"files": opened}).json()
+    return call(served, {"path": path, "meta": {"_type": "gradio.FileData"}}).text
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["path", "url"])
-def test_a_request_can_name_no_file_and_no_address(served, tmp_path, how):
+@pytest.mark.parametrize(
+    "place", ["{witness}", "{witness}?x=http://{host}/", "HTTP://{host}", " {witness}", "//{host}", "{secret}"]
+)
+def test_a_request_can_name_no_file_and_no_address(served, tmp_path, place):
     draw_portrait(1).save(tmp_path / "secret.png")
     asked = []
 
@@ -104,16 +128,83 @@ def test_a_request_can_name_no_file_and_no_address(served, tmp_path, how):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Witness) as witness:
         threading.Thread(target=witness.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{witness.server_port}/secret.png"
-        place = str(tmp_path / "secret.png") if how == "path" else address
-        data = {"path": place, "url": place, "meta": {"_type": "gradio.FileData"}}
-        api = f"{served[0]}/gradio_api/call/judge"
-        event = requests.post(api, json={"data": [data]}).json()["event_id"]
-        answer = requests.get(f"{api}/{event}").text
+        host = f"127.0.0.1:{witness.server_port}"
+        named = place.format(witness=f"http://{host}/secret.png", host=host, secret=tmp_path / "secret.png")
+        answer = call(served, {"path": named, "url": named, "meta": {"_type": "gradio.FileData"}})
         witness.shutdown()
-    assert "event: error" in answer
-    assert "P(fake)" not in answer
+    assert answer.status_code == 400 or "event: error" in answer.text
+    assert "P(fake)" not in answer.text
     assert not asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "{served}"}, 200),
+        ({"Host": "localhost:{port}", "Origin": "http://localhost:{port}"}, 200),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": "rebound.example:{port}"}, 403),
+        ({"Host": "127.0.0.1"}, 403),
+        ({"Origin": "https://other.example"}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_other_sites_are_refused(served, headers, status):
+    filled = {name: value.format(served=served[0], port=served[1]) for name, value in headers.items()}
+    assert requests.get(served[0], headers=filled).status_code == status
+    assert requests.post(f"{served[0]}/gradio_api/upload", files={"files": b"1"}, headers=filled).status_code == status
+    assert call(served, None, **filled).status_code == status
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("path", ["call/judge", "queue/join", "run/judge", "cancel", "upload"])
+def test_a_body_beyond_the_limit_is_refused_while_it_arrives(served, path, declared):
+    """300 MB, of which the server reads no more than a few."""
+    sent = 0
+
+    def chunks():
+        nonlocal sent
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="large.jpg"\r\n\r\n'
+        for _ in range(300):
+            sent += 1
+            yield bytes(1_000_000)
+
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", served[1])) as connection:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        headers |= {"Content-Length": "300000000"} if declared else {}
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.request("POST", f"/gradio_api/{path}", chunks(), headers, encode_chunked=not declared)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.getresponse().status == 413
+    assert sent < 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "body", [{"data": [], "fn_index": 99}, {"data": [], "fn_index": -1}, {"data": [], "fn_index": "0"}, [], "x", None]
+)
+@pytest.mark.parametrize("path", ["queue/join", "run/judge", "call/judge"])
+def test_a_call_of_nothing_is_the_callers_error(served, path, body):
+    named = body | {"session_hash": "x"} if isinstance(body, dict) else body
+    assert 400 <= requests.post(f"{served[0]}/gradio_api/{path}", json=named).status_code < 500
+
+
+@pytest.mark.slow
+def test_a_slow_image_holds_no_other_up(served, tmp_path):
+    draw_portrait(1).save(tmp_path / "small.png")
+    Image.new("RGB", (7000, 7000)).resize((7000, 7000)).save(tmp_path / "large.webp", lossless=True, quality=0)
+    answers = []
+    slow = threading.Thread(target=lambda: answers.append(("large", send(served, tmp_path / "large.webp"))))
+    slow.start()
+    while slow.is_alive() and not [name for name, _ in answers if name == "small"]:
+        answers.append(("small", send(served, tmp_path / "small.png")))
+    slow.join()
+    assert answers[0][0] == "small"
+    assert "P(fake)" in answers[0][1]
 
 
 @pytest.mark.slow
@@ -156,3 +247,24 @@ def test_a_taken_port_is_said(served, candidate, capsys):
     assert "which is taken" in capsys.readouterr().err
     assert main(["serve", "--model", "/dev/null"]) == 2
     assert "folder written by `deepfake pull`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_no_upload_is_left_when_the_page_ends(candidate, tmp_path):
+    (tmp_path / f"deepfake-page-{2**22 + 1}-left").mkdir()  # no process has this number
+    (tmp_path / f"deepfake-page-{os.getpid()}-others").mkdir()
+    draw_portrait(1).save(tmp_path / "face.png")
+    port = free_port()
+    command = [sys.executable, "-m", "deepfake_core.cli", "serve", "--model", candidate.folder, "--port", str(port)]
+    with subprocess.Popen(
+        command, env={**os.environ, "GRADIO_TEMP_DIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert "Ctrl+C" in server.stdout.readline()
+        assert "P(fake)" in send((f"http://127.0.0.1:{port}", port), tmp_path / "face.png")
+        (folder,) = tmp_path.glob(f"deepfake-page-{server.pid}-*")
+        assert list(folder.rglob("face.png"))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    assert [found.name for found in tmp_path.glob("deepfake-page-*")] == [f"deepfake-page-{os.getpid()}-others"]

