@@ -31,8 +31,8 @@ MAX_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_PIXELS
 MAX_DECODING_BYTES = 1_000_000_000
 """Memory that images take while they are decoded by `open_image`, whatever the number of threads."""
 
-BYTES_PER_PIXEL = 20
-"""Memory while an image is decoded, at most: of a progressive JPEG, with its coefficients, or of a WebP."""
+BYTES_PER_PIXEL = {"JPEG": 12, "PNG": 12, "WEBP": 20}
+"""Memory while an image is decoded and made upright, at most, as measured: 0.6 and 1 GB for the largest."""
 
 _JPEG = b"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
@@ -99,7 +99,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     Open no second one inside the block: each could wait for the other.
     """
     header = _open_header(data)
-    with DECODING.hold(header.width * header.height * BYTES_PER_PIXEL):
+    with DECODING.hold(header.width * header.height * BYTES_PER_PIXEL[header.format or "WEBP"]):
         yield _decode_pixels(header)
 
 

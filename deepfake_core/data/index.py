@@ -35,7 +35,7 @@ from deepfake_core.data.members import UNREADABLE, Member
 from deepfake_core.decoding import (
     BYTES_PER_PIXEL,
     DECODING,
-    MAX_DECODING_BYTES,
+    MAX_BYTES,
     MemoryBudget,
     UnreadableImageError,
     check_scans,
@@ -57,7 +57,7 @@ DECODED_AT_ONCE = 128
 MIN_DECODED_PIXELS = 64
 """JPEGs are decoded at the smallest of libjpeg's scales that leaves this many pixels a side."""
 
-READING = MemoryBudget(MAX_DECODING_BYTES)
+READING = MemoryBudget(2 * MAX_BYTES)
 """Memory of files from when they are read until they are decoded; `DECODING` is asked for after it, never before."""
 
 NO_PIXELS = np.empty((0, 0), np.uint8)
@@ -191,7 +191,7 @@ def decode(data: bytes) -> tuple[Content, np.ndarray]:
         try:
             area = header.width * header.height
             check_scans(data, area)
-            with DECODING.hold(area * BYTES_PER_PIXEL):
+            with DECODING.hold(area * BYTES_PER_PIXEL["JPEG"]):
                 pixels = simplejpeg.decode_jpeg(
                     data, "GRAY", min_height=MIN_DECODED_PIXELS, min_width=MIN_DECODED_PIXELS
                 )
