@@ -105,6 +105,7 @@ def test_scans_of_garbage_are_counted_or_refused(garbage, pixels):
 
 
 @needs_faces
+@pytest.mark.slow
 def test_every_real_face_has_far_fewer_scans_than_the_limit():
     files = sorted((FACES / "faces").rglob("*.jpg"))
     assert len(files) > 1000
