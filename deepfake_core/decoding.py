@@ -34,6 +34,9 @@ MAX_DECODING_BYTES = 1_000_000_000
 BYTES_PER_PIXEL = {"JPEG": 12, "PNG": 12, "WEBP": 20}
 """Memory while an image is decoded and made upright, at most, as measured: 0.6 and 1 GB for the largest."""
 
+PILLOW_BLOCK_BYTES = 64 * 2**20
+"""In which Pillow asks for memory. What is smaller than 32 MiB, as its own 16 are, glibc keeps for each thread."""
+
 _JPEG = b"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
@@ -99,8 +102,13 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     Open no second one inside the block: each could wait for the other.
     """
     header = _open_header(data)
+    Image.core.set_block_size(PILLOW_BLOCK_BYTES)
     with DECODING.hold(header.width * header.height * BYTES_PER_PIXEL[header.format or "WEBP"]):
-        yield _decode_pixels(header)
+        image = _decode_pixels(header)
+        try:
+            yield image
+        finally:
+            image.close()
 
 
 def _open_header(data: bytes) -> Image.Image:
@@ -139,6 +147,7 @@ def _decode_pixels(image: Image.Image) -> Image.Image:
     except Exception as exc:
         raise UnreadableImageError("truncated", f"is truncated or damaged ({exc})") from exc
     converted.format = image.format
+    image.close()
     return converted
 
 

@@ -1,6 +1,8 @@
 import hashlib
 import io
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -339,3 +341,28 @@ def test_16_bit_greys_keep_their_shades():
     greys = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     decoded = np.asarray(detector.decode_image(encode(Image.fromarray(greys), "PNG")))
     assert (decoded == (greys >> 8)[..., None]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_large_images_are_decoded_in_bounded_memory_on_any_number_of_cores(tmp_path, orientation):
+    """Six images of 36 million pixels on 16 cores; decoded all at once, they would take 2 to 4 GB."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"exif": exif} if orientation > 1 else {}
+    whole = encode(Image.new("RGB", (6000, 6000), "teal"), progressive=True, subsampling=0, **options)
+    members = {f"real/{i}.jpg": whole[:2] + b"\xff\xfe\0\3%d" % i + whole[2:] for i in range(6)}
+    path = write_zip(tmp_path / "large.zip", members)
+    code = (
+        "import os, resource, sys; os.cpu_count = lambda: 16\n"
+        "from deepfake_core.config import Source; from deepfake_core.data import index\n"
+        "from deepfake_core.data.kaggle import fetch_archive; from deepfake_core.storage.store import open_store\n"
+        "index.DECODED_AT_ONCE = 1; index.SHARD_SIZE = 1; store = open_store(sys.argv[2])\n"
+        "measure = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before = measure()\n"
+        "rows = index.build_index(fetch_archive(Source(name=sys.argv[1]), store), store)\n"
+        "assert (rows['reason'] == '').sum() == 6; print(measure() - before)"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "data")]
+    used = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert used < 1.1 * decoding.MAX_DECODING_BYTES
