@@ -104,11 +104,7 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
     header = _open_header(data)
     Image.core.set_block_size(PILLOW_BLOCK_BYTES)
     with DECODING.hold(header.width * header.height * BYTES_PER_PIXEL[header.format or "WEBP"]):
-        image = _decode_pixels(header)
-        try:
-            yield image
-        finally:
-            image.close()
+        yield _decode_pixels(header)
 
 
 def _open_header(data: bytes) -> Image.Image:
