@@ -6,11 +6,14 @@ command line is built from them and MLflow logs them.
 
 import os
 import re
+from collections import Counter
 from dataclasses import asdict
+from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator, model_validator
 
 CLASS_NAMES = ("real", "fake")
 """A label is the position here: fake is 1, the positive class, everywhere."""
@@ -58,27 +61,43 @@ class Parameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_state_bounds)
 
 
+FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
+Folders = FolderName | Annotated[tuple[FolderName, ...], Field(min_length=1)]
+"""Names of folders, or patterns of names (*, ?, [abc])."""
+
+
 class Source(Parameters):
     """One data set of real and fake faces, and how its folders name the label."""
 
     name: str = Field(
-        description="Kaggle slug (owner/name), or path of a local zip or folder. A path begins with /, ./, ../ or ~."
+        json_schema_extra={"pattern": r"^(/|\./|\.\./|~|[\w-]+/[\w-]+$)"},  # so that Prefect's form refuses it too
+        description="Kaggle slug (owner/name), or path of a local zip or folder. A path begins with /, ./, ../ or ~.",
     )
     version: int | None = Field(
         default=None, ge=1, description="Kaggle version to stay at. Empty: the newest at each run."
     )
-    real_folder: str = Field(default="real", min_length=1, description="Name of the folders whose images are real.")
-    fake_folder: str = Field(default="fake", min_length=1, description="Name of the folders whose images are fake.")
+    real_folder: Folders = Field(
+        default="real", description="Name of the folders whose images are real, or several; * stands for any text."
+    )
+    fake_folder: Folders = Field(
+        default="fake", description="Name of the folders whose images are fake, or several; * stands for any text."
+    )
     csv_real_label: int | None = Field(
         default=None,
         description="Value that means real in the column `label` of the source's csv files. "
         "Where set, the csv files must agree with the folders, or the run stops.",
+    )
+    follow_links: bool = Field(
+        default=False,
+        description="Of a local folder: read links to files and folders outside it too. Those inside are always read.",
     )
     drawn: bool = Field(
         default=False,
         description="The images are drawn, not photographs. A model trained on them never replaces one "
         "that was trained on photographs.",
     )
+
+    _names_owner: bool = PrivateAttr(default=False)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -96,8 +115,12 @@ class Source(Parameters):
             )
         if self.is_local and self.version is not None:
             raise ValueError(f"`version` is for Kaggle sources only. Received: {self.version} for {self.name!r}")
-        if self.real_folder == self.fake_folder:
-            raise ValueError(f"`real_folder` and `fake_folder` must differ. Received: {self.real_folder!r} for both")
+        if self.follow_links and not self.is_local:
+            raise ValueError(f"`follow_links` is for local folders only. Received: true for {self.name!r}")
+        real, fake = self.folder_names.values()
+        for one, other in product(real, fake):
+            if one == other or fnmatchcase(one, other) or fnmatchcase(other, one):
+                raise ValueError(f"`real_folder` and `fake_folder` must differ. Received: {one!r} and {other!r}")
         return self
 
     @property
@@ -105,13 +128,28 @@ class Source(Parameters):
         return self.name.startswith(("/", "./", "../", "~"))
 
     @property
+    def folder_names(self) -> dict[str, tuple[str, ...]]:
+        """The names or patterns of each class's folders."""
+        folders = (self.real_folder, self.fake_folder)
+        names = ((one,) if isinstance(one, str) else one for one in folders)
+        return dict(zip(CLASS_NAMES, names, strict=True))
+
+    @property
     def short_name(self) -> str:
         """The last part of the slug or path, without `.zip`: how metrics and manifest name the source.
 
-        What MLflow admits in no metric's name becomes `_`.
+        Where two of a run would end alike, the owner or folder stands before it: owner.name. What MLflow admits in no
+        metric's name becomes `_`.
         """
-        path = os.path.abspath(os.path.expanduser(self.name))  # noqa: PTH100, PTH111 - pathlib keeps `..`
-        return re.sub(r"[^\w. -]", "_", Path(path).name.removesuffix(".zip"))
+        path = Path(os.path.abspath(os.path.expanduser(self.name)))  # noqa: PTH100, PTH111 - pathlib keeps `..`
+        owner = f"{path.parent.name}." if self._names_owner else ""
+        return re.sub(r"[^\w. -]", "_", owner + path.name.removesuffix(".zip"))
+
+    def name_owner(self) -> "Source":
+        """Return the same source, with its owner in its short name."""
+        copy = self.model_copy()
+        copy._names_owner = True
+        return copy
 
 
 KAGGLE_SOURCES = (
@@ -127,6 +165,7 @@ class DataParameters(Parameters):
     sources: tuple[Source, ...] = Field(
         default=KAGGLE_SOURCES,
         min_length=1,
+        json_schema_extra={"uniqueItems": True},
         description="Data sets to merge. Where two hold the same picture equally large, the one listed first keeps it.",
     )
     data_dir: str = Field(
@@ -161,10 +200,20 @@ class DataParameters(Parameters):
                 "test_fraction + val_fraction must be less than 1, so that images are left to train on. "
                 f"Received: {self.test_fraction} + {self.val_fraction}"
             )
-        names = [source.short_name for source in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"The last parts of the sources' names must differ. Received: {names}")
         return self
+
+    @field_validator("sources")
+    @classmethod
+    def _tell_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        """Put the owner into short names that would be the same."""
+        short = Counter(source.short_name for source in sources)
+        named = tuple(source.name_owner() if short[source.short_name] > 1 else source for source in sources)
+        if len({source.short_name for source in named}) < len(named):
+            raise ValueError(
+                "Sources must differ in the last part of their names, or in the one before. Received: "
+                f"{[source.name for source in sources]}. List each once, or rename a zip or folder."
+            )
+        return named
 
 
 class AugmentationParameters(Parameters):
@@ -282,7 +331,7 @@ class EvaluationParameters(Parameters):
     holdout_sources: tuple[str, ...] = Field(
         default=(),
         description="Last parts of the names of sources that are never trained on, only tested: how well the model "
-        "does on images of another kind than it has seen.",
+        "does on images of another kind than it has seen. Of two that end alike: owner.name.",
     )
     robustness_images: int = Field(
         default=400,

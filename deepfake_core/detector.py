@@ -1,10 +1,9 @@
 """From encoded images to verdicts, with numpy, Pillow and ONNX Runtime alone.
 
-This file is also copied into every registered model, so it imports nothing of the project.
+This file and `decoding` are also copied into every registered model, so they import nothing else of the project.
 Training and serving share `decode_image` and `resize_image`: what was trained is what is served.
 """
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,58 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_BYTES = 100_000_000
-"""Larger files are refused unread."""
-
-MAX_PIXELS = 50_000_000
-"""Larger images are refused from their header alone, before memory is spent on them (150 MB as RGB)."""
+from .decoding import MAX_BYTES as MAX_BYTES
+from .decoding import MAX_PIXELS as MAX_PIXELS
+from .decoding import UnreadableImageError as UnreadableImageError
+from .decoding import decode_image as decode_image
+from .decoding import open_image as open_image
 
 BATCH_SIZE = 8
 """Images scored at a time: larger batches take longer on CPUs, and more memory."""
 
 DESCRIPTION = "detector.json"
-
-
-class UnreadableImageError(ValueError):
-    """An image that can't be used. `reason` is `not_an_image`, `too_large` or `truncated`."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def decode_image(data: bytes) -> Image.Image:
-    """Decode a JPEG, PNG or WebP to an upright RGB image, whose `format` says which it was.
-
-    Raises:
-        UnreadableImageError: if `data` is none of these, is truncated or damaged, or declares more
-            than `MAX_PIXELS`.
-    """
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise UnreadableImageError("not_an_image", "must be the bytes of an image, not a path, an address or nothing")
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except UnidentifiedImageError as exc:
-        raise UnreadableImageError("not_an_image", "must be a JPEG, PNG or WebP image") from exc
-    except Image.DecompressionBombError as exc:
-        raise UnreadableImageError("too_large", str(exc)) from exc
-    except Exception as exc:
-        raise UnreadableImageError("truncated", f"the header is damaged ({exc})") from exc
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UnreadableImageError("too_large", f"may hold {MAX_PIXELS:,} pixels at most. Received: {width} x {height}")
-    try:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I;16"):  # Pillow would clip its 65,536 greys to the lowest 256
-            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        converted = upright.convert("RGB")
-    except Exception as exc:
-        raise UnreadableImageError("truncated", f"is truncated or damaged ({exc})") from exc
-    converted.format = image.format
-    return converted
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
@@ -180,7 +139,8 @@ class Detector:
         errors: list[str | None] = []
         for data in images:
             try:
-                pixels.append(resize_image(decode_image(data), self.image_size))
+                with open_image(data) as image:
+                    pixels.append(resize_image(image, self.image_size))
                 errors.append(None)
             except UnreadableImageError as exc:
                 errors.append(str(exc))

@@ -1,12 +1,15 @@
-"""The detector as MLflow loads it; MLflow copies this file and `detector.py` into each version.
+"""The detector as MLflow loads it; MLflow copies this file, `detector.py` and `decoding.py` into each version.
 
 Input: a column `image` of encoded bytes (JPEG, PNG, WebP). Output: `label`, `fake_probability`,
 `threshold`, `error` per row. It takes no paths and no URLs.
 """
 
-import runpy
+import importlib
+import sys
+import types
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pandas as pd
 from mlflow.models import set_model
@@ -14,8 +17,24 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 HERE = Path(__file__).parent
 CODE = HERE / "code" if (HERE / "code").is_dir() else HERE  # in a registered version; while it is being logged
-# By its path: as a module, two versions in one process, or another `detector` there, would share what came first.
-Detector = runpy.run_path(str(CODE / "detector.py"))["Detector"]
+
+
+def load_detector() -> Any:
+    """Import `Detector` from the files beside this one, as a package of which this process knows no name.
+
+    As modules of their names, two versions in one process, or another `detector` there, would share what came first.
+    """
+    package = types.ModuleType(f"deepfake_{uuid4().hex}")
+    package.__path__ = [str(CODE)]
+    sys.modules[package.__name__] = package
+    try:
+        return importlib.import_module(f"{package.__name__}.detector").Detector
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
+            del sys.modules[name]
+
+
+Detector = load_detector()
 
 
 class DeepfakeDetector(PythonModel):

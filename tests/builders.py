@@ -72,6 +72,13 @@ def jpeg(seed: int, size: int = 48) -> bytes:
     return encode(draw_image(seed, size), quality=90)
 
 
+def mpo(image: Image.Image) -> bytes:
+    """Encode an image as phones and cameras do: Exif, and a smaller picture behind the first."""
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0110] = "Maker", "Phone"
+    return encode(image, "MPO", save_all=True, append_images=[image.resize((64, 64))], exif=exif, quality=90)
+
+
 def recode(data: bytes) -> bytes:
     """Return other bytes with the same pixels: a JPEG with a comment segment."""
     return data[:2] + b"\xff\xfe\x00\x07hello" + data[2:]
@@ -146,7 +153,7 @@ def prepare(
     """Publish a data set of local zips, as the flow `prepare` does."""
     sources, store = tuple(Source(name=str(path)) for path in zips), open_store(data_dir)
     data = DataParameters(sources=sources, test_fraction=test_fraction, val_fraction=val_fraction, **more)
-    archives = [fetch_archive(source, store) for source in sources]
+    archives = [fetch_archive(source, store) for source in data.sources]
     index = pd.concat([build_index(archive, store) for archive in archives])
     links = find_links(index)
     rows = assign_splits(mark_duplicates(index, links), links, read_memory(store), val_fraction, test_fraction)

@@ -68,6 +68,53 @@ def test_short_names_are_names_that_mlflow_admits(name, short):
     assert Source(name=name).short_name == short
 
 
+def name_sources(*names: str) -> list[str]:
+    return [source.short_name for source in DataParameters(sources=[{"name": name} for name in names]).sources]
+
+
+def test_sources_that_end_alike_are_told_apart_by_their_owners():
+    assert name_sources("alice/faces", "bob/faces", "carol/others") == ["alice.faces", "bob.faces", "others"]
+    assert name_sources("alice/faces", "./faces.zip", "bob/faces-2")[::2] == ["alice.faces", "faces-2"]
+    assert name_sources("/data/a b(1)/faces", "/data/c/faces.zip") == ["a b_1_.faces", "c.faces"]
+    assert name_sources("alice/faces") == ["faces"]
+
+
+def test_short_names_are_the_same_after_parameters_were_sent():
+    data = DataParameters(sources=[{"name": "alice/faces"}, {"name": "bob/faces"}])
+    sent = DataParameters.model_validate_json(data.model_dump_json())
+    assert [source.short_name for source in sent.sources] == ["alice.faces", "bob.faces"]
+    assert sent == data
+    assert Source(name="alice/faces").short_name == "faces"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a/faces", "a/faces"], ["/x/a/faces", "/y/a/faces"], ["/x/faces", "/x/faces.zip"], ["a/b", "c/b", "./a.b"]],
+)
+def test_sources_that_nothing_tells_apart_are_refused(names):
+    with pytest.raises(ValidationError, match="must differ in the last part of their names, or in the one before"):
+        name_sources(*names)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"real_folder": "a/b"}, "pattern"),
+        ({"real_folder": []}, "at least 1"),
+        ({"real_folder": ["real", ""]}, "pattern|at least 1"),
+        ({"real_folder": ["one", "fake"]}, "must differ. Received: 'fake' and 'fake'"),
+        (
+            {"real_folder": "Celeb-real", "fake_folder": ["Celeb-*"]},
+            "must differ. Received: 'Celeb-real' and 'Celeb-\\*'",
+        ),
+        ({"name": "owner/faces", "follow_links": True}, "local folders only"),
+    ],
+)
+def test_a_source_s_folders_and_links(values, message):
+    with pytest.raises(ValidationError, match=message):
+        Source(**{"name": "./faces", **values})
+
+
 def test_parameters_do_not_change():
     with pytest.raises(ValidationError, match="frozen"):
         TrainingParameters().epochs = 3

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.schema_tools.validation import validate
 
 from deepfake_core.config import Architecture
 from tasks.model import GPU_POOL
@@ -63,3 +64,23 @@ def test_the_form_shows_descriptions_bounds_and_choices():
     for model in schema["definitions"].values():
         for name, field in model["properties"].items():
             assert field.get("description") or "$ref" in str(field), name
+
+
+@pytest.mark.parametrize(
+    ("sources", "is_valid"),
+    [
+        ([{"name": "alice/faces"}, {"name": "bob/faces"}], True),
+        ([{"name": "./faces", "real_folder": ["Celeb-real", "YouTube-*"], "follow_links": True}], True),
+        ([{"name": "~/faces", "real_folder": "original"}], True),
+        ([{"name": "alice/faces"}, {"name": "alice/faces"}], False),
+        ([{"name": "faces"}], False),
+        ([{"name": "alice/faces/3"}], False),
+        ([{"name": "alice/faces", "real_folder": ["a/b"]}], False),
+        ([{"name": "alice/faces", "fake_folder": []}], False),
+        ([], False),
+    ],
+)
+def test_the_form_refuses_what_would_fail_later(sources, is_valid):
+    schema = load_flow(DEPLOYMENTS[0]).parameters.model_dump()
+    errors = validate({"data": {"sources": sources}}, schema)  # as Prefect's server does
+    assert (not errors) == is_valid

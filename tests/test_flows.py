@@ -47,7 +47,7 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(
         monkeypatch,
         "deepfake_core.data.index.decode",
-        "deepfake_core.data.images.decode_image",
+        "deepfake_core.data.images.open_image",
         "deepfake_core.data.publishing._copy_images",
         "deepfake_core.data.kaggle._log_in",
     )

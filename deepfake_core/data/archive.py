@@ -3,16 +3,17 @@
 import contextlib
 import hashlib
 import os
-import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from deepfake_core.config import Source
-from deepfake_core.detector import MAX_BYTES
+from deepfake_core.data.members import Member, list_folder, list_zip
+from deepfake_core.decoding import MAX_BYTES
 from deepfake_core.errors import ArchiveError, SourceError
 from deepfake_core.storage.files import hash_file
 
@@ -35,6 +36,9 @@ class Archive:
     licence: str | None = None
     downloaded_at: str | None = None
 
+    def open(self) -> "ArchiveReader":
+        return ArchiveReader(self.path, self.source.follow_links)
+
     def describe(self) -> dict[str, Any]:
         """Return the provenance as plain values, for `dataset.json`."""
         return {
@@ -48,16 +52,6 @@ class Archive:
         }
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file of an archive. `problem` is a reason not to read it, or empty."""
-
-    name: str
-    size: int
-    problem: str = ""
-    handle: Any = None
-
-
 def open_local(source: Source) -> Archive:
     """Return the archive of a source that is a zip, which is verified, or a folder on this disk.
 
@@ -67,8 +61,8 @@ def open_local(source: Source) -> Archive:
     """
     path = Path(source.name).expanduser()
     if path.is_dir():
-        members = list_folder(path)
-        listing = [f"{member.name}\0{member.size}\0{member.handle.lstat().st_mtime_ns}" for member in members]
+        members = list_folder(path, source.follow_links)
+        listing = [f"{member.name}\0{member.size}\0{member.modified}" for member in members]
         digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
         return Archive(source, path.absolute(), digest, sum(member.size for member in members))
     if not path.is_file():
@@ -98,16 +92,16 @@ def verify_zip(path: Path) -> None:
 
 
 class ArchiveReader:
-    """List and read the files of a zip or a folder, following no link and no name out of it.
+    """List and read the files of a zip or a folder, following no name out of it, and no link unless that is asked for.
 
     Reading is safe from several threads at once.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, follow_links: bool = False) -> None:
         self._path = path
         self._zip: zipfile.ZipFile | None = None
         if path.is_dir():
-            self.members = list_folder(path)
+            self.members = list_folder(path, follow_links)
             return
         try:
             self._zip = zipfile.ZipFile(path)
@@ -118,8 +112,7 @@ class ArchiveReader:
             raise ArchiveError(
                 f"An archive must be a whole zip file. Received: {path}, which begins with {begins!r} ({exc})."
             ) from exc
-        seen: set[str] = set()
-        self.members = [_describe_info(info, seen) for info in self._zip.infolist() if not info.is_dir()]
+        self.members = list_zip(self._zip.infolist())
 
     def __enter__(self) -> Self:
         return self
@@ -128,7 +121,34 @@ class ArchiveReader:
         if self._zip:
             self._zip.close()
 
+    def read_again(self, name: str, sha256: str) -> bytes:
+        """Read a member that was read before.
+
+        Raises:
+            ArchiveError: if it is gone, or has other bytes.
+        """
+        try:
+            data = self.read(self._by_name[name])
+        except (KeyError, OSError):
+            data = b""
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ArchiveError(
+                f"An archive must not change during a run. {name!r} of {self._path} is gone, or has other bytes than "
+                "when it was indexed. Run again: it is indexed anew."
+            )
+        return data
+
+    @cached_property
+    def _by_name(self) -> dict[str, Member]:
+        return {member.name: member for member in self.members}
+
     def read(self, member: Member) -> bytes:
+        """Return a member's bytes.
+
+        Raises:
+            ArchiveError: if it is damaged, or too large.
+            OSError: if a file of a folder is gone, or can't be read.
+        """
         if member.size > MAX_BYTES:
             raise ArchiveError(f"A member may hold {MAX_BYTES:,} bytes. Received: {member.size:,}")
         if self._zip and member.handle.compress_type == zipfile.ZIP_STORED and (data := self._read_stored(member)):
@@ -171,37 +191,3 @@ class ArchiveReader:
                 f"Every member of a zip must match its checksum. {member.name!r} of {self._path} is damaged or "
                 f"can't be read ({exc})."
             ) from exc
-
-
-def _describe_info(info: zipfile.ZipInfo, seen: set[str]) -> Member:
-    parts = info.filename.replace("\\", "/").split("/")
-    problem = ""
-    if not parts[0] or parts[0].endswith(":") or ".." in parts:
-        problem = "unsafe_name"
-    elif stat.S_ISLNK(info.external_attr >> 16):
-        problem = "symlink"
-    elif info.file_size > MAX_BYTES:
-        problem = "too_large"
-    elif info.filename in seen:
-        problem = "repeated_name"
-    seen.add(info.filename)
-    return Member(info.filename, info.file_size, problem, info)
-
-
-def list_folder(path: Path) -> list[Member]:
-    """Return a folder's files in order of names, and what else is there with the reason not to read it."""
-    members = []
-    for parent, folders, files in os.walk(path, followlinks=False):
-        folders.sort()
-        linked = [folder for folder in folders if (Path(parent) / folder).is_symlink()]
-        for name in sorted([*files, *linked]):
-            file = Path(parent) / name
-            info = file.lstat()
-            problem = ""
-            if not stat.S_ISREG(info.st_mode):
-                problem = "symlink" if stat.S_ISLNK(info.st_mode) else "not_a_file"
-            elif info.st_size > MAX_BYTES:
-                problem = "too_large"
-            shown = os.fsencode(file.relative_to(path)).decode("utf-8", "backslashreplace")
-            members.append(Member(shown, info.st_size, problem, file))
-    return members

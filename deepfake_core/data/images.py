@@ -13,7 +13,7 @@ import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.detector import decode_image, resize_image
+from deepfake_core.detector import open_image, resize_image
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.storage.files import hash_file, require_space, write_beside
 from deepfake_core.storage.progress import Progress
@@ -88,7 +88,8 @@ def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path,
 
     def fill(position: int) -> None:
         data = (dataset.path / paths[position]).read_bytes()
-        pixels[position] = resize_image(decode_image(data), size)
+        with open_image(data) as image:
+            pixels[position] = resize_image(image, size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, _ in enumerate(pool.map(fill, range(len(paths))), start=1):

@@ -5,11 +5,12 @@ Each image is read and decoded once, and gives everything that later stages ask 
 - `source, member`: where it is; `sha256`: of its bytes; `label`: real or fake, by its folder;
 - `width, height`: in pixels, upright; `bytes`: size of the file; `format`: JPEG, PNG or WEBP;
 - `jpeg_table`: the quantisation tables' name, with the quality that libjpeg would call them; empty if no JPEG;
-- `reason`: empty for images that can be used, and says why not for all other files;
+- `reason`: empty for images that can be used, and says why not for all other files, each of which has a row;
 - `thumbnail`: 32 x 32 grey pixels (1,024 bytes), and `hash`: 256 bits made from it (32 bytes), see `hashes`.
 """
 
 import builtins
+import contextlib
 import hashlib
 import logging
 import os
@@ -26,18 +27,27 @@ import simplejpeg
 from PIL import Image
 
 from deepfake_core.config import Source
-from deepfake_core.data.archive import Archive, ArchiveReader, Member
+from deepfake_core.data.archive import Archive, ArchiveReader
 from deepfake_core.data.hashes import hash_thumbnails, shrink_images
 from deepfake_core.data.jpeg_header import read_jpeg_header
 from deepfake_core.data.labels import check_csv_files, check_labels, name_label
-from deepfake_core.detector import UnreadableImageError, decode_image
+from deepfake_core.data.members import UNREADABLE, Member
+from deepfake_core.decoding import (
+    BYTES_PER_PIXEL,
+    DECODING,
+    MAX_BYTES,
+    MemoryBudget,
+    UnreadableImageError,
+    check_scans,
+    open_image,
+)
 from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-INDEX_FORMAT = 3
+INDEX_FORMAT = 4
 """Part of the cache's name: raise it when the same archive would give another index."""
 
 SHARD_SIZE = 2000
@@ -46,6 +56,9 @@ DECODED_AT_ONCE = 128
 
 MIN_DECODED_PIXELS = 64
 """JPEGs are decoded at the smallest of libjpeg's scales that leaves this many pixels a side."""
+
+READING = MemoryBudget(2 * MAX_BYTES)
+"""Memory of files from when they are read until they are decoded; `DECODING` is asked for after it, never before."""
 
 NO_PIXELS = np.empty((0, 0), np.uint8)
 
@@ -69,7 +82,8 @@ Contents = dict[str, Content]
 
 
 def build_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> pd.DataFrame:
-    """Describe every file of an archive; an archive that was indexed before is not read again.
+    """Describe every file of an archive; an archive that was indexed before is not read again,
+    unless a file could not be read.
 
     Of a changed archive, only images whose bytes were not in the source's last index are decoded.
 
@@ -80,16 +94,16 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
         DatasetError: if no image has a label, or a csv file and the folders disagree on one.
     """
     source = archive.source
-    rule = source.model_dump_json(include={"real_folder", "fake_folder", "csv_real_label"})
+    rule = source.model_dump_json(include={"real_folder", "fake_folder", "csv_real_label", "follow_links"})
     key = hashlib.sha256(f"{archive.sha256} {rule}".encode()).hexdigest()[:16]
     prefix = f"{source.short_name}-v{INDEX_FORMAT}-"
     cached = store.indexes() / f"{prefix}{key}.parquet"
-    if cached.exists():
+    if cached.exists() and not (index := pd.read_parquet(cached))["reason"].eq(UNREADABLE).any():
         log.info("%s: unchanged, its index is on disk already", source.short_name)
-        return pd.read_parquet(cached)
+        return index
     known = _read_contents(_find_newest_index(store, prefix))
     known_before = len(known)
-    with ArchiveReader(archive.path) as reader:
+    with archive.open() as reader:
         members = sorted(reader.members, key=lambda member: member.name)
         size = min(SHARD_SIZE, max(DECODED_AT_ONCE, len(members) // (16 * (os.cpu_count() or 1))))
         shards = [members[start : start + size] for start in range(0, len(members), size)]
@@ -148,18 +162,25 @@ def index_members(source: Source, reader: ArchiveReader, members: Sequence[Membe
         part = members[start : start + DECODED_AT_ONCE]
         digests, new = [], {}
         for member in part:
-            data = b"" if member.problem else reader.read(member)
-            digests.append("" if member.problem else hashlib.sha256(data).hexdigest())
-            if not member.problem and digests[-1] not in known and digests[-1] not in new:
-                new[digests[-1]] = decode(data)
+            with READING.hold(member.size):
+                data = _read(reader, member)
+                digests.append("" if data is None else hashlib.sha256(data).hexdigest())
+                if data is not None and digests[-1] not in known and digests[-1] not in new:
+                    new[digests[-1]] = decode(data)
         known |= _shrink_and_hash(new)
         for member, digest in zip(part, digests, strict=True):
-            content = known[digest] if digest else Content(reason=member.problem)
+            content = known[digest] if digest else Content(reason=member.problem or UNREADABLE)
             label = name_folder(member.name.rpartition("/")[0])
             if not label and not content.reason:
                 content = content._replace(reason="no_label")
             rows.append((name, member.name, digest, label, *content))
     return rows
+
+
+def _read(reader: ArchiveReader, member: Member) -> bytes | None:
+    with contextlib.suppress(OSError):  # of a folder's file, which is gone or can't be read
+        return None if member.problem else reader.read(member)
+    return None
 
 
 def decode(data: bytes) -> tuple[Content, np.ndarray]:
@@ -168,18 +189,21 @@ def decode(data: bytes) -> tuple[Content, np.ndarray]:
     table = header.table if header else ""
     if header and header.is_plain:
         try:
-            pixels = simplejpeg.decode_jpeg(data, "GRAY", min_height=MIN_DECODED_PIXELS, min_width=MIN_DECODED_PIXELS)[
-                :, :, 0
-            ]
-            return Content(header.width, header.height, len(data), "JPEG", table), _reduce(pixels)
+            area = header.width * header.height
+            check_scans(data, area)
+            with DECODING.hold(area * BYTES_PER_PIXEL["JPEG"]):
+                pixels = simplejpeg.decode_jpeg(
+                    data, "GRAY", min_height=MIN_DECODED_PIXELS, min_width=MIN_DECODED_PIXELS
+                )
+                return Content(header.width, header.height, len(data), "JPEG", table), _reduce(pixels[:, :, 0])
         except ValueError:
             pass  # damaged, or of a rare kind: Pillow raises the exact error
     try:
-        image = decode_image(data)
+        with open_image(data) as image:
+            content = Content(image.width, image.height, len(data), image.format or "", table)
+            return content, _reduce(np.asarray(image.convert("L")))
     except UnreadableImageError as exc:
         return Content(bytes=len(data), jpeg_table=table, reason=exc.reason), NO_PIXELS
-    pixels = _reduce(np.asarray(image.convert("L")))
-    return Content(image.width, image.height, len(data), image.format or "", table), pixels
 
 
 def _reduce(pixels: np.ndarray) -> np.ndarray:

@@ -6,12 +6,15 @@ import struct
 from functools import lru_cache
 from typing import NamedTuple
 
-from PIL.JpegImagePlugin import JpegImageFile, zigzag_index
+from PIL.JpegImagePlugin import zigzag_index
 
-from deepfake_core.detector import MAX_PIXELS
+from deepfake_core.decoding import MAX_PIXELS, MAX_SIDE, JpegFile
 
 LUMA_SUM = 3688
 """Of ITU-T T.81 (JPEG), table K.1, which libjpeg scales to a quality."""
+
+MAX_REMEMBERED_BYTES = 4096
+"""Longer headers hold Exif or a colour profile, and are hardly ever the same."""
 
 DAMAGED = (SyntaxError, OSError, ValueError, IndexError, TypeError, struct.error)
 """What Pillow raises for damaged headers; `Image.open` catches the same."""
@@ -38,17 +41,19 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
     scan = data.find(b"\xff\xda")
     if data[:3] != b"\xff\xd8\xff" or scan < 0:
         return None
+    read = _read_remembered if scan <= MAX_REMEMBERED_BYTES else _read
     # The scan that was found may be an embedded thumbnail's; the header is then cut short, and all is read.
-    return _read_remembered(data[:scan] + b"\xff\xda\0\2") or _read(data)
+    return read(data[:scan] + b"\xff\xda\0\2") or _read(data)
 
 
 def _read(data: bytes) -> JpegHeader | None:
     try:
-        image = JpegImageFile(io.BytesIO(data))
+        image = JpegFile(io.BytesIO(data))
     except DAMAGED:
         return None
     tables = tuple((number, *table) for number, table in image.quantization.items())
-    plain = image.layers in (1, 3) and "exif" not in image.info and image.width * image.height <= MAX_PIXELS
+    is_small = image.width * image.height <= MAX_PIXELS and max(image.size) <= MAX_SIDE
+    plain = image.layers in (1, 3) and "exif" not in image.info and is_small
     return JpegHeader(*image.size, _name_tables(tables), plain) if tables else None
 
 

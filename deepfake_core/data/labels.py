@@ -2,22 +2,41 @@
 
 import io
 import logging
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
 import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES, Source
-from deepfake_core.data.archive import ArchiveReader, Member
+from deepfake_core.data.archive import ArchiveReader
+from deepfake_core.data.members import Member
 from deepfake_core.errors import ArchiveError, DatasetError
 
 log = logging.getLogger(__name__)
 
+ARCHIVE_SUFFIXES = (".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+
 
 def name_label(source: Source, folder: str) -> str:
-    """Return the class of a folder's images, by the innermost of its parts that names one; empty if none does."""
-    names = {source.real_folder: CLASS_NAMES[0], source.fake_folder: CLASS_NAMES[1]}
-    parts = reversed(PurePosixPath(folder).parts)
-    return next((names[part] for part in parts if part in names), "")
+    """Return the class of a folder's images, by the innermost of its parts that names one; empty if none does.
+
+    Raises:
+        DatasetError: if that part names both.
+    """
+    for part in reversed(PurePosixPath(folder).parts):
+        named = [label for label, names in source.folder_names.items() if any(_matches(part, name) for name in names)]
+        if len(named) > 1:
+            raise DatasetError(
+                f"A folder's images must be of one class. Received: {source.name}, where {part!r} fits `real_folder` "
+                f"{source.real_folder!r} and `fake_folder` {source.fake_folder!r}. Correct one of them."
+            )
+        if named:
+            return named[0]
+    return ""
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def check_labels(source: Source, index: pd.DataFrame, members: list[Member]) -> None:
@@ -32,9 +51,26 @@ def check_labels(source: Source, index: pd.DataFrame, members: list[Member]) -> 
     raise DatasetError(
         f"A source must hold images in folders named {source.real_folder!r} or {source.fake_folder!r}. "
         f"Received: {source.name}, {len(index)} files, reasons "
-        f"{index['reason'].value_counts().to_dict()}, folders {folders[:10]}. Correct `real_folder` and "
-        "`fake_folder` of the source, or the source."
+        f"{index['reason'].value_counts().to_dict()}, folders {folders[:10]}. {_advise(index)}"
     )
+
+
+def _advise(index: pd.DataFrame) -> str:
+    """Say what to do about a source of which no image can be used."""
+    reasons, nested = set(index["reason"]), index["member"][index["member"].str.lower().str.endswith(ARCHIVE_SUFFIXES)]
+    advice = []
+    if "symlink" in reasons:
+        advice.append(
+            "Its links lead out of the source, or to nothing: set `follow_links: true` where it is a folder, or put "
+            "the files there that they lead to."
+        )
+    if "heic" in reasons:
+        advice.append("HEIC and AVIF images are not read: convert them to JPEG, for example with `heif-convert`.")
+    if len(nested):
+        advice.append(f"Archives inside a source are not read: unpack {', '.join(nested[:3])}, and name the result.")
+    if "no_label" in reasons or not advice:
+        advice.append("Correct `real_folder` and `fake_folder` of the source, or the source.")
+    return " ".join(advice)
 
 
 def check_csv_files(source: Source, reader: ArchiveReader, index: pd.DataFrame) -> None:

@@ -1,6 +1,5 @@
 """Kept images are published as a split folder: whole or not at all, under a name made from their content."""
 
-import hashlib
 import io
 import logging
 import os
@@ -18,8 +17,7 @@ from deepfake_core.data.archive import Archive, ArchiveReader
 from deepfake_core.data.dataset import NORMAL_PIXELS, NORMAL_QUALITY, Dataset, hash_content
 from deepfake_core.data.split_memory import remember_splits
 from deepfake_core.data.splits import count_reasons
-from deepfake_core.detector import decode_image
-from deepfake_core.errors import ArchiveError
+from deepfake_core.decoding import open_image
 from deepfake_core.storage.files import write_beside, write_json
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
@@ -107,16 +105,10 @@ def _copy_images(
     total, done = int(manifest["kept"].sum()), 0
     for archive in archives:
         mine = manifest[manifest["kept"] & (manifest["source"] == archive.source.short_name)]
-        with ArchiveReader(archive.path) as reader, ThreadPoolExecutor(os.cpu_count()) as pool:
-            members = {member.name: member for member in reader.members}
+        with archive.open() as reader, ThreadPoolExecutor(os.cpu_count()) as pool:
 
-            def copy(row: Any, reader: ArchiveReader = reader, members: dict = members) -> None:
-                data = reader.read(members[row.member])
-                if hashlib.sha256(data).hexdigest() != row.sha256:
-                    raise ArchiveError(
-                        f"An archive must not change during a run. {row.member!r} of {row.source} has other "
-                        "bytes than when it was indexed. Nothing was published; run again."
-                    )
+            def copy(row: Any, reader: ArchiveReader = reader) -> None:
+                data = reader.read_again(row.member, row.sha256)
                 (folder / row.path).write_bytes(data if normalise == "none" else _reencode(data))
 
             for _ in pool.map(copy, mine.itertuples(index=False)):
@@ -128,8 +120,9 @@ def _copy_images(
 def _reencode(data: bytes) -> bytes:
     """Write an image as all others are written, so that size and compression reveal nothing of its label."""
     buffer = io.BytesIO()
-    image = decode_image(data).resize((NORMAL_PIXELS, NORMAL_PIXELS), Image.Resampling.LANCZOS)
-    image.save(buffer, "JPEG", quality=NORMAL_QUALITY)
+    with open_image(data) as image:
+        small = image.resize((NORMAL_PIXELS, NORMAL_PIXELS), Image.Resampling.LANCZOS)
+    small.save(buffer, "JPEG", quality=NORMAL_QUALITY)
     return buffer.getvalue()
 
 

@@ -51,7 +51,7 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
             model = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code.with_name("pyfunc_model.py")),
-                code_paths=[str(code)],
+                code_paths=[str(code), str(code.with_name("decoding.py"))],
                 artifacts={names.DETECTOR: str(detector)},
                 signature=signature,
                 input_example=pd.DataFrame({"image": [example]}),

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, SPLITS
-from deepfake_core.data.archive import Archive, ArchiveReader
+from deepfake_core.data.archive import Archive
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.shortcuts import find_shortcuts
-from deepfake_core.detector import decode_image
+from deepfake_core.decoding import decode_image
 from deepfake_core.reports.pages import encode_data, encode_figure, render_page
 from deepfake_core.storage.files import write_beside
 
@@ -160,10 +160,9 @@ def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) ->
         mine = wanted[wanted["source"] == archive.source.short_name]
         if mine.empty:
             continue
-        with ArchiveReader(archive.path) as reader:
-            members = {member.name: member for member in reader.members}
+        with archive.open() as reader:
             for row in mine.itertuples():
-                image = decode_image(reader.read(members[str(row.member)]))
+                image = decode_image(reader.read_again(str(row.member), str(row.Index)))
                 shown[str(row.Index)] = _show(row, image)
     return shown
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deepfake_core.detector import BATCH_SIZE, MAX_BYTES, Detector, UnreadableImageError, decode_image, resize_image
+from deepfake_core.detector import BATCH_SIZE, MAX_BYTES, Detector, UnreadableImageError, open_image, resize_image
 from deepfake_core.errors import ModelError
 from deepfake_core.serving.explained import draw_heat, shrink
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
@@ -121,20 +121,20 @@ class Predictor:
         try:
             data = _read(image)
             sha256 = hashlib.sha256(data).hexdigest()
-            decoded = decode_image(data)
+            with open_image(data) as decoded:
+                cut = self.cut_faces(decoded)
+                return _Prepared(
+                    name,
+                    boxes=[box for box, _ in cut],
+                    crops=[crop for _, crop in cut],
+                    width=decoded.width,
+                    sha256=sha256,
+                    preview=shrink(decoded) if explain else None,
+                )
         except UnreadableImageError as exc:
             return _Prepared(name, error=str(exc), unreadable=True, sha256=sha256)
         except OSError as exc:
             return _Prepared(name, error=f"can't be read ({exc.strerror})", unreadable=True)
-        cut = self.cut_faces(decoded)
-        return _Prepared(
-            name,
-            boxes=[box for box, _ in cut],
-            crops=[crop for _, crop in cut],
-            width=decoded.width,
-            sha256=sha256,
-            preview=shrink(decoded) if explain else None,
-        )
 
     def _score(self, batch: list[_Prepared]) -> Iterator[Judged]:
         crops = [crop for one in batch for crop in one.crops]

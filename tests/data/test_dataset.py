@@ -300,3 +300,16 @@ def test_a_locked_data_folder_says_who_holds_it(tmp_path, monkeypatch):
     with lock_folder(tmp_path, "second"), lock_folder(Path(tmp_path.name), "nested"):
         assert json.loads((tmp_path / ".lock.json").read_text())["holder"] == "second"
     assert not (tmp_path / ".lock.json").exists()
+
+
+def test_two_owners_sources_of_one_name_are_told_apart(tmp_path):
+    zips = [
+        write_zip(tmp_path / owner / "faces.zip", faces(20, start)) for owner, start in (("alice", 0), ("bob", 500))
+    ]
+    dataset = prepare(tmp_path / "data", *zips)
+    assert dataset.list_sources() == ["alice.faces", "bob.faces"]
+    assert dataset.manifest["source"].value_counts().to_dict() == {"alice.faces": 40, "bob.faces": 40}
+    assert dataset.description["counts"]["sources"]["bob.faces"] == {"files": 40, "kept": 40}
+    assert dataset.manifest["kept"].all()
+    alone = prepare(tmp_path / "alone", zips[0])
+    assert alone.list_sources() == ["faces"]

@@ -60,9 +60,10 @@ def test_each_version_runs_its_own_code_whatever_else_is_called_detector(registe
     _, _, version = registered
     uri = f"models:/{NAME}/{version}"
     copied = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "later")))
-    code = copied / "code" / "detector.py"
+    code = copied / "code" / "decoding.py"
     code.write_text(code.read_text().replace("must be a JPEG, PNG or WebP image", "a later version's words"))
-    monkeypatch.setitem(sys.modules, "detector", types.ModuleType("detector"))
+    for name in ("detector", "decoding"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     words = [
         mlflow.pyfunc.load_model(place).predict(pd.DataFrame({"image": [b"no image"]})).loc[0, "error"]
         for place in (uri, str(copied), uri)

@@ -58,9 +58,9 @@ def test_cached_images_are_what_serving_would_see(dataset):
 
 def test_images_are_decoded_once_per_size(dataset, monkeypatch):
     load_images(dataset, "val", SIZE)
-    forbid(monkeypatch, "deepfake_core.data.images.decode_image")
+    forbid(monkeypatch, "deepfake_core.data.images.open_image")
     load_images(dataset, "val", SIZE)
-    with pytest.raises(AssertionError, match="decode_image must not be called"):
+    with pytest.raises(AssertionError, match="open_image must not be called"):
         load_images(dataset, "val", SIZE + 1)
     assert not list(dataset.store.batches().rglob(".*"))
 

@@ -1,0 +1,217 @@
+"""What one encoded image may cost, and what is made of it whatever Pillow calls its format."""
+
+import io
+import struct
+import threading
+import time
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from deepfake_core import decoding
+from deepfake_core.data.index import decode
+from deepfake_core.decoding import MAX_SCANS, JpegFile, MemoryBudget, UnreadableImageError, decode_image, open_image
+from tests.builders import FACES, draw_image, encode, jpeg, mpo, needs_faces
+
+ORIENTATION = 0x0112
+
+
+def repeat_last_scan(image: Image.Image, scans: int) -> bytes:
+    """Make a progressive JPEG of so many scans more."""
+    data = encode(image, progressive=True, quality=50)
+    end, last = data.rfind(b"\xff\xd9"), data.rfind(b"\xff\xda")
+    return data[:end] + data[last:end] * scans + data[end:]
+
+
+def put_exif(exif: bytes) -> bytes:
+    """Put Exif into a JPEG, in as many segments as it needs."""
+    parts = [exif[start : start + 65_000] for start in range(0, len(exif), 65_000)]
+    segments = [b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts]
+    return jpeg(1)[:2] + b"".join(segments) + jpeg(1)[2:]
+
+
+def write_tiff(entries: int, size: int, kind: int = 1, unit: int = 1) -> bytes:
+    """Write Exif of so many entries, each of which names the same bytes."""
+    fields = b"".join(struct.pack("<HHLL", 1000 + entry, kind, size // unit, 8) for entry in range(entries))
+    return (b"II*\0" + struct.pack("<LH", 8, entries) + fields + bytes(4)).ljust(size + 8, b"\0")
+
+
+def add_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+    body = kind + content
+    return png[:33] + struct.pack(">L", len(content)) + body + struct.pack(">L", zlib.crc32(body)) + png[33:]
+
+
+def reason_of(data: bytes) -> str:
+    with pytest.raises(UnreadableImageError) as caught:
+        decode_image(data)
+    assert decode(data)[0].reason == caught.value.reason  # the index refuses what serving refuses
+    return caught.value.reason
+
+
+def test_a_jpeg_with_pictures_behind_the_first_is_a_jpeg():
+    data = mpo(draw_image(1, 96))
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    decoded = decode_image(data)
+    assert (decoded.format, decoded.size) == ("JPEG", (96, 96))
+    content, _ = decode(data)
+    assert (content.format, content.reason, content.width) == ("JPEG", "", 96)
+
+
+def test_only_the_first_frame_of_an_animation_is_decoded():
+    frames = [draw_image(seed, 64) for seed in range(3)]
+    for form in ("PNG", "WEBP"):
+        data = encode(frames[0], form, save_all=True, append_images=frames[1:] * 200, lossless=True)
+        started = time.process_time()
+        decoded = decode_image(data)
+        assert time.process_time() - started < 1
+        assert decoded.format == form
+        assert (np.asarray(decoded) == np.asarray(frames[0])).all()
+
+
+@pytest.mark.parametrize("scans", [MAX_SCANS, 2000])
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(scans):
+    data = repeat_last_scan(Image.new("L", (1000, 1000), 128), scans)
+    started = time.process_time()
+    assert reason_of(data) == "too_many_scans"
+    assert time.process_time() - started < 0.5
+
+
+def test_of_a_large_jpeg_fewer_scans_are_decoded(monkeypatch):
+    monkeypatch.setattr(decoding, "MAX_SCANNED_PIXELS", 20 * 1_000_000)
+    assert decode_image(repeat_last_scan(Image.new("L", (1000, 1000), 128), 10)).size == (1000, 1000)
+    assert reason_of(repeat_last_scan(Image.new("L", (1000, 1000), 128), 20)) == "too_many_scans"
+
+
+def test_scans_of_embedded_pictures_do_not_count():
+    preview = b"\xff\xe2" + struct.pack(">H", 4 * MAX_SCANS + 2) + b"\xff\xda\0\2" * MAX_SCANS
+    data = jpeg(1)[:2] + preview + jpeg(1)[2:] + b"\xff\xda\0\2" * MAX_SCANS
+    assert decode_image(data).tobytes() == decode_image(jpeg(1)).tobytes()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.integers(1, 10**9))
+def test_scans_of_garbage_are_counted_or_refused(garbage, pixels):
+    for data in (garbage, jpeg(1)[:2] + garbage * 50, jpeg(1) + garbage):
+        try:
+            decoding.check_scans(data, pixels)
+        except UnreadableImageError as exc:
+            assert data.count(b"\xff\xda") > 1
+            assert exc.reason == "too_many_scans"
+
+
+@needs_faces
+@pytest.mark.slow
+def test_every_real_face_has_far_fewer_scans_than_the_limit():
+    files = sorted((FACES / "faces").rglob("*.jpg"))
+    assert len(files) > 1000
+    assert max(file.read_bytes().count(b"\xff\xda") for file in files) <= MAX_SCANS // 5
+
+
+@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_a_side_is_limited_as_the_area_is(form, size):
+    assert reason_of(encode(Image.new("L", size), form)) == "too_large"
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+def test_heic_is_named(brand):
+    assert reason_of(b"\0\0\0\x18ftyp" + brand + bytes(100)) == "heic"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(put_exif(write_tiff(20_000, 250_000)), id="Exif in a JPEG"),
+        pytest.param(add_chunk(encode(draw_image(1), "PNG"), b"eXIf", write_tiff(20_000, 250_000)), id="Exif in a PNG"),
+        pytest.param(
+            encode(draw_image(1), "WEBP", exif=b"Exif\0\0" + write_tiff(20_000, 250_000)), id="Exif in a WebP"
+        ),
+        pytest.param(
+            add_chunk(
+                encode(draw_image(1), "PNG"),
+                b"zTXt",
+                b"Raw profile type exif\0\0"
+                + zlib.compress(b"\nexif\n  250008\n" + write_tiff(20_000, 250_000).hex().encode()),
+            ),
+            id="Exif as ImageMagick wrote it",
+        ),
+        pytest.param(
+            jpeg(1)[:2]
+            + b"\xff\xe2"
+            + struct.pack(">H", 60_014)
+            + b"MPF\0"
+            + write_tiff(5000, 60_000, 3, 2)
+            + jpeg(1)[2:],
+            id="a list of pictures",
+        ),
+    ],
+)
+def test_exif_of_many_entries_takes_neither_memory_nor_time(data):
+    assert len(data) < 300_000
+    started = time.process_time()
+    tracemalloc.start()
+    try:
+        assert decode_image(data).size == (48, 48)
+        assert decode(data)[0].reason == ""
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("endian", ["<", ">"])
+def test_orientation_is_read_as_pillow_reads_it(form, orientation, endian):
+    exif = Image.Exif()
+    exif.endian = endian
+    exif[0x010F], exif[ORIENTATION] = "a camera's maker", orientation
+    data = encode(draw_image(1, 48).crop((0, 0, 48, 32)), form, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert decode_image(data).tobytes() == expected.tobytes()
+
+
+def test_damaged_exif_costs_the_orientation_and_not_the_picture():
+    whole = Image.Exif()
+    whole[ORIENTATION] = 6
+    for exif in (b"", b"II", b"MM\0*\0\0\0\xff", b"nothing at all", whole.tobytes()[6:-9]):
+        assert decode_image(put_exif(exif)).size == (48, 48)
+    assert JpegFile(io.BytesIO(put_exif(b"nothing"))).getexif() == {}
+
+
+def test_memory_is_shared_out_whatever_the_number_of_threads():
+    budget, held, most = MemoryBudget(100), [0], [0]
+
+    def use(amount: int) -> None:
+        for _ in range(20):
+            with budget.hold(amount):
+                held[0] += amount
+                most[0] = max(most[0], held[0])
+                time.sleep(0.001)
+                held[0] -= amount
+
+    threads = [threading.Thread(target=use, args=(amount,)) for amount in (10, 30, 30, 60, 90, 100, 500) * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert most[0] == 500  # alone: one that is larger than all there is
+    assert held[0] == 0
+
+
+def test_memory_is_given_back_where_decoding_fails():
+    for data in (jpeg(1)[:300], b"no image", jpeg(1)):
+        for _ in range(3):
+            try:
+                with open_image(data) as image:
+                    assert image.size == (48, 48)
+                    raise ZeroDivisionError
+            except (UnreadableImageError, ZeroDivisionError):
+                pass
+    assert decoding.DECODING._held == 0
