@@ -11,6 +11,7 @@ import pytest
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 
+import deepfake_core.models  # noqa: F401 - a checkpoint names its classes
 from deepfake_core.cli import main
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError
