@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 from mlflow.utils.logging_utils import disable_logging, enable_logging
 
 import deepfake_core.detector
@@ -105,6 +106,8 @@ def download_version(model_uri: str, folder: Path) -> Path:
         copied = Path(mlflow.artifacts.download_artifacts(artifact_uri=stored, dst_path=str(folder)))
     except (MlflowException, OSError) as exc:
         raise ModelError(_explain_uri(model_uri, exc)) from exc
+    # MLflow writes this into a store on the same machine whenever it loads a version from there.
+    (copied / REGISTERED_MODEL_META_FILE_NAME).unlink(missing_ok=True)
     check_seal(version, copied)
     return copied
 

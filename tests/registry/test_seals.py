@@ -129,6 +129,8 @@ def test_flows_load_nothing_changed(stored, how, file, monkeypatch, tmp_path):
 
 def test_what_is_as_it_was_registered_is_used(stored, capsys):
     os.utime(stored / "MLmodel", (0, 0))
+    mlflow.pyfunc.load_model(f"models:/{NAME}/1")
+    assert (stored / "registered_model_meta").exists()  # which MLflow has just written there
     assert main(["seal", "1"]) == 0
     assert "is sealed already, and its files are those that were registered" in capsys.readouterr().out
     assert main(["predict", "split/real/0.jpg", "--no-detect"]) == 0
