@@ -1,6 +1,6 @@
 """The command `deepfake`: its parser and exit status. What each command does is in `deepfake_core.commands`.
 
-`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`, `gc`.
+`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`, `seal`, `gc`.
 """
 
 import argparse
@@ -68,8 +68,11 @@ def build_parser() -> argparse.ArgumentParser:
     promote.add_argument("version", metavar="N", help="number of the version")
     promote.add_argument("--force", action="store_true", help="even if it failed the promotion rule")
     rollback = commands.add_parser("rollback", help="put the version that production replaced back")
-    for command, run in ((promote, production.promote), (rollback, production.roll_back)):
+    for command in (promote, rollback):
         command.add_argument("--reason", required=True, help="why; recorded with the version")
+    seal = commands.add_parser("seal", help="record the SHA-256 of each file of a version that has no such record")
+    seal.add_argument("version", metavar="N", help="number of the version")
+    for command, run in ((promote, production.promote), (rollback, production.roll_back), (seal, production.seal)):
         command.add_argument("--yes", action="store_true", help="don't ask for confirmation")
         command.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
         command.set_defaults(run=run)

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator, model_validator
 
-CLASS_NAMES = ("real", "fake")
-"""A label is the position here: fake is 1, the positive class, everywhere."""
+from deepfake_core.detector import CLASS_NAMES as CLASS_NAMES  # there, as each registered model holds a copy of it
+from deepfake_core.detector import MAX_IMAGE_SIZE
 
 CLASS_COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
 """In figures, pages and reports."""
@@ -249,7 +249,7 @@ class AugmentationParameters(Parameters):
 class Recipe(Parameters):
     """How one candidate is trained. Each has its own, in its file of `deepfake_core/models`."""
 
-    image_size: int = Field(ge=32, le=1024, description="Side of the input images, in pixels.")
+    image_size: int = Field(ge=32, le=MAX_IMAGE_SIZE, description="Side of the input images, in pixels.")
     batch_size: int = Field(default=32, ge=1, le=4096, description="Images per training step, over all devices.")
     epochs: int = Field(ge=1, le=10_000, description="Passes over the training images, at most.")
     patience: int = Field(ge=1, description="Stop after this many epochs without a lower validation loss.")

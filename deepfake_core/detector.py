@@ -23,6 +23,17 @@ BATCH_SIZE = 8
 """Images scored at a time: larger batches take longer on CPUs, and more memory."""
 
 DESCRIPTION = "detector.json"
+CLASS_NAMES = ("real", "fake")
+"""A label is the position here: fake is 1, the positive class, everywhere."""
+
+MAX_IMAGE_SIZE = 1024
+"""Of the network's input, in pixels a side: a batch of such images takes 800 MB."""
+
+MAX_TEMPERATURE = 100.0
+
+
+class InvalidModelError(ValueError):
+    """A model whose `detector.json` is out of range, or does not describe its network."""
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
@@ -52,6 +63,32 @@ def apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
     return (1 / (1 + np.exp(-logits / temperature))).astype(np.float32)
 
 
+def read_description(file: Path) -> dict[str, Any]:
+    """Read what `detector.json` says, with a temperature of 1 if it says none.
+
+    Raises:
+        InvalidModelError: if it is no JSON object, or a value is missing or out of range.
+    """
+    try:
+        description = {"temperature": 1.0, **json.loads(file.read_text())}
+    except (ValueError, TypeError) as exc:
+        raise InvalidModelError(f"{DESCRIPTION} must be a JSON object. Received: {file} ({exc}).") from exc
+    size, names = description.get("image_size"), description.get("class_names")
+    _require(type(size) is int and 1 <= size <= MAX_IMAGE_SIZE, f"image_size must be 1 to {MAX_IMAGE_SIZE}", size)
+    for name, greatest in (("threshold", 1.0), ("temperature", MAX_TEMPERATURE)):
+        value = description.get(name)
+        met = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= greatest  # NaN is not
+        _require(met, f"{name} must be a number from 0 to {greatest:g}", value)
+    _require(description["temperature"] > 0, "temperature must be above 0", description["temperature"])
+    _require(names == list(CLASS_NAMES), f"class_names must be {list(CLASS_NAMES)}", names)
+    return description
+
+
+def _require(met: bool, rule: str, received: object) -> None:
+    if not met:
+        raise InvalidModelError(f"{rule}. Received: {received!r}. Pull the model again, or use another version.")
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What the detector says of one image; the first two are None where `error` says why."""
@@ -67,21 +104,38 @@ class Detector:
 
     Args:
         folder: a folder with `model.onnx` and `detector.json`, as a registered version holds them.
+
+    Raises:
+        InvalidModelError: if `detector.json` is out of range, or does not describe the network.
     """
 
     def __init__(self, folder: str | Path) -> None:
         import onnxruntime
 
         folder = Path(folder)
-        self.description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
-        self.image_size = int(self.description["image_size"])
+        self.description = read_description(folder / DESCRIPTION)
+        self.image_size: int = self.description["image_size"]
         self.threshold = float(self.description["threshold"])
-        self.temperature = float(self.description.get("temperature", 1.0))
-        self.class_names: tuple[str, str] = tuple(self.description["class_names"])
+        self.temperature = float(self.description["temperature"])
         self.size = (folder / "model.onnx").stat().st_size
         self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-        self._input = self._session.get_inputs()[0].name
-        self._scores, *self._heat = (output.name for output in self._session.get_outputs())
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        shape = [self.image_size, self.image_size, 3]
+        _require(
+            [(one.type, one.shape[1:]) for one in inputs] == [("tensor(float)", shape)],
+            f"model.onnx must take float images of the size that {DESCRIPTION} says, (n, {', '.join(map(str, shape))})",
+            [(one.type, one.shape) for one in inputs],
+        )
+        _require(
+            1 <= len(outputs) <= 2
+            and all(one.type == "tensor(float)" for one in outputs)
+            and outputs[0].shape[1:] == [1]
+            and all(len(one.shape) == 3 for one in outputs[1:]),
+            "model.onnx must give P(fake), (n, 1), and may give heat maps, (n, height, width), as floats",
+            [(one.type, one.shape) for one in outputs],
+        )
+        self._input = inputs[0].name
+        self._scores, *self._heat = (output.name for output in outputs)
 
     @property
     def explains(self) -> bool:
@@ -125,7 +179,7 @@ class Detector:
 
     def label(self, score: float) -> str:
         """Return the class of a P(fake)."""
-        return self.class_names[int(score >= self.threshold)]
+        return CLASS_NAMES[float(score) >= self.threshold]
 
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
         """Judge encoded images; one that can't be read gets an `error` and doesn't affect the others."""

@@ -1,10 +1,12 @@
 """The detector as MLflow loads it; MLflow copies this file, `detector.py` and `decoding.py` into each version.
 
-Input: a column `image` of encoded bytes (JPEG, PNG, WebP). Output: `label`, `fake_probability`,
-`threshold`, `error` per row. It takes no paths and no URLs.
+Input: a column `image` of encoded bytes (JPEG, PNG, WebP), or of the same as base64 or a data URL. Output: `label`,
+`fake_probability`, `threshold`, `error` per row. It takes no paths and no addresses.
 """
 
+import base64
 import importlib
+import re
 import sys
 import types
 from pathlib import Path
@@ -37,6 +39,20 @@ def load_detector() -> Any:
 Detector = load_detector()
 
 
+FORMS = "must be an image as bytes, base64 or a base64 data URL, not a path, an address or nothing"
+
+
+def decode_text(value: Any) -> Any:
+    """Return the bytes that a text holds as base64, of either alphabet, or as a data URL; None if it holds none."""
+    if not isinstance(value, str):
+        return value if isinstance(value, bytes | bytearray | memoryview) else None
+    text = re.sub(r"^data:[^,]*;base64,|\s|=+\s*$", "", value)
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except ValueError:
+        return None
+
+
 class DeepfakeDetector(PythonModel):
     """Judge encoded images; a row that can't be read gets an error and doesn't affect the others."""
 
@@ -47,13 +63,17 @@ class DeepfakeDetector(PythonModel):
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         del context, params  # MLflow's signature
-        predictions = self._detector.predict(list(model_input["image"]))
+        images = [decode_text(image) for image in model_input["image"]]
+        predictions = self._detector.predict(images)
         return pd.DataFrame(
             {
                 "label": [prediction.label for prediction in predictions],
                 "fake_probability": [prediction.fake_probability for prediction in predictions],
                 "threshold": [prediction.threshold for prediction in predictions],
-                "error": [prediction.error for prediction in predictions],
+                "error": [
+                    FORMS if image is None else prediction.error
+                    for image, prediction in zip(images, predictions, strict=True)
+                ],
             },
             dtype=object,  # what is missing stays None, which the scoring server writes as null, not as NaN
         )

@@ -1,8 +1,12 @@
-"""What changes production or frees its disk: `promote`, `rollback`, `gc`."""
+"""What changes production, seals versions or frees their disk: `promote`, `rollback`, `seal`, `gc`."""
 
 import argparse
+import json
+import tempfile
+from pathlib import Path
 
 from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.serving.predictor import load_detector
 
 
 def promote(options: argparse.Namespace) -> int:
@@ -29,6 +33,30 @@ def roll_back(options: argparse.Namespace) -> int:
         return 1
     restored, former = production.roll_back(options.model_name, options.reason)
     print(f"Version {restored} is back in production instead of {former}. `deepfake promote {former}` undoes it.")
+    return 0
+
+
+def seal(options: argparse.Namespace) -> int:
+    from deepfake_core.registry import detectors, names, seals
+    from deepfake_core.registry.connection import connect
+    from deepfake_core.registry.versions import read_version
+
+    connect()
+    version = read_version(options.model_name, options.version)
+    with tempfile.TemporaryDirectory() as folder:
+        copied = detectors.download_version(f"models:/{version.name}/{version.version}", Path(folder))
+        digests = seals.hash_files(copied)
+        description = load_detector(copied / "artifacts" / names.DETECTOR).description
+    if names.SEAL in version.tags:
+        print(f"Version {version.version} is sealed already, and its files are those that were registered.")
+        return 0
+    for name, digest in digests.items():
+        print(f"{digest}  {name}")
+    print(json.dumps(description, indent=2))
+    if not _confirm(options, f"Seal version {version.version} with these {len(digests)} files?"):
+        return 1
+    seals.seal_version(version.name, version.version, digests)
+    print(f"Version {version.version} is sealed: from now on, nothing is used of it if any of these files changes.")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.models_artifact_repo import REGISTERED_MODEL_META_FILE_NAME
 from mlflow.utils.logging_utils import disable_logging, enable_logging
 
 import deepfake_core.detector
@@ -17,13 +18,14 @@ from deepfake_core.config import PRODUCTION_URI
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
 from deepfake_core.registry.connection import connect, set_environment
+from deepfake_core.registry.seals import check_seal, hash_files, write_seal
 from deepfake_core.registry.versions import require_files
 
 log = logging.getLogger(__name__)
 
 
 def register_detector(run_id: str, folder: Path, model_name: str, example: bytes, tags: Mapping[str, str]) -> str:
-    """Log a detector's folder as a pyfunc model of the run and register it; return the version.
+    """Log a detector's folder as a pyfunc model of the run and register it, sealed; return the version.
 
     Args:
         folder: holds `model.onnx`, `detector.json` and `checkpoint.keras`.
@@ -35,7 +37,7 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
 
     optional = {"label": "string", "fake_probability": "double", "error": "string"}
     signature = ModelSignature(
-        inputs=Schema([ColSpec("binary", "image")]),
+        inputs=Schema([ColSpec("string", "image")]),  # base64, or bytes, which MLflow lets through
         outputs=Schema(
             [
                 *(ColSpec(kind, name, required=False) for name, kind in optional.items()),
@@ -47,6 +49,7 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
     with tempfile.TemporaryDirectory() as temporary:
         detector = Path(temporary) / names.DETECTOR
         shutil.copytree(folder, detector)
+        ours = {f"artifacts/{names.DETECTOR}/{name}": digest for name, digest in hash_files(detector).items()}
         with set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"), mlflow.start_run(run_id=run_id):
             model = mlflow.pyfunc.log_model(
                 name="model",
@@ -60,9 +63,12 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
                     for package in ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
                 ],
             )
+            location = mlflow.MlflowClient().get_logged_model(model.model_id).artifact_location
+            stored = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=f"{temporary}/stored")
+        digests = hash_files(Path(stored)) | ours  # what was damaged on its way is refused later
     disable_logging()  # MLflow prints what it registered, whatever the level of its logger
     try:
-        registered = mlflow.register_model(model.model_uri, model_name, tags=dict(tags))
+        registered = mlflow.register_model(model.model_uri, model_name, tags=dict(tags) | write_seal(digests))
     finally:
         enable_logging()
     log.info("%s: version %s is registered", model_name, registered.version)
@@ -76,19 +82,34 @@ def pull_detector(model_uri: str, folder: Path) -> Path:
         model_uri: such as `models:/deepfake-detector@production` or `models:/deepfake-detector/3`.
 
     Raises:
-        ModelError: if MLflow has no such version, or its model files were removed.
+        ModelError: as `download_version`.
     """
     connect()
-    require_files(_look_up(model_uri))
     with tempfile.TemporaryDirectory() as temporary:
-        try:
-            copied = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{model_uri}/artifacts/{names.DETECTOR}", dst_path=temporary
-            )
-        except (MlflowException, OSError) as exc:
-            raise ModelError(_explain_uri(model_uri, exc)) from exc
-        shutil.copytree(copied, folder, dirs_exist_ok=True)
+        copied = download_version(model_uri, Path(temporary))
+        shutil.copytree(copied / "artifacts" / names.DETECTOR, folder, dirs_exist_ok=True)
     return folder
+
+
+def download_version(model_uri: str, folder: Path) -> Path:
+    """Copy all files of a version below a folder and check their seal; return where they are.
+
+    Nothing else in this project reads a version's files, so none is used unchecked.
+
+    Raises:
+        ModelError: if MLflow has no such version, its model files were removed, or a file is not the registered one.
+    """
+    version = _look_up(model_uri)
+    require_files(version)
+    try:
+        stored = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
+        copied = Path(mlflow.artifacts.download_artifacts(artifact_uri=stored, dst_path=str(folder)))
+    except (MlflowException, OSError) as exc:
+        raise ModelError(_explain_uri(model_uri, exc)) from exc
+    # MLflow writes this into a store on the same machine whenever it loads a version from there.
+    (copied / REGISTERED_MODEL_META_FILE_NAME).unlink(missing_ok=True)
+    check_seal(version, copied)
+    return copied
 
 
 def resolve(model_uri: str) -> tuple[str, str]:

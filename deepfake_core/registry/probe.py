@@ -1,4 +1,4 @@
-"""Probe images: a few validation images with their scores, which the served model must give again."""
+"""Probe images: a few validation images with their scores, which the served model must give again, as must labels."""
 
 import json
 import tempfile
@@ -9,10 +9,13 @@ from pathlib import Path
 import mlflow
 from mlflow.exceptions import MlflowException
 
+from deepfake_core.config import CLASS_NAMES
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
 from deepfake_core.registry.connection import set_environment
+from deepfake_core.registry.detectors import download_version
 from deepfake_core.registry.production import find_production
+from deepfake_core.registry.seals import require_seal
 from deepfake_core.registry.versions import ModelVersion, read_version
 
 MAX_PROBE_DIFFERENCE = 0.001
@@ -30,29 +33,38 @@ def log_probe(run_id: str, images: Sequence[bytes], scores: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A version's probe images, scored again.
+    """A version's probe images, judged again.
 
     Attributes:
-        differences: of each P(fake) from the one that was recorded.
+        differences: of each P(fake) from the one that was recorded; NaN where the model gave none.
+        threshold: the one that was recorded.
+        other_labels: number of images whose label is not what the recorded threshold makes of their P(fake).
+        other_thresholds: the model's thresholds that are not the recorded one.
     """
 
     version: ModelVersion
     differences: list[float]
+    threshold: float
+    other_labels: int
+    other_thresholds: list[float]
 
     @property
     def agrees(self) -> bool:
-        return max(self.differences) <= MAX_PROBE_DIFFERENCE
+        close = all(difference <= MAX_PROBE_DIFFERENCE for difference in self.differences)
+        return close and not self.other_labels and not self.other_thresholds
 
     @property
     def text(self) -> str:
+        found = ", ".join(map(str, self.other_thresholds)) or "the same"
         return (
             f"Version {self.version.version} of {self.version.name}: the scores of {len(self.differences)} probe "
             f"images differ by {max(self.differences):.2g} at most from those recorded with it "
-            f"(allowed: {MAX_PROBE_DIFFERENCE:g})"
+            f"(allowed: {MAX_PROBE_DIFFERENCE:g}); {self.other_labels} have another label; the threshold recorded is "
+            f"{self.threshold}, the model's is {found}"
         )
 
     def require_agreement(self) -> None:
-        """Raise a ModelError if a score differs too much."""
+        """Raise a ModelError if a score differs too much, or a label or the threshold at all."""
         if not self.agrees:
             raise ModelError(
                 f"{self.text}. What serves it has changed: compare its packages with the version's requirements.txt, "
@@ -73,23 +85,36 @@ def check_production(model_name: str) -> ProbeResult:
 
 
 def check_probe(version: ModelVersion) -> ProbeResult:
-    """Load a version as its users do, and score its probe images.
+    """Load a version as its users do, once its seal is checked, and judge its probe images.
 
     Raises:
-        ModelError: if it has no probe images.
+        ModelError: if it has no probe images, is not sealed, or a file is not the one that was registered.
     """
     import pandas as pd
 
+    client = mlflow.MlflowClient()
     with tempfile.TemporaryDirectory() as folder, set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
         try:
-            probe = Path(mlflow.MlflowClient().download_artifacts(version.run_id, names.PROBE, folder))
-        except (MlflowException, OSError) as exc:
+            threshold = float(client.get_run(version.run_id).data.params["threshold"])
+            probe = Path(client.download_artifacts(version.run_id, names.PROBE, folder))
+        except (KeyError, MlflowException, OSError) as exc:
             raise ModelError(
-                f"A version needs probe images in its run to be checked. Received: version {version.version} of "
-                f"{version.name}, run {version.run_id}, which has none. Retrain, or promote a newer version."
+                "A version needs probe images and its threshold in its run to be checked. Received: version "
+                f"{version.version} of {version.name}, run {version.run_id}, which lacks them. Retrain, or promote a "
+                "newer version."
             ) from exc
         recorded = json.loads((probe / "scores.json").read_text())
         images = [file.read_bytes() for file in sorted(probe.glob("*.image"))]
-        model = mlflow.pyfunc.load_model(f"models:/{version.name}/{version.version}")
-    scores = model.predict(pd.DataFrame({"image": images}))["fake_probability"]
-    return ProbeResult(version, [abs(float(score) - before) for score, before in zip(scores, recorded, strict=True)])
+        require_seal(version)
+        stored = download_version(f"models:/{version.name}/{version.version}", Path(folder) / "version")
+        model = mlflow.pyfunc.load_model(str(stored))
+    answers = model.predict(pd.DataFrame({"image": images}))
+    scores = answers["fake_probability"].astype(float)
+    labels = [CLASS_NAMES[score >= threshold] for score in scores]
+    return ProbeResult(
+        version,
+        [abs(score - before) for score, before in zip(scores, recorded, strict=True)],
+        threshold,
+        sum(label != found for label, found in zip(labels, answers["label"], strict=True)),
+        sorted(set(answers["threshold"]) - {threshold}),
+    )

@@ -66,6 +66,8 @@ class ModelVersion:
             lines.append(f"replaced {tags[names.PRODUCTION_UNTIL]} by version {tags[names.REPLACED_BY]}")
         if names.FILES_REMOVED in tags:
             lines.append(f"model files removed {tags[names.FILES_REMOVED]}")
+        elif names.SEAL not in tags:
+            lines.append(f"not sealed: `deepfake seal {self.version}` shows its files and records their SHA-256")
         return lines
 
     def estimate(self, metric: str) -> Estimate | None:

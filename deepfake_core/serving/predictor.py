@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deepfake_core.detector import BATCH_SIZE, MAX_BYTES, Detector, UnreadableImageError, open_image, resize_image
+from deepfake_core.detector import (
+    BATCH_SIZE,
+    MAX_BYTES,
+    Detector,
+    InvalidModelError,
+    UnreadableImageError,
+    open_image,
+    resize_image,
+)
 from deepfake_core.errors import ModelError
 from deepfake_core.serving.explained import draw_heat, shrink
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
@@ -44,10 +52,12 @@ def load_detector(folder: str | Path) -> Detector:
     """Load a pulled model.
 
     Raises:
-        ModelError: if it lacks a file, or one is damaged.
+        ModelError: if it lacks a file, or one is damaged or out of range.
     """
     try:
         return Detector(folder)
+    except InvalidModelError as exc:
+        raise ModelError(str(exc)) from exc
     except Exception as exc:
         raise ModelError(
             "A model's folder must hold model.onnx and detector.json as `deepfake pull` writes them. Received: "

@@ -52,7 +52,9 @@ def test_pyfunc_model_answers_bytes_alone_and_harms_no_row(registered, tmp_path)
     assert list(out.columns) == ["label", "fake_probability", "threshold", "error"]
     assert out["label"].isna().tolist() == [False, True, False, True, True, True]
     assert out.loc[1, "error"] == "must be a JPEG, PNG or WebP image"
-    assert out.loc[3:, "error"].str.startswith("must be the bytes of an image, not a path").all()
+    assert (
+        out.loc[3:, "error"].str.startswith("must be an image as bytes, base64 or a base64 data URL, not a path").all()
+    )
     assert out["fake_probability"].dropna().between(0, 1).all()
 
 
