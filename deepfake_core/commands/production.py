@@ -25,10 +25,16 @@ def roll_back(options: argparse.Namespace) -> int:
     connect()
     current = production.find_production(options.model_name)
     previous = production.find_previous(options.model_name)
-    if previous and not _confirm(options, f"Put version {previous} back into production instead of {current}?"):
+    if previous and not _confirm(
+        options, f"Put version {previous} back into production instead of {current or 'none'}?"
+    ):
         return 1
-    restored, former = production.roll_back(options.model_name, options.reason)
-    print(f"Version {restored} is back in production instead of {former}. `deepfake promote {former}` undoes it.")
+    restored, former, passed = production.roll_back(options.model_name, options.reason)
+    undo = f" `deepfake promote {former}` undoes it." if former else ""
+    print(
+        f"Version {restored} is back in production instead of {former or 'none'}"
+        f"{production.explain_passed(passed)}.{undo}"
+    )
     return 0
 
 
