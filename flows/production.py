@@ -42,8 +42,9 @@ def roll_back(reason: str, model_name: str = DEFAULT_MODEL) -> str:
         What was done, as a sentence.
     """
     connect()
-    restored, former, passed = production.roll_back(model_name, reason)
-    instead = f"instead of {former or 'none'}{production.explain_passed(passed)}"
+    passed = production.explain_passed(model_name)
+    restored, former = production.roll_back(model_name, reason)
+    instead = f"instead of {former or 'none'}{passed}"
     done = f"Version {restored} of {model_name} is back in production {instead}: {reason}"
     announce("rolled-back", model_name, restored, done)
     return _report(done)

@@ -29,12 +29,10 @@ def roll_back(options: argparse.Namespace) -> int:
         options, f"Put version {previous} back into production instead of {current or 'none'}?"
     ):
         return 1
-    restored, former, passed = production.roll_back(options.model_name, options.reason)
+    passed = production.explain_passed(options.model_name)
+    restored, former = production.roll_back(options.model_name, options.reason)
     undo = f" `deepfake promote {former}` undoes it." if former else ""
-    print(
-        f"Version {restored} is back in production instead of {former or 'none'}"
-        f"{production.explain_passed(passed)}.{undo}"
-    )
+    print(f"Version {restored} is back in production instead of {former or 'none'}{passed}.{undo}")
     return 0
 
 

@@ -4,7 +4,7 @@ import getpass
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -183,14 +183,11 @@ def promote_by_hand(model_name: str, version: str, reason: str, force: bool = Fa
     return current
 
 
-def roll_back(model_name: str, reason: str) -> tuple[str, str | None, list[str]]:
-    """Put back into production the version that production replaced, or the one before that can still be served.
+def roll_back(model_name: str, reason: str) -> tuple[str, str | None]:
+    """Put back into production the version that production replaced; return it and the one it replaces.
 
-    Housekeeping keeps the files of the version that the next rollback leads to. Rollbacks beyond that one reach those
-    among the newest versions that it keeps.
-
-    Returns:
-        The version, the one that it replaces, and those that were passed over: deleted, or without model files.
+    A version that was deleted, or whose model files were removed, is passed over. Housekeeping keeps the files of the
+    version that the next rollback leads to. Rollbacks beyond that one reach those among the newest that it keeps.
 
     Raises:
         ModelError: if there is none to go back to.
@@ -198,22 +195,21 @@ def roll_back(model_name: str, reason: str) -> tuple[str, str | None, list[str]]
     """
     complete_move(model_name)
     current, previous = find_production(model_name), find_previous(model_name)
-    replaced = list_rollbacks(model_name, with_gone=True)
     if previous is None:
         raise ModelError(
             f"A rollback needs a version that production replaced. Received: version {current} of {model_name} in "
-            f"production, which replaced none{' that is left' if replaced else ''}{explain_passed(replaced)}. "
-            "`deepfake promote N` puts any version there."
+            f"production, which replaced none{explain_passed(model_name)}. `deepfake promote N` puts any version there."
         )
-    passed = replaced[: replaced.index(previous)]
-    because = f"rolled back from version {current}: {reason}{explain_passed(passed)}"
+    because = f"rolled back from version {current}: {reason}{explain_passed(model_name)}"
     move_production(model_name, previous, current, because, back=True)
-    return previous, current, passed
+    return previous, current
 
 
-def explain_passed(versions: Sequence[str]) -> str:
-    """Return a remark on versions that a rollback passed over; empty if there are none."""
-    return f" (passed over, as deleted or without model files: {', '.join(versions)})" if versions else ""
+def explain_passed(model_name: str) -> str:
+    """Return a remark on versions that the next rollback passes over; empty if it passes over none."""
+    replaced, previous = list_rollbacks(model_name, with_gone=True), find_previous(model_name)
+    passed = replaced[: replaced.index(previous)] if previous else replaced
+    return f" (passed over, as deleted or without model files: {', '.join(passed)})" if passed else ""
 
 
 def find_objections(version: ModelVersion, production: ModelVersion | None) -> list[str]:
