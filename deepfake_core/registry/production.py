@@ -75,7 +75,8 @@ def _follow(version: str, known: Mapping[str, Any]) -> list[str]:
             before = [known[last].tags.get(names.REPLACED, names.NO_VERSION)]
         else:
             left = [one for one in known.values() if one.tags.get(names.REPLACED_BY) == last]
-            before = [str(one.version) for one in sorted(left, key=lambda one: one.tags[names.PRODUCTION_UNTIL])[-1:]]
+            left.sort(key=lambda one: one.tags.get(names.PRODUCTION_UNTIL, ""))
+            before = [str(one.version) for one in left[-1:]]
         if not before or before[0] in (names.NO_VERSION, *chain):
             return chain[1:]
         chain += before
@@ -124,8 +125,9 @@ def move_production(model_name: str, version: str, expected: str | None, reason:
         log.info("%s: version %s is in production instead of %s: %s", model_name, version, current, reason)
         try:
             _complete_move(client, model_name)
-        except MlflowException:
-            log.warning("%s: the next move of production completes this one's tags", model_name, exc_info=True)
+        except MlflowException as exc:
+            why = str(exc).splitlines()[0]
+            log.warning("%s: production has moved, its tags are completed by the next move (%s)", model_name, why)
 
 
 def complete_move(model_name: str) -> None:

@@ -64,7 +64,7 @@ class ModelVersion:
 
     def list_history(self) -> list[str]:
         """Return what became of it, a line each: decision and reasons, its time in production, removed files."""
-        lines, tags = [self.decision, *self.reasons], self.tags
+        lines, tags = [self.decision or "not decided yet", *self.reasons], self.tags
         if names.PRODUCTION_SINCE in tags:
             lines.append(f"in production {tags[names.PRODUCTION_SINCE]}, by {tags[names.PRODUCTION_BY]}")
             if tags[names.PRODUCTION_BECAUSE] != tags.get(names.REASONS):
