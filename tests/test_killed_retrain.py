@@ -51,7 +51,7 @@ def folder(tracking):
     values = {"data": data, "training": training, "promotion": PromotionParameters(min_precision=0, min_recall=0)}
     text = yaml.safe_dump({name: one.model_dump(mode="json") for name, one in values.items()})
     (tracking / "retrain.yaml").write_text(text)
-    connect()
+    connect().create_experiment(names.EXPERIMENT)  # whose artifacts are below the current folder
     return tracking
 
 
