@@ -1,6 +1,7 @@
 """A retrain's process is killed at one point after the other; each time, the next one goes on from there."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,12 @@ import yaml
 from prefect.settings import PREFECT_API_URL
 
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
-from deepfake_core.registry import names, production
+from deepfake_core.registry import fingerprint, names
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import search_runs
 from deepfake_core.registry.versions import list_versions, read_version
-from tests.builders import NAME, ROOT, faces, write_zip
+from flows.retrain import retrain
+from tests.builders import NAME, ROOT, faces, forbid, write_zip
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.process, pytest.mark.slow]
 
@@ -33,7 +35,7 @@ sys.exit(main())
 """
 """Kills itself when one of the functions that its first argument names is called."""
 
-NEVER_AGAIN = "deepfake_core.training.fit._fit,deepfake_core.registry.challenge.register_detector"
+NEVER_AGAIN = ("deepfake_core.training.fit._fit", "deepfake_core.registry.challenge.register_detector")
 
 
 def run(folder: Path, *targets: str) -> subprocess.CompletedProcess[str]:
@@ -43,48 +45,53 @@ def run(folder: Path, *targets: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def folder(tracking):
-    data = DataParameters(
-        sources=(Source(name=str(write_zip(tracking / "a.zip", faces(40)))),), data_dir=str(tracking / "data")
-    )
-    training = TrainingParameters(candidates=("cnn", "hpf_cnn"), image_size=32, epochs=1)
-    values = {"data": data, "training": training, "promotion": PromotionParameters(min_precision=0, min_recall=0)}
-    text = yaml.safe_dump({name: one.model_dump(mode="json") for name, one in values.items()})
+def settings(tracking):
+    """Give a retrain's parameters, which a file in the current folder holds too."""
+    source = Source(name=str(write_zip(tracking / "a.zip", faces(40))))
+    values = {
+        "data": DataParameters(sources=(source,), data_dir=str(tracking / "data")),
+        "training": TrainingParameters(candidates=("cnn", "hpf_cnn"), image_size=32, epochs=1),
+        "promotion": PromotionParameters(min_precision=0, min_recall=0),
+    }
+    text = yaml.safe_dump({name: one.model_dump(mode="json", exclude_unset=True) for name, one in values.items()})
     (tracking / "retrain.yaml").write_text(text)
     connect().create_experiment(names.EXPERIMENT)  # whose artifacts are below the current folder
-    return tracking
+    return values
 
 
-def list_trainings(folder: Path) -> int:
-    return len(list((folder / "data" / "training").glob("[0-9a-f]*")))
+def list_trainings(folder: Path) -> list[Path]:
+    return list((folder / "data" / "training").glob("[0-9a-f]*"))
 
 
-def test_a_retrain_that_is_killed_after_its_version_was_registered_is_finished_by_the_next(folder):
+def test_a_retrain_that_is_killed_after_its_version_was_registered_is_finished_by_the_next(
+    settings, tracking, monkeypatch
+):
     def kill(target: str, *forbidden: str) -> None:
-        ended = run(folder, target, *forbidden)
+        ended = run(tracking, target, *forbidden)
         assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
+        assert len(list_trainings(tracking)) == 2
+        assert len(search_runs("attributes.status = 'RUNNING'")) == 1
 
     kill("deepfake_core.registry.challenge.promote_challenger")
     (version,) = list_versions(NAME)
-    assert (version.decision, list_trainings(folder)) == ("", 2)
-    assert len(search_runs("attributes.status = 'RUNNING'")) == 1
-    for target, decision in (
-        ("deepfake_core.registry.challenge.move_production", ""),
-        ("deepfake_core.registry.challenge._record_decision", ""),
-        ("deepfake_core.registry.versions.describe_version", names.PROMOTED),
-        ("tasks.model.remove_folder", names.PROMOTED),
-    ):
-        kill(target, NEVER_AGAIN)
-        (version,) = list_versions(NAME)
-        assert (version.decision, list_trainings(folder)) == (decision, 2)
-        assert production.find_production(NAME) == (None if target.endswith("move_production") else "1")
-    assert version.is_finished
-    assert list_trainings(folder) == 2
+    assert (version.decision, version.aliases) == ("", ())
+    kill("deepfake_core.registry.challenge._record_decision", *NEVER_AGAIN)
+    (version,) = list_versions(NAME)
+    assert (version.decision, version.aliases) == ("", ("production",))
+    kill("deepfake_core.registry.versions.describe_version", *NEVER_AGAIN)
+    (version,) = list_versions(NAME)
+    assert (version.decision, version.is_finished) == (names.PROMOTED, False)
 
-    ended = run(folder, NEVER_AGAIN, "deepfake_core.registry.challenge.promote_challenger")
-    assert ended.returncode == 0, ended.stderr
-    assert "Nothing changed since version 1 (promoted)" in ended.stderr + ended.stdout
-    check_finished(folder)
+    monkeypatch.setattr(fingerprint, "read_git_commit", lambda: "c" * 40)
+    forbid(monkeypatch, *NEVER_AGAIN)
+    shutil.copytree(tracking / "data" / "training", tracking / "left")
+    assert retrain(**settings)[1] == "1"
+    check_finished(tracking)
+
+    shutil.copytree(tracking / "left", tracking / "data" / "training", dirs_exist_ok=True)  # a kill at the very end
+    again = retrain(**settings, return_state=True)
+    assert again.message == "Nothing changed since version 1 (promoted); `force` trains anyway."
+    check_finished(tracking)
 
 
 def check_finished(folder: Path) -> None:
@@ -94,7 +101,7 @@ def check_finished(folder: Path) -> None:
     assert version.is_finished
     client = mlflow.MlflowClient()
     assert "report.html" in {file.path for file in client.list_artifacts(version.run_id)}
-    assert list_trainings(folder) == 0
+    assert list_trainings(folder) == []
     assert search_runs("attributes.status = 'RUNNING'") == []
     retrains = [one for one in search_runs() if names.PARENT not in one.data.tags]
     assert len(retrains) == 1
