@@ -7,7 +7,6 @@ MLflow keeps run, parameters, metrics, figures, reports and tags.
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from deepfake_core.registry.model_files import (
     remove_model_files,
 )
 from deepfake_core.registry.versions import has_versions
+from deepfake_core.storage.files import remove_folder
 from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.store import Store
 
@@ -208,9 +208,7 @@ def _remove(removal: Removal, model_name: str) -> bool:
         return False
     for path in removal.paths:
         if path.is_dir():
-            aside = path if path.name.endswith(".partial") else path.with_name(f".{path.name}.partial")
-            path.replace(aside)  # a folder that is half removed must not look whole
-            shutil.rmtree(aside)
+            remove_folder(path)
         else:
             path.unlink()
     log.info("%s: removed, %.1f MB (%s)", removal.what, removal.bytes / 1e6, removal.why)

@@ -18,7 +18,9 @@ from deepfake_core.errors import DeepfakeError
 from deepfake_core.evaluation.metrics import Evaluation
 from deepfake_core.registry.challenge import choose_best
 from deepfake_core.registry.connection import connect
-from deepfake_core.registry.runs import open_run
+from deepfake_core.registry.runs import end_killed_runs, open_retrain
+from deepfake_core.storage.locks import lock_folder
+from deepfake_core.storage.store import open_store
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
 from flows.terminal import show_run
@@ -43,16 +45,18 @@ def leave_one_out(
     """
     connect()
     hardware = state_hardware()
-    dataset = open_dataset(prepare(data))
-    found = {}
-    for source in dataset.list_sources():
-        testing = evaluation.model_copy(update={"holdout_sources": (source,)})
-        with open_run(f"{runtime.flow_run.name} without {source}", tags={"hardware": hardware}) as run_id:
-            log_data(run_id, dataset, training, testing, PromotionParameters())
-            trained = [train_architecture(name, dataset, training, testing, run_id) for name in training.candidates]
-            measured = evaluate(choose_best(trained), dataset, testing, run_id)
-        discard_trainings(trained)
-        found[source] = (measured.evaluation, measured.unseen[source])
+    store, flow_run, found = open_store(data.data_dir), runtime.flow_run, {}
+    with lock_folder(store.folder, holder=f"flow run {flow_run.name}"):
+        end_killed_runs(store)
+        dataset = open_dataset(prepare(data))
+        for source in dataset.list_sources():
+            testing = evaluation.model_copy(update={"holdout_sources": (source,)})
+            with open_retrain(f"{flow_run.name} without {source}", flow_run.id, hardware, dataset) as run_id:
+                log_data(run_id, dataset, training, testing, PromotionParameters())
+                trained = [train_architecture(name, dataset, training, testing, run_id) for name in training.candidates]
+                measured = evaluate(choose_best(trained), dataset, testing, run_id)
+            discard_trainings(dataset, training, testing)
+            found[source] = (measured.evaluation, measured.unseen[source])
     create_table_artifact(
         [
             {"left out": source, "AUC on the others": str(seen.metrics["auc"]), "AUC on it": str(own.metrics["auc"])}

@@ -42,8 +42,10 @@ def roll_back(reason: str, model_name: str = DEFAULT_MODEL) -> str:
         What was done, as a sentence.
     """
     connect()
+    passed = production.explain_passed(model_name)
     restored, former = production.roll_back(model_name, reason)
-    done = f"Version {restored} of {model_name} is back in production instead of {former}: {reason}"
+    instead = f"instead of {former or 'none'}{passed}"
+    done = f"Version {restored} of {model_name} is back in production {instead}: {reason}"
     announce("rolled-back", model_name, restored, done)
     return _report(done)
 

@@ -15,6 +15,7 @@ from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.fingerprint import find_same_training, fingerprint_training
+from deepfake_core.registry.runs import end_killed_runs
 from deepfake_core.registry.versions import find_version, read_version
 from deepfake_core.reports.outcome import print_next_steps, print_outcome
 from deepfake_core.storage.locks import lock_folder
@@ -23,7 +24,7 @@ from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
 from flows.terminal import show_run
 from flows.train import train
-from tasks.model import report_outcome
+from tasks.model import discard_trainings, report_outcome
 from tasks.remote import check_deployment, run_remotely
 
 
@@ -38,7 +39,8 @@ def retrain(
 ) -> tuple[str, str]:
     """Prepare the data, train, evaluate, and promote the best model if it beats production.
 
-    Where data, parameters and code are those of a registered version, nothing is trained.
+    Where data, parameters and code are those of a registered version, nothing is trained. What is missing of such a
+    version, its decision or report, is made.
 
     Args:
         data: Where images come from, where they go, and how they are split.
@@ -53,14 +55,16 @@ def retrain(
     """
     connect()
     check_deployment(train_on)
-    with lock_folder(open_store(data.data_dir).folder, holder=f"flow run {runtime.flow_run.name}"):
+    store = open_store(data.data_dir)
+    with lock_folder(store.folder, holder=f"flow run {runtime.flow_run.name}"):
+        end_killed_runs(store)
         address = prepare(data)
         dataset = open_dataset(address)
         fingerprint = fingerprint_training(dataset.version, training, evaluation, promotion)
         same = None if force else find_same_training(promotion.model_name, fingerprint)
         if same:
-            decision = same.decision or "no decision"
-            message = f"Nothing changed since version {same.version} ({decision}); `force` trains anyway."
+            discard_trainings(dataset, training, evaluation)  # a run that was killed at its very end left them
+            message = f"Nothing changed since version {same.version} ({same.decision}); `force` trains anyway."
             get_run_logger().info(message)
             return Completed(message=message, data=(address, same.version))  # type: ignore[return-value] # unwrapped
         if train_on:

@@ -6,6 +6,7 @@ from deepfake_core.config import EvaluationParameters, PromotionParameters, Trai
 from deepfake_core.registry.challenge import choose_best
 from deepfake_core.registry.fingerprint import fingerprint_training
 from deepfake_core.registry.runs import open_retrain
+from deepfake_core.registry.unfinished import find_unfinished, reopen_retrain
 from tasks.data import fetch_dataset
 from tasks.model import (
     discard_trainings,
@@ -13,6 +14,7 @@ from tasks.model import (
     evaluate_robustness,
     log_data,
     promote,
+    recall_candidates,
     register,
     report_on_model,
     state_hardware,
@@ -29,6 +31,8 @@ def train(
 ) -> str:
     """Train the candidates, evaluate the best on the test split, register it, promote it if it is better.
 
+    A training that was killed after its version was registered goes on from there.
+
     Args:
         dataset: Folder or URL of a data set that the prepare flow published.
         training: What is trained, and for how long.
@@ -42,14 +46,21 @@ def train(
     published = fetch_dataset(dataset)
     name, flow_run = promotion.model_name, runtime.flow_run
     fingerprint = fingerprint_training(published.version, training, evaluation, promotion)
-    with open_retrain(flow_run.name, flow_run.id, hardware, published.is_drawn) as run_id:
-        log_data(run_id, published, training, evaluation, promotion)
-        trained = [train_architecture(each, published, training, evaluation, run_id) for each in training.candidates]
+    begun = find_unfinished(name, fingerprint)
+    opened = (
+        reopen_retrain(begun, flow_run.id) if begun else open_retrain(flow_run.name, flow_run.id, hardware, published)
+    )
+    with opened as run_id:
+        if begun:
+            trained = recall_candidates(begun, published, training, evaluation)
+        else:
+            log_data(run_id, published, training, evaluation, promotion)
+            trained = [train_architecture(one, published, training, evaluation, run_id) for one in training.candidates]
         best = choose_best(trained)
         measured = evaluate(best, published, evaluation, run_id)
         robustness = evaluate_robustness(best, published, measured, evaluation)
-        version = register(best, measured, published, name, fingerprint, flow_run.id)
+        version = begun.version if begun else register(best, measured, published, name, fingerprint, flow_run.id)
         outcome = promote(version, best, measured, published, promotion)
         report_on_model(version, trained, best, published, measured, robustness, outcome, name)
-    discard_trainings(trained)
+    discard_trainings(published, training, evaluation)
     return version

@@ -1,6 +1,5 @@
 """The stages from split folders to a promoted model version."""
 
-import shutil
 from collections.abc import Sequence
 
 import pandas as pd
@@ -15,10 +14,12 @@ from deepfake_core.evaluation import test_split
 from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import Measured
-from deepfake_core.registry import challenge, names, runs, versions
+from deepfake_core.registry import challenge, names, runs, unfinished, versions
 from deepfake_core.registry.challenge import Outcome, TrainedCandidate
 from deepfake_core.registry.fingerprint import read_git_commit
+from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports import model_report, outcome, plots
+from deepfake_core.storage.files import remove_folder
 from deepfake_core.training import calibration, devices, fit
 from deepfake_core.training.fit import Training
 from tasks.announcement import announce
@@ -87,10 +88,18 @@ def train_architecture(
         return challenge.log_candidate(run_id, candidate, val, dataset)
 
 
-def discard_trainings(trained: Sequence[TrainedCandidate]) -> None:
+@task(name="recall candidates", **MLFLOW)
+def recall_candidates(
+    version: ModelVersion, dataset: Dataset, parameters: TrainingParameters, evaluation: EvaluationParameters
+) -> list[TrainedCandidate]:
+    """Read back from MLflow what the retrain that registered a version, and was killed then, had trained."""
+    return unfinished.recall_candidates(version, dataset, parameters, evaluation)
+
+
+def discard_trainings(dataset: Dataset, parameters: TrainingParameters, evaluation: EvaluationParameters) -> None:
     """Remove the trainings' folders: MLflow has what is worth keeping, and the next retrain must not resume them."""
-    for one in trained:
-        shutil.rmtree(one.candidate.folder.parent)
+    for architecture in parameters.candidates:
+        remove_folder(Training.plan(architecture, parameters, evaluation.holdout_sources).folder(dataset))
 
 
 @task(name="evaluate", **GPU)

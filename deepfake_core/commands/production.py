@@ -29,10 +29,14 @@ def roll_back(options: argparse.Namespace) -> int:
     connect()
     current = production.find_production(options.model_name)
     previous = production.find_previous(options.model_name)
-    if previous and not _confirm(options, f"Put version {previous} back into production instead of {current}?"):
+    if previous and not _confirm(
+        options, f"Put version {previous} back into production instead of {current or 'none'}?"
+    ):
         return 1
+    passed = production.explain_passed(options.model_name)
     restored, former = production.roll_back(options.model_name, options.reason)
-    print(f"Version {restored} is back in production instead of {former}. `deepfake promote {former}` undoes it.")
+    undo = f" `deepfake promote {former}` undoes it." if former else ""
+    print(f"Version {restored} is back in production instead of {former or 'none'}{passed}.{undo}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Scores and labels become metrics, each with an interval. Positive means fake."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -133,6 +133,17 @@ class Evaluation:
         for source, evaluation in self.sources.items():
             flat |= evaluation.flatten(f"{prefix}/{source}")
         return flat
+
+    @classmethod
+    def unflatten(cls, prefix: str, flat: Mapping[str, float]) -> "Evaluation":
+        """Make the whole's evaluation, without parts, of what `flatten` returned."""
+        confusion = Confusion(**{one.name: int(flat[f"{prefix}/{one.name}"]) for one in fields(Confusion)})
+        metrics = {
+            name: Estimate(*(flat[f"{prefix}/{name}{end}"] for end in ("", "_low", "_high")))
+            for name in METRIC_TITLES
+            if f"{prefix}/{name}" in flat
+        }
+        return cls(confusion, metrics)
 
     def list_rows(self, kind: str = "all", name: str = "all") -> Iterator[dict[str, Any]]:
         """Yield a row for the whole and for each part: `kind`, `name`, counts, and each metric with low and high."""

@@ -16,6 +16,9 @@ from deepfake_core.evaluation.parts import Rows
 REASON_SEPARATOR = "; "
 """Between the reasons of a decision, where they are stored as one text."""
 
+NOT_MET = "NOT met"
+"""How a reason against a promotion begins."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -160,7 +163,7 @@ def decide_promotion(
     checks += [(True, "no production model yet")] if comparison is None else _check_comparison(comparison, parameters)
     return Decision(
         promoted=all(passed for passed, _ in checks),
-        reasons=tuple(f"{'met' if passed else 'NOT met'}: {text}" for passed, text in checks),
+        reasons=tuple(f"{'met' if passed else NOT_MET}: {text}" for passed, text in checks),
     )
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from deepfake_core.config import PromotionParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import Images, load_same
 from deepfake_core.detector import Detector
-from deepfake_core.errors import ProductionMovedError
+from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.evaluation.metrics import Evaluation, evaluate_detector
 from deepfake_core.evaluation.promotion import (
+    NOT_MET,
     Comparison,
     Cost,
     Decision,
@@ -27,9 +29,9 @@ from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry import names
 from deepfake_core.registry.detectors import pull_detector, register_detector
 from deepfake_core.registry.probe import log_probe
-from deepfake_core.registry.production import find_production, move_production
+from deepfake_core.registry.production import complete_move, find_previous, find_production, move_production
 from deepfake_core.registry.runs import log_file, log_metrics, log_parameters, log_text, read_manifest
-from deepfake_core.registry.versions import read_version, tag_version
+from deepfake_core.registry.versions import ModelVersion, read_version, tag_version
 from deepfake_core.training.checkpoints import CHECKPOINT
 from deepfake_core.training.export import check_parity
 from deepfake_core.training.fit import Candidate
@@ -135,23 +137,31 @@ def promote_challenger(
     """Compare a registered challenger with production, move the alias if it is better, and record why on the version.
 
     Production may move meanwhile, by a person or another retrain. The challenger is then compared with what is there.
+    Reasons are recorded before the alias moves, the decision after that: killed in between, the next call records it.
+    A challenger that was decided stays so; what it was compared with is compared again, for the report.
 
     Raises:
         ProductionMovedError: if it moves again and again.
     """
     name = parameters.model_name
+    complete_move(name)
     cost = measure_cost(Detector(best.candidate.folder))
+    known = read_version(name, version)
+    if known.decision or (known.reasons and find_production(name) == version):
+        return _recall_outcome(known, cost, measured, dataset, parameters)
     for _ in range(MAX_COMPARISONS):
         current = find_production(name)
-        comparison, blockers = _compare_with(current, measured, dataset, parameters) if current else (None, [])
+        other = find_previous(name) if current == version else current  # a person may have put it there
+        comparison, blockers = _compare_with(other, measured, dataset, parameters) if other else (None, [])
         decision = decide_promotion(measured.evaluation, comparison, cost, parameters, blockers)
+        outcome = Outcome(decision, comparison, other, cost)
+        _record_reasons(name, version, best.run_id, outcome)
         try:
-            if decision.promoted:
+            if decision.promoted and current != version:
                 move_production(name, version, expected=current, reason=decision.text)
         except ProductionMovedError:
             continue
-        outcome = Outcome(decision, comparison, current, cost)
-        _record_outcome(name, version, best.run_id, outcome)
+        _record_decision(name, version, decision)
         return outcome
     raise ProductionMovedError(
         f"Production of {name} must stay long enough to be compared with. Received: {MAX_COMPARISONS} moves "
@@ -159,17 +169,31 @@ def promote_challenger(
     )
 
 
-def _record_outcome(model_name: str, version: str, run_id: str, outcome: Outcome) -> None:
-    tags = {
-        names.DECISION: names.PROMOTED if outcome.decision.promoted else names.NOT_PROMOTED,
-        names.REASONS: outcome.decision.text,
-        names.COMPARED_WITH: outcome.production or names.NO_VERSION,
-    }
-    tag_version(model_name, version, tags)
+def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome) -> None:
     metrics = {"latency_ms": outcome.cost.latency, "size_mb": outcome.cost.size}
     if outcome.comparison:
         metrics["probability_better"] = outcome.comparison.probability
     log_metrics(run_id, metrics)
+    compared = {names.COMPARED_WITH: outcome.production or names.NO_VERSION}
+    tag_version(model_name, version, compared | {names.REASONS: outcome.decision.text})
+
+
+def _record_decision(model_name: str, version: str, decision: Decision) -> None:
+    tag_version(model_name, version, {names.DECISION: names.PROMOTED if decision.promoted else names.NOT_PROMOTED})
+
+
+def _recall_outcome(
+    version: ModelVersion, cost: Cost, measured: Measured, dataset: Dataset, parameters: PromotionParameters
+) -> Outcome:
+    """Return the outcome that a version's tags record; without comparison if the other version is gone."""
+    other, comparison = version.tags.get(names.COMPARED_WITH, names.NO_VERSION), None
+    if other != names.NO_VERSION:
+        with suppress(ModelError):
+            comparison, _ = _compare_with(other, measured, dataset, parameters)
+    met = not any(reason.startswith(NOT_MET) for reason in version.reasons)
+    decision = Decision(version.decision == names.PROMOTED if version.decision else met, tuple(version.reasons))
+    _record_decision(version.name, version.version, decision)
+    return Outcome(decision, comparison, None if other == names.NO_VERSION else other, cost)
 
 
 def _compare_with(

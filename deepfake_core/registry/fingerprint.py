@@ -1,4 +1,4 @@
-"""Whether a training has been done before: the same data, parameters and committed code."""
+"""Whether a training has been done, or begun, before: the same data, parameters and code."""
 
 import hashlib
 import json
@@ -13,6 +13,9 @@ from deepfake_core.registry import names
 from deepfake_core.registry.versions import ModelVersion, read_version
 
 UNKNOWN_COMMIT = "unknown"
+
+UNCOMMITTED = "-uncommitted"
+"""How the fingerprint of a training by code that is not committed ends: the next one's code may differ."""
 
 
 def read_git_commit() -> str:
@@ -34,23 +37,29 @@ def fingerprint_training(
     evaluation: EvaluationParameters,
     promotion: PromotionParameters,
 ) -> str:
-    """Return a hash of what a training follows from: data, parameters and code; empty if the code is uncommitted."""
+    """Return a hash of what a training follows from: data, parameters and commit; it says if code is uncommitted."""
     commit = read_git_commit()
-    if commit == UNKNOWN_COMMIT or commit.endswith("-dirty"):
-        return ""
     parameters = {
         "training": training.model_dump(mode="json"),
         "evaluation": evaluation.model_dump(mode="json"),
         "promotion": promotion.model_dump(mode="json"),
     }
     same = json.dumps([dataset_version, commit, parameters], sort_keys=True)
-    return hashlib.sha256(same.encode()).hexdigest()[:16]
+    uncommitted = commit == UNKNOWN_COMMIT or commit.endswith("-dirty")
+    return hashlib.sha256(same.encode()).hexdigest()[:16] + (UNCOMMITTED if uncommitted else "")
 
 
 def find_same_training(model_name: str, fingerprint: str) -> ModelVersion | None:
+    """Return the version of a training that was done before and finished: decided and reported. None if there is none.
+
+    Nothing is the same as a training by code that was not committed.
+    """
+    newest = find_newest(model_name, fingerprint)
+    return newest if newest and newest.is_finished and not fingerprint.endswith(UNCOMMITTED) else None
+
+
+def find_newest(model_name: str, fingerprint: str) -> ModelVersion | None:
     """Return the newest version that a training with this fingerprint registered, or None."""
-    if not fingerprint:
-        return None
     found = mlflow.MlflowClient().search_model_versions(
         f"name = '{model_name}' and tags.{names.FINGERPRINT} = '{fingerprint}'"
     )

@@ -15,6 +15,7 @@ from deepfake_core.errors import ModelError, ServiceError
 from deepfake_core.registry import names
 from deepfake_core.registry.connection import list_all
 from deepfake_core.registry.production import find_previous, hold_aliases
+from deepfake_core.registry.runs import search_runs
 from deepfake_core.registry.versions import tag_version
 
 MAX_RUN_DAYS = 14
@@ -44,7 +45,7 @@ def find_needed_datasets(model_name: str) -> set[str]:
         ModelError: if a version of `model_name` that is needed doesn't say what it was trained on.
     """
     client = mlflow.MlflowClient()
-    running = [run for run in _search_runs("attributes.status = 'RUNNING'") if _is_in_progress(run)]
+    running = [run for run in search_runs("attributes.status = 'RUNNING'") if _is_in_progress(run)]
     needed = {run.data.tags[names.DATASET_VERSION] for run in running if names.DATASET_VERSION in run.data.tags}
     for model in list_all(client.search_registered_models):
         for version in _find_needed_versions(model):
@@ -73,10 +74,10 @@ def find_unneeded_files(model_name: str, keep: int) -> list[ModelFiles]:
     mine = sorted((version for version in versions if version.name == model_name), key=lambda one: int(one.version))
     kept = {str(one.version) for one in mine[-keep:]} | _find_needed_versions(client.get_registered_model(model_name))
     needed = {version.run_id for version in versions if version.name != model_name or str(version.version) in kept}
-    runs = {run.info.run_id: run for run in _search_runs()}
+    runs = {run.info.run_id: run for run in search_runs()}
     found = []
     for run_id, run in sorted(runs.items(), key=lambda item: item[1].info.start_time):
-        parent = runs.get(run.data.tags.get("mlflow.parentRunId", ""))
+        parent = runs.get(run.data.tags.get(names.PARENT, ""))
         served = [str(version.version) for version in mine if version.run_id == run_id]
         if run_id in needed or names.FILES_REMOVED in run.data.tags or not (served or parent):
             continue
@@ -124,13 +125,6 @@ def _find_needed_versions(model: Any) -> set[str]:
     """Return the versions that have an alias, and the one that a rollback leads to."""
     previous = find_previous(model.name)
     return {str(version) for version in model.aliases.values()} | ({previous} if previous else set())
-
-
-def _search_runs(filter_string: str = "") -> list[Any]:
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(names.EXPERIMENT)
-    ids = [experiment.experiment_id] if experiment else []
-    return list_all(client.search_runs, experiment_ids=ids, filter_string=filter_string)
 
 
 def _is_in_progress(run: Any) -> bool:

@@ -16,6 +16,11 @@ PROBE = "probe"
 REPORT = "report.html"
 SCORES = "evaluation/scores.csv"
 
+# Tags of runs
+DATA_FOLDER = "data_folder"
+"""What tells the data folder, which one run at a time uses, from others."""
+PARENT = "mlflow.parentRunId"
+
 # Tags of versions, and the first ones of runs too
 DATASET_VERSION = "dataset_version"
 DRAWN_IMAGES = "drawn_images"
@@ -30,6 +35,10 @@ TEST_AUC = "test_auc"
 DECISION = "decision"
 REASONS = "reasons"
 COMPARED_WITH = "compared_with"
+MOVE = "move_to_production"
+"""A move of production that has begun, as JSON; removed when the other tags say it."""
+ROLLS_BACK_TO = "rolls_back_to"
+"""Where rollbacks from this version lead, one after the other."""
 REPLACED = "replaced"
 REPLACED_BY = "replaced_by"
 REPLACED_BECAUSE = "replaced_because"

@@ -1,16 +1,18 @@
 """The version in production: which it is, how it moves, and the record of who moved it and why."""
 
 import getpass
+import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
 
 from deepfake_core.errors import ModelError, ProductionMovedError
-from deepfake_core.evaluation.promotion import REASON_SEPARATOR
+from deepfake_core.evaluation.promotion import NOT_MET, REASON_SEPARATOR
 from deepfake_core.registry import names
 from deepfake_core.registry.versions import ModelVersion, read_version, require_files, tag_version
 
@@ -22,8 +24,12 @@ MAX_LOCK_SECONDS = 60
 
 def find_production(model_name: str) -> str | None:
     """Return the version that has the alias `production`, or None if there is none yet."""
+    return _find_alias(model_name, names.PRODUCTION)
+
+
+def _find_alias(model_name: str, alias: str) -> str | None:
     try:
-        return str(mlflow.MlflowClient().get_model_version_by_alias(model_name, names.PRODUCTION).version)
+        return str(mlflow.MlflowClient().get_model_version_by_alias(model_name, alias).version)
     except MlflowException as exc:
         # An unknown alias is INVALID_PARAMETER_VALUE, an unknown model RESOURCE_DOES_NOT_EXIST.
         if exc.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
@@ -32,19 +38,56 @@ def find_production(model_name: str) -> str | None:
 
 
 def find_previous(model_name: str) -> str | None:
-    """Return the version that a rollback leads to: the one that production replaced."""
-    current = find_production(model_name)
-    replaced = (
-        mlflow.MlflowClient().get_model_version(model_name, current).tags.get(names.REPLACED) if current else None
-    )
-    return replaced if replaced not in (None, names.NO_VERSION) else None
+    """Return the version that a rollback leads to; None if there is none."""
+    return next(iter(list_rollbacks(model_name)), None)
+
+
+def list_rollbacks(model_name: str, with_gone: bool = False) -> list[str]:
+    """Return where rollbacks lead, one after the other: what production replaced, if it can still be served.
+
+    Where the version in production was deleted, that is the version with the alias `previous`, and what it replaced.
+
+    Args:
+        with_gone: versions too that were deleted, or whose model files were removed.
+    """
+    known, current = _list_known(model_name), find_production(model_name)
+    previous = None if current else _find_alias(model_name, names.PREVIOUS)
+    replaced = _follow(current, known) if current else [previous, *_follow(previous, known)] if previous else []
+    return [one for one in replaced if with_gone or (one in known and names.FILES_REMOVED not in known[one].tags)]
+
+
+def _list_known(model_name: str) -> dict[str, Any]:
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{model_name}'")
+    return {str(version.version): version for version in found}
+
+
+def _follow(version: str, known: Mapping[str, Any]) -> list[str]:
+    """Return what a version replaced, latest first, as its tag says.
+
+    Versions of former code have no such tag: theirs say which one they replaced, and which one replaced them.
+    """
+    if names.ROLLS_BACK_TO in known[version].tags:
+        return known[version].tags[names.ROLLS_BACK_TO].split()
+    chain = [version]
+    while True:
+        last = chain[-1]
+        if last in known:
+            before = [known[last].tags.get(names.REPLACED, names.NO_VERSION)]
+        else:
+            left = [one for one in known.values() if one.tags.get(names.REPLACED_BY) == last]
+            left.sort(key=lambda one: one.tags.get(names.PRODUCTION_UNTIL, ""))
+            before = [str(one.version) for one in left[-1:]]
+        if not before or before[0] in (names.NO_VERSION, *chain):
+            return chain[1:]
+        chain += before
 
 
 def move_production(model_name: str, version: str, expected: str | None, reason: str, back: bool = False) -> None:
     """Move the alias `production` to a version, unless it has moved since the caller looked.
 
     Both versions' tags say who replaced whom, when, by whom and why. The alias `previous` is where a rollback leads:
-    the version that the new production replaced.
+    the version that the new production replaced. What is to be said is written first, as one tag. Wherever this is
+    killed, production is whole, `previous` is another version, and the next move writes the tags that are missing.
 
     Args:
         expected: what the caller found in production, and compared with; None for nothing.
@@ -56,6 +99,7 @@ def move_production(model_name: str, version: str, expected: str | None, reason:
     """
     client = mlflow.MlflowClient()
     with hold_aliases(client, model_name):
+        _complete_move(client, model_name)
         require_files(client.get_model_version(model_name, version))
         current = find_production(model_name)
         if current != expected:
@@ -63,25 +107,60 @@ def move_production(model_name: str, version: str, expected: str | None, reason:
                 f"The alias {names.PRODUCTION} of {model_name} must still be where it was when the models were "
                 f"compared. Received: version {current}, no longer {expected}. Compare again."
             )
+        rollbacks = list_rollbacks(model_name)
+        if back:
+            rollbacks = rollbacks[rollbacks.index(version) + 1 :]
+        elif current:
+            rollbacks = [current, *rollbacks]
         now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        move = {"from": current, "at": now, "by": getpass.getuser(), "because": reason, "back": back}
         tags = {
-            names.PRODUCTION_SINCE: now,
-            names.PRODUCTION_BY: getpass.getuser(),
-            names.PRODUCTION_BECAUSE: reason,
+            names.ROLLS_BACK_TO: " ".join(one for one in rollbacks if one != version),
+            names.MOVE: json.dumps(move),
         }
-        if not back:
-            tags[names.REPLACED] = current or names.NO_VERSION
         tag_version(model_name, version, tags)
-        if current:
-            left = {names.PRODUCTION_UNTIL: now, names.REPLACED_BY: version, names.REPLACED_BECAUSE: reason}
-            tag_version(model_name, current, left)
-        client.set_registered_model_alias(model_name, names.PRODUCTION, version)
-        previous = find_previous(model_name)
-        if previous:
-            client.set_registered_model_alias(model_name, names.PREVIOUS, previous)
-        else:
+        if _find_alias(model_name, names.PREVIOUS) == version:
             client.delete_registered_model_alias(model_name, names.PREVIOUS)
-    log.info("%s: version %s is in production instead of %s: %s", model_name, version, current, reason)
+        client.set_registered_model_alias(model_name, names.PRODUCTION, version)
+        log.info("%s: version %s is in production instead of %s: %s", model_name, version, current, reason)
+        try:
+            _complete_move(client, model_name)
+        except MlflowException as exc:
+            why = str(exc).splitlines()[0]
+            log.warning("%s: production has moved, its tags are completed by the next move (%s)", model_name, why)
+
+
+def complete_move(model_name: str) -> None:
+    """Write what a move of production that was killed left unsaid: tags of both versions, and the alias `previous`."""
+    client = mlflow.MlflowClient()
+    if find_production(model_name):
+        with hold_aliases(client, model_name):
+            _complete_move(client, model_name)
+
+
+def _complete_move(client: mlflow.MlflowClient, model_name: str) -> None:
+    current = find_production(model_name)
+    if current is None:
+        return
+    known = _list_known(model_name)
+    begun = known[current].tags.get(names.MOVE)
+    if begun:
+        move = json.loads(begun)
+        former = move["from"]
+        if former in known:
+            left = {names.PRODUCTION_UNTIL: move["at"], names.REPLACED_BECAUSE: move["because"]}
+            tag_version(model_name, former, left | {names.REPLACED_BY: current})
+        since = {names.PRODUCTION_BY: move["by"], names.PRODUCTION_BECAUSE: move["because"]}
+        if not move["back"]:
+            since[names.REPLACED] = former or names.NO_VERSION
+        tag_version(model_name, current, since | {names.PRODUCTION_SINCE: move["at"]})
+    previous = find_previous(model_name)
+    if previous:
+        client.set_registered_model_alias(model_name, names.PREVIOUS, previous)
+    else:
+        client.delete_registered_model_alias(model_name, names.PREVIOUS)
+    if begun:
+        client.delete_model_version_tag(model_name, current, names.MOVE)
 
 
 def promote_by_hand(model_name: str, version: str, reason: str, force: bool = False) -> str | None:
@@ -91,6 +170,7 @@ def promote_by_hand(model_name: str, version: str, reason: str, force: bool = Fa
         ModelError: if it is there already, or if there is an objection and `force` is not set.
         ProductionMovedError: if another process moves production meanwhile.
     """
+    complete_move(model_name)
     chosen, current = read_version(model_name, version), find_production(model_name)
     objections = find_objections(chosen, read_version(model_name, current) if current else None)
     if version == current:
@@ -105,32 +185,40 @@ def promote_by_hand(model_name: str, version: str, reason: str, force: bool = Fa
     return current
 
 
-def roll_back(model_name: str, reason: str) -> tuple[str, str]:
-    """Put the version that production replaced back into production; return it and the one it replaces.
+def roll_back(model_name: str, reason: str) -> tuple[str, str | None]:
+    """Put back into production the version that production replaced; return it and the one it replaces.
 
-    Housekeeping keeps the files of the version that the next rollback leads to. Rollbacks beyond that one reach those
-    among the newest versions that it keeps.
+    A version that was deleted, or whose model files were removed, is passed over. Housekeeping keeps the files of the
+    version that the next rollback leads to. Rollbacks beyond that one reach those among the newest that it keeps.
 
     Raises:
-        ModelError: if there is none to go back to, or if its model files were removed.
+        ModelError: if there is none to go back to.
         ProductionMovedError: if another process moves production meanwhile.
     """
+    complete_move(model_name)
     current, previous = find_production(model_name), find_previous(model_name)
-    if current is None or previous is None:
+    if previous is None:
         raise ModelError(
             f"A rollback needs a version that production replaced. Received: version {current} of {model_name} in "
-            "production, which replaced none. `deepfake promote N` puts any version there."
+            f"production, which replaced none{explain_passed(model_name)}. `deepfake promote N` puts any version there."
         )
-    read_version(model_name, previous)
-    move_production(model_name, previous, current, f"rolled back from version {current}: {reason}", back=True)
+    because = f"rolled back from version {current}: {reason}{explain_passed(model_name)}"
+    move_production(model_name, previous, current, because, back=True)
     return previous, current
+
+
+def explain_passed(model_name: str) -> str:
+    """Return a remark on versions that the next rollback passes over; empty if it passes over none."""
+    replaced, previous = list_rollbacks(model_name, with_gone=True), find_previous(model_name)
+    passed = replaced[: replaced.index(previous)] if previous else replaced
+    return f" (passed over, as deleted or without model files: {', '.join(passed)})" if passed else ""
 
 
 def find_objections(version: ModelVersion, production: ModelVersion | None) -> list[str]:
     """Return the objections to putting a version into production."""
     objections = []
     if version.decision != names.PROMOTED:
-        failed = [reason for reason in version.reasons if reason.startswith("NOT met")]
+        failed = [reason for reason in version.reasons if reason.startswith(NOT_MET)]
         objections.append(", ".join(failed) or "it was never compared with production")
     if version.is_drawn and production and not production.is_drawn:
         objections.append("it was trained on drawn images, production on photographs")
@@ -161,4 +249,5 @@ def hold_aliases(client: mlflow.MlflowClient, model_name: str) -> Iterator[None]
     try:
         yield
     finally:
-        client.delete_registered_model(lock)
+        with suppress(MlflowException):  # whoever comes next removes it; the failure that led here must be seen
+            client.delete_registered_model(lock)

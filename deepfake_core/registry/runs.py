@@ -17,16 +17,19 @@ from mlflow.exceptions import MlflowException
 
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.registry import names
-from deepfake_core.registry.connection import connect, set_environment
+from deepfake_core.registry.connection import connect, list_all, set_environment
 from deepfake_core.registry.fingerprint import read_git_commit
-from deepfake_core.registry.versions import ModelVersion
+from deepfake_core.registry.versions import ModelVersion, find_run
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
     from deepfake_core.data.dataset import Dataset
+    from deepfake_core.storage.store import Store
     from deepfake_core.training.fit import Training
+
+log = logging.getLogger(__name__)
 
 MAX_METRICS_PER_REQUEST = 1000
 """What MLflow takes in one request."""
@@ -46,8 +49,15 @@ def open_run(name: str, parent: str = "", tags: Mapping[str, str] | None = None)
         **(tags or {}),
     }
     if parent:
-        all_tags["mlflow.parentRunId"] = parent
-    run_id = client.create_run(experiment_id, tags=all_tags).info.run_id
+        all_tags[names.PARENT] = parent
+    with hold_run(client.create_run(experiment_id, tags=all_tags).info.run_id) as run_id:
+        yield run_id
+
+
+@contextmanager
+def hold_run(run_id: str) -> Iterator[str]:
+    """Yield the id of a run; it ends as FINISHED, or FAILED if the body raises."""
+    client = mlflow.MlflowClient()
     try:
         yield run_id
     except BaseException:
@@ -56,11 +66,33 @@ def open_run(name: str, parent: str = "", tags: Mapping[str, str] | None = None)
     client.set_terminated(run_id, "FINISHED")
 
 
-def open_retrain(name: str, flow_run_id: str, hardware: str, is_drawn: bool) -> AbstractContextManager[str]:
+def open_retrain(name: str, flow_run_id: str, hardware: str, dataset: "Dataset") -> AbstractContextManager[str]:
     """Open the run of a retrain, below which its candidates have theirs."""
-    drawn = str(is_drawn).lower()
-    tags = {"prefect.flow_run_id": flow_run_id, names.DRAWN_IMAGES: drawn, "hardware": hardware}
+    tags = {
+        "prefect.flow_run_id": flow_run_id,
+        names.DRAWN_IMAGES: str(dataset.is_drawn).lower(),
+        names.DATA_FOLDER: dataset.store.identify(),
+        "hardware": hardware,
+    }
     return open_run(name, tags=tags)
+
+
+def end_killed_runs(store: "Store") -> None:
+    """End the runs of a data folder that a kill left running, and those below them. The caller holds the folder."""
+    running = search_runs("attributes.status = 'RUNNING'")
+    own = {run.info.run_id for run in running if run.data.tags.get(names.DATA_FOLDER) == store.identify()}
+    killed = [run.info.run_id for run in running if run.data.tags.get(names.PARENT) in own]
+    for run_id in [*killed, *own]:  # a parent last: whoever is killed here finds the others by it
+        mlflow.MlflowClient().set_terminated(run_id, "KILLED")
+        log.info("run %s was killed: it is ended", run_id)
+
+
+def search_runs(filter_string: str = "") -> list[Any]:
+    """Return the runs of the experiment, without those that were removed."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(names.EXPERIMENT)
+    ids = [experiment.experiment_id] if experiment else []
+    return list_all(client.search_runs, experiment_ids=ids, filter_string=filter_string)
 
 
 @contextmanager
@@ -192,8 +224,10 @@ def read_manifest(version: ModelVersion) -> "pd.DataFrame | None":
     """Return the manifest of the data set that a version was trained on; None if its run holds none."""
     import pandas as pd
 
-    client = mlflow.MlflowClient()
-    parent = client.get_run(version.run_id).data.tags.get("mlflow.parentRunId", version.run_id)
+    client, run = mlflow.MlflowClient(), find_run(version.run_id)
+    if run is None:
+        return None
+    parent = run.data.tags.get(names.PARENT, version.run_id)
     with tempfile.TemporaryDirectory() as folder, set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
         try:
             file = client.download_artifacts(parent, names.MANIFEST, folder)
@@ -213,6 +247,6 @@ def read_text(run_id: str, artifact: str) -> str | None:
 
 def find_local_artifact(run_id: str, artifact: str) -> Path | None:
     """Return an artifact's path on this machine; None if it is elsewhere, or does not exist."""
-    uri = f"{mlflow.MlflowClient().get_run(run_id).info.artifact_uri}/{artifact}"
-    path = Path(uri.removeprefix("file://")).absolute()
-    return path if path.is_file() else None
+    run = find_run(run_id)
+    path = Path(f"{run.info.artifact_uri}/{artifact}".removeprefix("file://")).absolute() if run else None
+    return path if path and path.is_file() else None

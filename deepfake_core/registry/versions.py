@@ -24,8 +24,9 @@ class ModelVersion:
 
     Attributes:
         tags: by the names in `names`; what is read often has a property.
-        metrics: of its run.
+        metrics: of its run; none if the run is gone.
         created: local time, to the minute.
+        card: its description, the model card; empty until its report is written.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ModelVersion:
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
     created: str
+    card: str = ""
 
     @property
     def decision(self) -> str:
@@ -47,6 +49,11 @@ class ModelVersion:
         return [reason for reason in self.tags.get(names.REASONS, "").split(REASON_SEPARATOR) if reason]
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it was compared with production, and its report was written: the card is written last."""
+        return bool(self.decision and self.card)
+
+    @property
     def is_drawn(self) -> bool:
         """Whether it was trained on drawn images."""
         return self.tags.get(names.DRAWN_IMAGES) == "true"
@@ -57,7 +64,7 @@ class ModelVersion:
 
     def list_history(self) -> list[str]:
         """Return what became of it, a line each: decision and reasons, its time in production, removed files."""
-        lines, tags = [self.decision, *self.reasons], self.tags
+        lines, tags = [self.decision or "not decided yet", *self.reasons], self.tags
         if names.PRODUCTION_SINCE in tags:
             lines.append(f"in production {tags[names.PRODUCTION_SINCE]}, by {tags[names.PRODUCTION_BY]}")
             if tags[names.PRODUCTION_BECAUSE] != tags.get(names.REASONS):
@@ -81,13 +88,21 @@ def find_pages(version: ModelVersion) -> dict[str, str]:
     uri = (os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI).rstrip("/")
     if not uri.startswith(("http://", "https://")):
         return {}
-    experiment = mlflow.MlflowClient().get_run(version.run_id).info.experiment_id
-    run = f"{uri}/#/experiments/{experiment}/runs/{version.run_id}"
-    return {
-        "version": f"{uri}/#/models/{version.name}/versions/{version.version}",
-        "figures and curves": run,
-        "report": f"{run}/artifacts/{names.REPORT}",
-    }
+    pages = {"version": f"{uri}/#/models/{version.name}/versions/{version.version}"}
+    if run := find_run(version.run_id):
+        address = f"{uri}/#/experiments/{run.info.experiment_id}/runs/{version.run_id}"
+        pages |= {"figures and curves": address, "report": f"{address}/artifacts/{names.REPORT}"}
+    return pages
+
+
+def find_run(run_id: str) -> Any:
+    """Return a run; None if it was removed, or if there is none of this id."""
+    try:
+        return mlflow.MlflowClient().get_run(run_id)
+    except MlflowException as exc:
+        if exc.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def describe_version(model_name: str, version: str, card: str) -> None:
@@ -113,7 +128,7 @@ def list_versions(model_name: str) -> list[ModelVersion]:
 
 
 def read_version(model_name: str, version: str) -> ModelVersion:
-    """Return one version with its run's metrics.
+    """Return one version with its run's metrics, if the run is still there.
 
     Raises:
         ModelError: if there is none of this number.
@@ -127,14 +142,16 @@ def read_version(model_name: str, version: str) -> ModelVersion:
             f"{mlflow.get_tracking_uri()}. `deepfake versions` lists them."
         ) from exc
     run_id = str(found.run_id)
+    run = find_run(run_id)
     return ModelVersion(
         name=model_name,
         version=version,
         run_id=run_id,
         aliases=tuple(sorted(found.aliases)),
         tags=found.tags,
-        metrics=client.get_run(run_id).data.metrics,
+        metrics=run.data.metrics if run else {},
         created=time.strftime("%Y-%m-%d %H:%M", time.localtime(found.creation_timestamp / 1000)),
+        card=found.description or "",
     )
 
 
@@ -144,13 +161,15 @@ def find_version(model_name: str, flow_run_id: str) -> str:
     Raises:
         ModelError: if it registered none in the MLflow that this process knows.
     """
-    found = [version for version in list_versions(model_name) if version.tags.get(names.FLOW_RUN_ID) == flow_run_id]
+    found = mlflow.MlflowClient().search_model_versions(
+        f"name = '{model_name}' and tags.{names.FLOW_RUN_ID} = '{flow_run_id}'"
+    )
     if not found:
         raise ModelError(
             f"Training must register its model where this process looks. Received: no version of {model_name} by "
             f"flow run {flow_run_id} at {mlflow.get_tracking_uri()}. Set the same MLFLOW_TRACKING_URI on all workers."
         )
-    return found[0].version
+    return str(max(int(version.version) for version in found))
 
 
 def require_files(version: Any) -> None:

@@ -30,6 +30,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         beside.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, if it is there: under another name, since one that is half removed must not look whole."""
+    aside = folder if folder.name.endswith(".partial") else folder.with_name(f".{folder.name}.partial")
+    if folder.is_dir():
+        folder.replace(aside)
+        shutil.rmtree(aside)
+
+
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:

@@ -8,6 +8,7 @@ at a time keeps runs apart, and what must never be lost is added under new names
 import contextlib
 import hashlib
 import re
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,14 @@ class Store:
     @property
     def address(self) -> str:
         return self.url or str(self.folder)
+
+    def identify(self) -> str:
+        """Return what tells this data folder from others, on whatever machine: its URL, or an id that it holds."""
+        file = self.folder / ".id"
+        if not self.url and not file.exists():
+            with write_beside(file) as beside:
+                beside.write_text(uuid.uuid4().hex)
+        return self.url or file.read_text()
 
     # The paths below the folder. Where it is shared, the same names stand below the URL.
 

@@ -182,6 +182,10 @@ def test_a_training_is_the_same_if_data_parameters_and_committed_code_are(monkey
         pass
     for tag in (known, known, ""):
         client.create_model_version(NAME, "file:///nowhere", run_id, tags={"fingerprint": tag})
+    assert find("d1", seed=1)[1] is None
+    versions.tag_version(NAME, "2", {"decision": "not promoted"})
+    assert find("d1", seed=1)[1] is None
+    versions.describe_version(NAME, "2", "a model card")
     assert find("d1", seed=1)[1].version == "2"
     assert find("d2", seed=1)[1] is None
     assert find("d1", seed=2)[1] is None
