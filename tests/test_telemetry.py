@@ -16,6 +16,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+import yaml
 from dotenv import dotenv_values
 
 from deepfake_core import TELEMETRY
@@ -178,3 +179,6 @@ def test_the_stack_and_the_image_turn_off_the_same():
     assert dotenv_values(ROOT / "deployments" / "stack.env").items() >= TELEMETRY.items()
     image = (ROOT / "deployments" / "Dockerfile").read_text()
     assert [name for name, off in TELEMETRY.items() if f"{name}={off} \\\n" not in image] == []
+    services = yaml.safe_load((ROOT / "deployments" / "compose.yaml").read_text())["services"]
+    for name in services.keys() - {"postgres"}:
+        assert services[name]["environment"].items() >= {switch: f"${{{switch}}}" for switch in TELEMETRY}.items()
