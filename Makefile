@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
+export DO_NOT_TRACK ?= true
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast check docs browser pictures bench bench-data bench-training bench-serving bench-soak lock deploy up down \

@@ -13,19 +13,21 @@ from pathlib import Path
 from deepfake_core.commands import model, predict, production, versions
 from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL, PRODUCTION_URI
 from deepfake_core.errors import DeepfakeError
+from deepfake_core.redaction import redact, redact_logs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0, or 2 if it failed or an image could not be read."""
     options = build_parser().parse_args(arguments)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # in a new folder it logs how it makes its tables
+    redact_logs()
     try:
         return options.run(options)
     except DeepfakeError as exc:
         print(f"deepfake: {exc}", file=sys.stderr)
         return 2
     except Exception:  # noqa: BLE001 - Python would end with status 1, which means a fake with `--fail-on fake`
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 2
 
 

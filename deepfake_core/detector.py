@@ -5,6 +5,7 @@ Training and serving share `decode_image` and `resize_image`: what was trained i
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ class Detector:
     """
 
     def __init__(self, folder: str | Path) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read on import, wherever this file is copied to
         import onnxruntime
 
         folder = Path(folder)

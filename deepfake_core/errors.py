@@ -15,13 +15,18 @@ DeepfakeError
     ├── ModelError          a model can't be found, loaded or built
     └── ServiceError        MLflow or Prefect can't be reached
 
-Each message states the rule, the value received, and what to do.
+Each message states the rule, the value received, and what to do. Secrets are removed from it.
 A bad image is no error: it is a row of the manifest with a reason.
 """
+
+from deepfake_core.redaction import redact
 
 
 class DeepfakeError(Exception):
     """Any failure that this project explains."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class TransientError(DeepfakeError):

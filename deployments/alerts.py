@@ -24,6 +24,14 @@ SILENT = timedelta(minutes=10)
 ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 RUN = "{{ flow.name }} run {{ flow_run.name }}"
 PAGE = "Its page: {{ flow_run|ui_url }}"
+SECRET = "'KGAT_' in word or ('?' in word and '=' in word) or ('://' in word and '@' in word)"
+MESSAGE = (
+    "{% for word in (flow_run.state.message or '').split(' ') %}"
+    f"{{{{ '[removed]' if {SECRET} else word }}}} "
+    "{% endfor %}"
+)
+"""A run's message, which holds no secrets if it is ours: of others', words that look like tokens and signed addresses
+are removed, as `deepfake_core.redaction` does in the run."""
 
 
 def find_block(client: SyncPrefectClient) -> BlockDocument | None:
@@ -75,7 +83,7 @@ def make_automations(
             notify(
                 block,
                 f"{RUN}: {{{{ flow_run.state.name }}}}",
-                "{{ flow_run.state.message }}\nIf this doesn't say what to do, the log does. Then run it again: "
+                f"{MESSAGE}\nIf this doesn't say what to do, the log does. Then run it again: "
                 f"nothing is left half done, and what is finished is not repeated. {PAGE}",
             )
         ],

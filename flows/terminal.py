@@ -31,7 +31,6 @@ def load_quietly() -> None:
     on all others, so that the reason of a crash is seen too.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # to TensorFlow, a machine without a GPU is an error
-    os.environ.setdefault("DO_NOT_TRACK", "1")  # as the server in pyproject.toml; else Prefect's import says it does
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     stderr = os.dup(2)

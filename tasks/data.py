@@ -14,6 +14,7 @@ from deepfake_core.config import DataParameters, Source
 from deepfake_core.data import dataset as datasets
 from deepfake_core.data import duplicates, index, kaggle, publishing, split_memory, splits
 from deepfake_core.data.archive import Archive
+from deepfake_core.data.credentials import VARIABLES
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.housekeeping import Removal
 from deepfake_core.reports import data_report
@@ -27,13 +28,13 @@ KAGGLE_BLOCK = "kaggle-api-token"
 
 def use_kaggle_token(source: Source) -> None:
     """Take Kaggle's token from its Secret block, unless the usual variables hold credentials."""
-    if source.is_local or os.environ.keys() & {"KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY"}:
+    if source.is_local or any(map(os.environ.get, VARIABLES)):
         return
     try:
         secret = cast("Secret[str]", Secret.load(KAGGLE_BLOCK))
     except ValueError:  # there is none; the client may find its files
         return
-    os.environ["KAGGLE_API_TOKEN"] = secret.get()
+    os.environ["KAGGLE_API_TOKEN"] = str(secret.get())
 
 
 @task(name="download", task_run_name="download {source.short_name}", **NETWORK)

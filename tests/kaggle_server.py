@@ -60,6 +60,9 @@ class KaggleServer:
         statuses: HTTP statuses to answer the coming API calls with, instead of the truth; 0 is the truth.
             Logging in is not among them.
         storage_statuses: the same for the coming downloads, such as [0, 503, 503] to fail a resume.
+        retry_after: the header of that name in the answers that `statuses` and `storage_statuses` ask for.
+        storage: the host to which downloads are redirected; any but the usual one can't be reached.
+        signature: what signs the addresses of downloads; a secret.
     """
 
     folder: Path
@@ -69,6 +72,9 @@ class KaggleServer:
     cuts: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     storage_statuses: list[int] = field(default_factory=list)
+    retry_after: str = ""
+    storage: str = STORAGE
+    signature: str = "9f3c5ecre7a1"
 
     def add(
         self, slug: str, content: Path | bytes, version: int = 1, licence: str = "CC0-1.0", private: bool = False
@@ -198,7 +204,7 @@ def _make_kaggle(kaggle: KaggleServer, host: str) -> type[BaseHTTPRequestHandler
             elif self.headers["Authorization"] not in kaggle.accepted:
                 self.answer(401, {"code": 401, "message": "Unauthenticated"})
             elif status := _take(kaggle.statuses):
-                self.answer(status, {"code": status, "message": "as the test asked"})
+                self.fail(status)
             else:
                 self.answer_about(f"{body['ownerSlug']}/{body['datasetSlug']}", body.get("datasetVersionNumber"))
 
@@ -215,9 +221,16 @@ def _make_kaggle(kaggle: KaggleServer, host: str) -> type[BaseHTTPRequestHandler
                 truth = {"currentVersionNumber": current, "licenseName": dataset.licence, "totalBytes": size}
                 self.answer(200, {"ref": slug, **truth})
             elif self.path == "/v1/datasets.DatasetApiService/DownloadDataset":
-                self.answer(302, {}, Location=f"https://{STORAGE}/kaggle-data-sets/{slug}/{version}.zip")
+                signed = f"X-Goog-Expires=259200&X-Goog-Signature={kaggle.signature}"
+                self.answer(
+                    302, {}, Location=f"https://{kaggle.storage}/kaggle-data-sets/{slug}/{version}.zip?{signed}"
+                )
             else:
                 self.answer(404, {"code": 404, "message": f"no method {self.path}"})
+
+        def fail(self, status: int) -> None:
+            asked = {"Retry-After": kaggle.retry_after} if kaggle.retry_after else {}
+            self.answer(status, {"code": status, "message": "as the test asked"}, **asked)
 
         def answer(self, status: int, content: dict, **headers: str) -> None:
             body = json.dumps(content).encode()
@@ -229,14 +242,18 @@ def _make_kaggle(kaggle: KaggleServer, host: str) -> type[BaseHTTPRequestHandler
 
         def do_GET(self) -> None:
             asked = self.headers.get("Range", "")
-            kaggle.requests.append(("GET", self.path, asked))
-            found = re.fullmatch(r"/kaggle-data-sets/(.+)/(\d+)\.zip", self.path)
-            path = found and kaggle.datasets.get(found[1], Dataset()).versions.get(int(found[2]))
-            status = _take(kaggle.storage_statuses)
-            if status or host != STORAGE or not path:
-                self.answer(status or 404, {"error": "as the test asked" if status else "no such object"})
+            path, _, query = self.path.partition("?")
+            kaggle.requests.append(("GET", path, asked))
+            found = re.fullmatch(r"/kaggle-data-sets/(.+)/(\d+)\.zip", path)
+            file = found and kaggle.datasets.get(found[1], Dataset()).versions.get(int(found[2]))
+            if status := _take(kaggle.storage_statuses):
+                self.fail(status)
+            elif host != STORAGE or not file:
+                self.answer(404, {"error": "no such object"})
+            elif not query.endswith(kaggle.signature):
+                self.answer(403, {"error": "not signed"})
             else:
-                self.send(path, asked)
+                self.send(file, asked)
 
         def send(self, path: Path, asked: str) -> None:
             stat = path.stat()

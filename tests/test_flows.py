@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flow_engine import run_flow
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION_URL
 
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
@@ -29,7 +29,19 @@ from flows.retrain import retrain
 from flows.train import train
 from tasks.data import download
 from tasks.model import GPU_POOL
-from tests.builders import FACES, NAME, ROOT, faces, forbid, free_port, hold_data, needs_faces, recode, write_zip
+from tests.builders import (
+    FACES,
+    NAME,
+    ROOT,
+    faces,
+    forbid,
+    free_port,
+    hold_data,
+    needs_faces,
+    recode,
+    wait_until,
+    write_zip,
+)
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
@@ -279,6 +291,36 @@ def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(trackin
 
     assert prepare(data) == str(dataset.path)
     assert len(kaggle.downloads) == 3
+
+
+@pytest.mark.slow
+def test_no_secret_is_in_what_failed_runs_leave(tracking, kaggle, monkeypatch, capfd):
+    """Neither in states, logs, the server's database, files, nor the screen."""
+    key = "5ecre7f0a1b2c3d4e5"
+    source = Source(name="owner/faces")
+    kaggle.add(source.name, write_zip(tracking / "faces.zip", faces(10)).read_bytes())
+    data = parameters(tracking, source)
+    marked = logging.getLogger("deepfake_core")
+
+    def fail(match: str) -> None:
+        state = prepare(data, return_state=True)
+        assert re.search(match, state.message), state.message
+        marked.warning("seen by the server: %s", f"https://storage.invalid/a?X-Goog-Signature={kaggle.signature}")
+
+    monkeypatch.setattr(kaggle, "storage", "storage.invalid")
+    fail(r"DownloadError: The connection to Kaggle failed.*with url: .*\?\[removed\]")
+    for token in (f"“{key}”", f"{key}\n{key}", f"{key}\r\n", f'{{"key": "{key}"}}'):
+        monkeypatch.setenv("KAGGLE_API_TOKEN", token)
+        fail("CredentialsError: Kaggle's credentials must be|CredentialsError: Kaggle needs credentials")
+    database = Path(PREFECT_SERVER_DATABASE_CONNECTION_URL.value().partition(":///")[2])
+    with get_client(sync_client=True) as client:
+        wait_until(lambda: any("number 1 is LEFT DOUBLE" in log.message for log in client.read_logs()))
+    kept = [path for folder in (database.parent, tracking) for path in folder.rglob("*") if path.is_file()]
+    told = [path.read_bytes() for path in kept] + [text.encode() for text in capfd.readouterr()]
+    assert any(b"number 1 is LEFT DOUBLE" in text for text in told[: len(kept)])
+    assert not [
+        secret for secret in (key, kaggle.token, kaggle.signature) if any(secret.encode() in text for text in told)
+    ]
 
 
 def test_news_at_kaggle_start_one_retrain(tracking, kaggle):

@@ -26,7 +26,7 @@ from prefect.client.schemas import FlowRun
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Running
+from prefect.states import Cancelled, Failed, Running
 
 from deepfake_core.registry import fingerprint, versions
 from deployments import alerts
@@ -223,6 +223,25 @@ def test_a_run_that_falls_silent_is_crashed_and_told(stack):
     assert crashed.state.is_crashed()
     assert "fell silent" in crashed.state.message
     wait_until(lambda: stack.was_told(f"check-sources run {run.name}: Crashed", "fell silent"))
+
+
+def test_an_alert_holds_no_secrets(stack):
+    """Neither one of ours, whose token can't be sent, nor what others' errors put into a message."""
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("check-sources/daily")
+        Secret(value=f"“{TOKEN}”").save(KAGGLE_BLOCK, overwrite=True)
+        try:
+            run = client.create_flow_run_from_deployment(deployment.id)
+            failed = wait_until(lambda: find_ended(run.id))
+        finally:
+            Secret(value=TOKEN).save(KAGGLE_BLOCK, overwrite=True)
+        assert failed.state.is_failed()
+        wait_until(lambda: stack.was_told(f"run {run.name}: Failed", "number 1 is LEFT DOUBLE QUOTATION MARK"))
+        other = client.create_flow_run_from_deployment(deployment.id, state=Running())
+        message = "odd: Bearer KGAT_0f1e2d /a.zip?X-Goog-Signature=0f1e2d https://me:0f1e2d@proxy.invalid/ end"
+        client.set_flow_run_state(other.id, Failed(message=message), force=True)
+    wait_until(lambda: stack.was_told(f"run {other.name}: Failed", "odd: Bearer [removed] [removed] [removed] end"))
+    assert not [text for text in stack.told if TOKEN in text or "0f1e2d" in text]
 
 
 @pytest.mark.browser

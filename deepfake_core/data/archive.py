@@ -186,7 +186,13 @@ class ArchiveReader:
         try:
             with self._zip.open(member.handle) as file:
                 yield file
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, zlib.error) as exc:
+        except RuntimeError as exc:  # also NotImplementedError
+            raise ArchiveError(
+                f"Every member of a zip must be compressed by Deflate, or stored, and not encrypted. Received: "
+                f"{member.name!r} of {self._path} (method {member.handle.compress_type}: {exc}). Unpack it and zip it "
+                "again without a password, such as by `zip -r`: Windows Explorer packs large files by Deflate64 (9)."
+            ) from exc
+        except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as exc:
             raise ArchiveError(
                 f"Every member of a zip must match its checksum. {member.name!r} of {self._path} is damaged or "
                 f"can't be read ({exc})."

@@ -3,32 +3,25 @@
 The one module that imports kaggle.
 """
 
-import contextlib
 import json
 import logging
-from collections.abc import Iterator
+import os
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from deepfake_core.config import Source
 from deepfake_core.data.archive import Archive, open_local, verify_zip
-from deepfake_core.errors import ArchiveError, CredentialsError, DownloadError, SourceError
-from deepfake_core.storage.files import hash_file, require_space, write_json
-from deepfake_core.storage.progress import Progress, watch_progress
+from deepfake_core.data.credentials import CREDENTIALS_HELP, check, check_file, clean_variables
+from deepfake_core.data.download import download
+from deepfake_core.data.kaggle_errors import ask_kaggle
+from deepfake_core.errors import ArchiveError, CredentialsError, SourceError
+from deepfake_core.storage.files import hash_file, write_json
+from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
-
-CREDENTIALS_HELP = (
-    "Create a token at https://www.kaggle.com/settings (API, Create New Token) and set KAGGLE_API_TOKEN, "
-    "or KAGGLE_USERNAME and KAGGLE_KEY, or save it as ~/.kaggle/kaggle.json, or as Prefect's Secret block "
-    "kaggle-api-token. "
-    "`make demo` and local zips or folders need no credentials."
-)
 
 PROVENANCE = tuple(field.name for field in fields(Archive) if field.name not in ("source", "path"))
 """What the JSON file beside a downloaded zip holds."""
@@ -47,17 +40,18 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
         return open_local(source)
     if source.version and (here := _find_version(source, store, source.version, on_progress)):
         return here
-    with _translate_kaggle_errors(source):
-        api = _log_in()
-        with api.build_kaggle_client() as kaggle:
+
+    def fetch() -> Archive:
+        with _log_in().build_kaggle_client() as kaggle:
             dataset = _describe_dataset(kaggle, source)
             version = source.version or dataset.current_version_number
             if here := _find_version(source, store, version, on_progress):
                 return here
-            response = _ask_for_zip(kaggle, source, version)
             partial = _find_zip(source, store, version).with_suffix(".zip.partial")
-            _download_zip(api, kaggle.http_client(), response, source, partial, on_progress)
-    return _keep_zip(partial, source, version, dataset.license_name or None)
+            download(_ask_for_zip(kaggle, source, version), partial, source.name, on_progress)
+        return _keep_zip(partial, source, version, dataset.license_name or None)
+
+    return ask_kaggle(source, fetch)
 
 
 def share_archive(archive: Archive, store: Store, on_progress: Progress | None = None) -> None:
@@ -85,8 +79,12 @@ def find_new_version(source: Source, store: Store) -> int | None:
     """
     if source.is_local or source.version:
         return None
-    with _translate_kaggle_errors(source), _log_in().build_kaggle_client() as kaggle:
-        version = int(_describe_dataset(kaggle, source).current_version_number)
+
+    def find() -> int:
+        with _log_in().build_kaggle_client() as kaggle:
+            return _describe_dataset(kaggle, source).current_version_number
+
+    version = ask_kaggle(source, find)
     if store.url:
         return None if store.read(_find_zip(source, store, version).with_suffix(".json")) else version
     return None if _read_download(source, store, version) else version
@@ -138,16 +136,29 @@ def _read_download(source: Source, store: Store, version: int) -> Archive | None
 
 
 def _log_in() -> Any:
-    from kaggle.api.kaggle_api_extended import KaggleApi
+    """Return Kaggle's client, logged in with credentials that are checked before: importing it logs in already."""
     from kagglesdk import get_access_token_from_env
 
+    clean_variables()
+    try:
+        token, place = get_access_token_from_env()
+    except UnicodeDecodeError:
+        raise CredentialsError(
+            f"A file of Kaggle's token must be ASCII text. Received: another encoding. {CREDENTIALS_HELP}"
+        ) from None
+    if token:
+        check(token, place)
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
     api = KaggleApi()
+    has_login = token or os.environ.keys() >= {"KAGGLE_USERNAME", "KAGGLE_KEY"}
+    login = {} if has_login else check_file(Path(api.config))
     try:
         api.authenticate()
-    except SystemExit as exc:  # how the client reports that it found no credentials, or an expired token
-        token, place = get_access_token_from_env()
+    except SystemExit:  # how the client reports that it found no credentials, or an expired token
         found = f"the token in {place} is refused: wrong, revoked or expired" if token else "none were found"
-        raise CredentialsError(f"Kaggle needs credentials, and {found}. {CREDENTIALS_HELP}") from exc
+        raise CredentialsError(f"Kaggle needs credentials, and {found}. {CREDENTIALS_HELP}") from None
+    api.config_values |= login  # stripped
     return api
 
 
@@ -156,7 +167,14 @@ def _describe_dataset(kaggle: Any, source: Source) -> Any:
 
     request = ApiGetDatasetRequest()
     request.owner_slug, request.dataset_slug = source.name.split("/")
-    return kaggle.datasets.dataset_api_client.get_dataset(request)
+    dataset = kaggle.datasets.dataset_api_client.get_dataset(request)
+    if dataset.current_version_number < 1:
+        raise SourceError(
+            f"The version of a data set must be a positive number. Received from Kaggle for {source.name}: "
+            f"{dataset.current_version_number}. Open https://www.kaggle.com/datasets/{source.name} to see whether it "
+            "has a version, or set the source's `version`."
+        )
+    return dataset
 
 
 def _ask_for_zip(kaggle: Any, source: Source, version: int) -> Any:
@@ -167,28 +185,6 @@ def _ask_for_zip(kaggle: Any, source: Source, version: int) -> Any:
     request.owner_slug, request.dataset_slug = source.name.split("/")
     request.dataset_version_number = version
     return kaggle.datasets.dataset_api_client.download_dataset(request)
-
-
-def _download_zip(
-    api: Any, client: Any, response: Any, source: Source, partial: Path, on_progress: Progress | None
-) -> None:
-    """Write the body to `partial`, after what an earlier call left there."""
-    total = int(response.headers.get("Content-Length") or 0)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    arrived = partial.stat().st_size if partial.exists() else 0
-    require_space(partial.parent, total - arrived, source.name, "set `data.data_dir` to another disk")
-    log.info("%s: downloading %s, %.1f MB", source.name, partial.stem, total / 1e6)
-    with watch_progress(lambda: partial.stat().st_size if partial.exists() else 0, total, on_progress):
-        try:
-            # One retry at once; the task that calls this decides on further ones and their delays.
-            api.download_file(response, str(partial), client, quiet=True, resume=True, max_retries=1)
-        except ValueError as exc:  # it checks no status when it resumes, and wrote an error's body instead
-            partial.unlink(missing_ok=True)
-            partial.with_name(f"{partial.name}.kaggle-partial").unlink(missing_ok=True)
-            raise DownloadError(
-                f"Kaggle's storage must send the rest of {source.name} when a download is resumed. Received: "
-                f"something else ({exc}). What had arrived was deleted; run again to download it from the start."
-            ) from exc
 
 
 def _keep_zip(partial: Path, source: Source, version: int, licence: str | None) -> Archive:
@@ -211,34 +207,3 @@ def _keep_zip(partial: Path, source: Source, version: int, licence: str | None) 
     partial.replace(archive.path)
     log.info("%s: version %d is on disk and verified, %.1f MB", source.name, version, archive.bytes / 1e6)
     return archive
-
-
-@contextlib.contextmanager
-def _translate_kaggle_errors(source: Source) -> Iterator[None]:
-    try:
-        yield
-    except requests.HTTPError as exc:
-        status = exc.response.status_code if exc.response is not None else None
-        if status == 401:
-            raise CredentialsError(
-                f"Kaggle refused the credentials (401) for {source.name}. {CREDENTIALS_HELP}"
-            ) from exc
-        if status == 403:
-            raise SourceError(
-                f"Kaggle does not let this account read {source.name} (403). Open "
-                f"https://www.kaggle.com/datasets/{source.name} while logged in and accept its terms, "
-                "or use another account's token."
-            ) from exc
-        if status == 404:
-            version = f" in version {source.version}" if source.version else ""
-            raise SourceError(
-                f"Kaggle knows no data set {source.name}{version} (404). Correct `data.sources`."
-            ) from exc
-        raise DownloadError(
-            f"Kaggle answered {status or exc} for {source.name}; what has arrived is kept. Run again later."
-        ) from exc
-    except requests.RequestException as exc:
-        raise DownloadError(
-            f"The connection to Kaggle failed for {source.name} ({type(exc).__name__}: {exc}); what has arrived "
-            "is kept. Check the network or HTTPS_PROXY and run again: the download continues from there."
-        ) from exc

@@ -194,7 +194,6 @@ def build_page(keeper: ModelKeeper) -> Any:
     Raises:
         ModelError: if Gradio is not installed.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         import gradio

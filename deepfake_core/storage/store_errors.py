@@ -16,6 +16,8 @@ CREDENTIALS_HELP = (
 def translate_errors(url: str) -> Iterator[None]:
     """Raise errors that say what a person can do instead; an absent object stays a FileNotFoundError.
 
+    Causes are cut off: they may hold signed addresses, which logs would show.
+
     Raises:
         ConfigurationError, CredentialsError, DownloadError
     """
@@ -27,26 +29,26 @@ def translate_errors(url: str) -> Iterator[None]:
         raise ConfigurationError(
             f"The bucket of `data.data_dir` must exist. Received: {url}{name_endpoint()} ({exc}). Create the "
             "bucket, or correct `data.data_dir` or AWS_ENDPOINT_URL."
-        ) from exc
+        ) from None
     except PermissionError as exc:
         raise CredentialsError(
             f"The store must let this account in. {url}{name_endpoint()} refused it ({exc}). {CREDENTIALS_HELP}"
-        ) from exc
+        ) from None
     except _list_failures() as exc:
         kind = type(exc).__name__
         if "Credential" in kind or "Profile" in kind:
             raise CredentialsError(
                 f"The store needs credentials. Received for {url}: {exc}. {CREDENTIALS_HELP}"
-            ) from exc
+            ) from None
         if (isinstance(exc, OSError) and exc.errno == EINVAL) or "Validation" in kind:
             raise ConfigurationError(
                 f"The store must understand the request. {url}{name_endpoint()} answered: {exc}. "
                 "Correct `data.data_dir`, AWS_ENDPOINT_URL or AWS_DEFAULT_REGION."
-            ) from exc
+            ) from None
         raise DownloadError(
             f"The store must answer. {url}{name_endpoint()} failed ({kind}: {exc}). Check the network and "
             "AWS_ENDPOINT_URL, and run again: what was published stays."
-        ) from exc
+        ) from None
 
 
 def name_endpoint() -> str:

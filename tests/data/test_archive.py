@@ -1,17 +1,26 @@
 """The real Kaggle client, unmodified, against Kaggle on loopback; and what local archives may be."""
 
+import base64
 import json
+import logging
 import os
 import shutil
+import time
+import traceback
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 
 from deepfake_core.config import KAGGLE_SOURCES, Source
 from deepfake_core.data.archive import verify_zip
-from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.kaggle import fetch_archive, find_new_version
+from deepfake_core.data.kaggle_errors import MAX_WAITS
 from deepfake_core.errors import (
     ArchiveError,
+    ConfigurationError,
     CredentialsError,
     DiskSpaceError,
     DownloadError,
@@ -19,9 +28,10 @@ from deepfake_core.errors import (
     SourceError,
     TransientError,
 )
+from deepfake_core.redaction import redact_logs
 from deepfake_core.storage.files import hash_file
 from deepfake_core.storage.store import open_store
-from tests.builders import faces, free_port, write_zip
+from tests.builders import faces, free_port, jpeg, write_zip
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 SOURCE = Source(name="owner/some-faces")
@@ -104,7 +114,7 @@ def test_a_download_that_failed_goes_on_where_it_stopped(kaggle, data_dir, conte
     assert isinstance(caught.value, TransientError)
     assert files(data_dir) == [
         "archives/owner/some-faces/1.zip.partial",
-        "archives/owner/some-faces/1.zip.partial.kaggle-partial",
+        "archives/owner/some-faces/1.zip.partial.etag",
     ]
     assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
     assert kaggle.downloads[-1][1] == f"bytes={CHUNK}-"
@@ -112,13 +122,44 @@ def test_a_download_that_failed_goes_on_where_it_stopped(kaggle, data_dir, conte
 
 
 @pytest.mark.slow
-def test_an_error_instead_of_the_rest_is_never_taken_for_it(kaggle, data_dir, content):
+@pytest.mark.parametrize("status", [403, 404, 429, 500, 503])
+def test_an_error_instead_of_the_rest_keeps_what_came(kaggle, data_dir, content, status):
     kaggle.cuts = [2_500_000]
-    kaggle.storage_statuses = [0, 503, 503]
-    with pytest.raises(DownloadError, match=r"something else.*run again"):
-        fetch_archive(SOURCE, open_store(data_dir))
-    assert files(data_dir) == []
+    kaggle.storage_statuses = [0, status, status]
+    partial = data_dir / "archives" / "owner" / "some-faces" / "1.zip.partial"
+    for _ in range(2):  # while it is resumed at once, and at the next call's start
+        with pytest.raises(DownloadError, match=rf"storage answered {status} .*what has arrived is kept"):
+            fetch_archive(SOURCE, open_store(data_dir))
+        assert partial.read_bytes() == content[: 2 * CHUNK]
     assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
+    assert kaggle.downloads[-1][1] == f"bytes={2 * CHUNK}-"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["statuses", "storage_statuses"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_kaggle_is_asked_again_after_the_time_it_asks_for(kaggle, data_dir, content, place, status):
+    setattr(kaggle, place, [status])
+    kaggle.retry_after = "1"
+    start = time.monotonic()
+    assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
+    assert time.monotonic() - start >= 1
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("7200", "in 120 minutes, as it asks"), ("soon", "later")])
+def test_a_time_that_is_too_long_or_no_time_is_not_waited_for(kaggle, data_dir, asked, shown):
+    kaggle.statuses = [503]
+    kaggle.retry_after = asked
+    with pytest.raises(DownloadError, match=rf"answered 503.*Run again {shown}"):
+        fetch_archive(SOURCE, open_store(data_dir))
+
+
+def test_kaggle_is_not_waited_for_without_end(kaggle, data_dir):
+    kaggle.statuses = [429] * 10
+    kaggle.retry_after = "0"
+    with pytest.raises(DownloadError, match="answered 429"):
+        fetch_archive(SOURCE, open_store(data_dir))
+    assert len(kaggle.statuses) == 10 - 1 - MAX_WAITS
 
 
 def test_three_sources_are_downloaded_from_three_threads(kaggle, data_dir, content):
@@ -157,6 +198,100 @@ def test_wrong_credentials(data_dir, monkeypatch, variables, message):
     assert not data_dir.exists()
 
 
+KEY = "0123456789abcdef5ecre7"
+BROKEN: dict[str, tuple[type[Exception], str, dict[str, str], dict[str, Any]]] = {
+    "typographic quotes": (
+        CredentialsError,
+        "number 1 is LEFT DOUBLE QUOTATION MARK",
+        {"KAGGLE_API_TOKEN": f"“{KEY}”"},
+        {},
+    ),
+    "not ASCII": (CredentialsError, "number 23 is LATIN SMALL LETTER", {"KAGGLE_API_TOKEN": f"{KEY}é"}, {}),
+    "a line end inside": (CredentialsError, "number 23 is U", {"KAGGLE_API_TOKEN": f"{KEY}\r\n{KEY}"}, {}),
+    "pasted JSON": (CredentialsError, "number 1 is LEFT CURLY", {"KAGGLE_API_TOKEN": f'{{"key":"{KEY}"}}'}, {}),
+    "too long": (CredentialsError, "330 characters", {"KAGGLE_API_TOKEN": KEY * 15}, {}),
+    "wrong token": (CredentialsError, "is refused", {"KAGGLE_API_TOKEN": KEY}, {}),
+    "wrong key": (CredentialsError, r"\(401\)", {"KAGGLE_USERNAME": "tester", "KAGGLE_KEY": KEY}, {}),
+    "key in quotes": (CredentialsError, "KAGGLE_KEY", {"KAGGLE_USERNAME": "tester", "KAGGLE_KEY": f"'{KEY}'"}, {}),
+    "storage can't be reached": (DownloadError, "connection to Kaggle failed", {}, {"storage": "storage.invalid"}),
+    "storage refuses": (DownloadError, "storage answered 403", {}, {"storage_statuses": [403]}),
+    "storage cuts twice": (DownloadError, "connection to Kaggle failed", {}, {"cuts": [1_500_000, 1000]}),
+    "Kaggle fails": (DownloadError, "answered 500", {}, {"statuses": [500]}),
+}
+"""The error, words of its message, variables to set and attributes of the server, by what is broken."""
+
+
+@pytest.mark.parametrize("way", BROKEN)
+def test_no_secret_is_in_what_a_failure_leaves(kaggle, data_dir, monkeypatch, caplog, capfd, way):
+    """Neither in the message, its causes, the log at its most talkative, the output, nor a file."""
+    error, words, variables, attributes = BROKEN[way]
+    if variables:
+        monkeypatch.delenv("KAGGLE_API_TOKEN")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for name, value in attributes.items():
+        setattr(kaggle, name, value)
+    check_that_nothing_is_told(kaggle, data_dir, error, words, caplog, capfd)
+
+
+FILES = {
+    "damaged": ("kaggle.json", f'{{"username": "tester", "key": "{KEY}"', "must hold .*damaged file"),
+    "a list": ("kaggle.json", f'["{KEY}"]', "must hold .*damaged file"),
+    "no user name": ("kaggle.json", f'{{"key": "{KEY}"}}', "must hold .*damaged file"),
+    "a key with quotes": ("kaggle.json", f'{{"username": "tester", "key": "“{KEY}"}}', "`key` in .*DOUBLE QUOTATION"),
+    "a token with quotes": (".kaggle/access_token", f"“{KEY}”", "access_token: 24 characters, of which number 1"),
+    "PowerShell's encoding": (".kaggle/access_token", KEY.encode("utf-16"), "must be ASCII text"),
+}
+
+
+@pytest.mark.parametrize("way", FILES)
+def test_no_secret_of_a_damaged_file_is_told(kaggle, data_dir, monkeypatch, caplog, capfd, way):
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    name, content, words = FILES[way]
+    monkeypatch.setattr(KaggleApi, "config", str(kaggle.folder / "kaggle.json"))  # else read once, on import
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    file = kaggle.folder / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    check_that_nothing_is_told(kaggle, data_dir, CredentialsError, words, caplog, capfd)
+
+
+def check_that_nothing_is_told(kaggle, data_dir, error, words, caplog, capfd) -> None:
+    before = logging.getLogRecordFactory()
+    redact_logs()
+    try:
+        with caplog.at_level(logging.DEBUG), pytest.raises(error, match=words) as caught:
+            fetch_archive(SOURCE, open_store(data_dir))
+        logging.getLogger("deepfake_core").error("failed", exc_info=caught.value)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert caught.value.__cause__ is None
+    told = ["".join(traceback.format_exception(caught.value)), caplog.text, *capfd.readouterr()]
+    told += [(data_dir / file).read_text(errors="replace") for file in files(data_dir)]
+    assert "failed" in caplog.text
+    for secret in (kaggle.token, kaggle.signature, KEY):
+        for form in (secret, base64.b64encode(f"tester:{secret}".encode()).decode()):
+            assert not [text for text in told if form in text], form
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t"])
+def test_white_space_around_credentials_does_not_count(kaggle, data_dir, content, monkeypatch, end):
+    monkeypatch.setenv("KAGGLE_API_TOKEN", f" {kaggle.token}{end}")
+    assert fetch_archive(SOURCE, open_store(data_dir / "by token")).path.read_bytes() == content
+    monkeypatch.delenv("KAGGLE_API_TOKEN")
+    monkeypatch.setenv("KAGGLE_USERNAME", f"tester{end}")
+    monkeypatch.setenv("KAGGLE_KEY", f"{kaggle.token}{end}")
+    assert fetch_archive(SOURCE, open_store(data_dir / "by key")).path.read_bytes() == content
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    monkeypatch.delenv("KAGGLE_USERNAME")
+    monkeypatch.delenv("KAGGLE_KEY")
+    monkeypatch.setattr(KaggleApi, "config", str(kaggle.folder / "kaggle.json"))  # else read once, on import
+    (kaggle.folder / "kaggle.json").write_text(json.dumps({"username": "tester", "key": f"{kaggle.token}{end}"}))
+    assert fetch_archive(SOURCE, open_store(data_dir / "by file")).path.read_bytes() == content
+
+
 def test_user_name_and_key_work_too(kaggle, data_dir, content, monkeypatch):
     monkeypatch.delenv("KAGGLE_API_TOKEN")
     monkeypatch.setenv("KAGGLE_USERNAME", "tester")
@@ -177,6 +312,28 @@ def test_unknown_data_set(data_dir, source):
 def test_refusals_and_failures_of_the_server(kaggle, data_dir, status, error):
     kaggle.statuses = [status] * 10
     with pytest.raises(error, match=str(status)):
+        fetch_archive(SOURCE, open_store(data_dir))
+
+
+@pytest.mark.parametrize("version", [0, -1])
+def test_a_version_that_is_no_positive_number_is_refused(kaggle, data_dir, content, version):
+    kaggle.datasets.clear()
+    kaggle.add(SOURCE.name, content, version=version)
+    for ask in (fetch_archive, find_new_version):
+        with pytest.raises(SourceError, match=rf"must be a positive number. Received .*{SOURCE.name}: {version}\."):
+            ask(SOURCE, open_store(data_dir))
+    assert not data_dir.exists()
+
+
+@pytest.mark.usefixtures("kaggle")
+def test_a_certificate_that_is_not_trusted_fails_at_once(tmp_path, data_dir, monkeypatch):
+    trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "other.pem"))
+    with pytest.raises(ConfigurationError, match=r"certificate of Kaggle.*REQUESTS_CA_BUNDLE") as caught:
+        fetch_archive(SOURCE, open_store(data_dir))
+    assert isinstance(caught.value, PermanentError)  # which no task retries
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "nothing.pem"))
+    with pytest.raises(ConfigurationError, match=r"REQUESTS_CA_BUNDLE must name a PEM file that exists.*nothing\.pem"):
         fetch_archive(SOURCE, open_store(data_dir))
 
 
@@ -209,6 +366,27 @@ def test_a_full_disk_is_said_before_the_download(kaggle, data_dir, monkeypatch):
     with pytest.raises(DiskSpaceError, match=r"owner/some-faces needs .* `data.data_dir`"):
         fetch_archive(SOURCE, open_store(data_dir))
     assert kaggle.downloads == [] or files(data_dir) == []
+
+
+def write_with_method(path: Path, method: int, flags: int = 0) -> Path:
+    """Write a zip whose member says that it is compressed by another method, or encrypted."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as written:
+        written.writestr("real/a.jpg", jpeg(1))
+    content = bytearray(path.read_bytes())
+    for place in (6, content.index(b"PK\1\2") + 8):  # flags and method of the member, then those in the directory
+        content[place : place + 4] = (flags | content[place]).to_bytes(2, "little") + method.to_bytes(2, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "found"),
+    [(9, 0, r"\(method 9:"), (98, 0, r"\(method 98:"), (8, 1, "is encrypted"), (99, 1, "is encrypted")],
+)
+def test_a_zip_that_is_packed_in_another_way_is_to_be_packed_again(tmp_path, method, flags, found):
+    path = write_with_method(tmp_path / "other.zip", method, flags)
+    with pytest.raises(ArchiveError, match=rf"by Deflate.*'real/a.jpg' of .*other.zip .*{found}.*zip it again"):
+        verify_zip(path)
 
 
 def test_a_zip_bomb_is_refused_from_its_directory(tmp_path):

@@ -1,0 +1,54 @@
+"""Remove secrets from text: errors and log records pass through here before anyone sees them."""
+
+import logging
+import os
+import re
+import traceback
+from pathlib import Path
+from typing import Any
+
+REMOVED = "[removed]"
+MIN_SECRET = 8
+"""Characters that a value of the environment must have to be searched for: shorter ones are in many words."""
+
+SECRET_NAMES = re.compile(r"(TOKEN|KEY|KEY_ID|SECRET|PASSWORD)$")
+SECRET_FORMS = (
+    (re.compile(r"(://)[^\s/?#@'\"]+@"), rf"\1{REMOVED}@"),  # user name and password of an address
+    (re.compile(r"\?[^\s?'\"<>()]*=[^\s'\"<>()]*"), f"?{REMOVED}"),  # the query of an address, perhaps signed
+    (re.compile(r"\b((?:Bearer|Basic)\s+)[^\s'\",]{16,}", re.IGNORECASE), rf"\1{REMOVED}"),
+    (re.compile(r"\bKGAT_\w+"), REMOVED),  # Kaggle's tokens
+    (re.compile(r"(['\"](?:key|token|secret|password)['\"]\s*:\s*)['\"][^'\"]+['\"]?", re.IGNORECASE), rf"\1{REMOVED}"),
+)
+
+
+def redact(text: str) -> str:
+    """Return the text without what is secret by its form, or as a value of the environment whose name says so."""
+    for name, value in os.environ.items():
+        secret = value.strip()
+        if (
+            len(secret) >= MIN_SECRET
+            and SECRET_NAMES.search(name)
+            and secret in text
+            and not Path(secret).is_absolute()
+        ):
+            text = text.replace(secret, REMOVED)
+    for form, shown in SECRET_FORMS:
+        text = form.sub(shown, text)
+    return text
+
+
+class RedactedRecord(logging.LogRecord):
+    """A log record whose message and traceback hold no secrets."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if self.exc_info and self.exc_info[0]:
+            self.exc_text = redact("".join(traceback.format_exception(*self.exc_info)).rstrip("\n"))
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return redact(super().getMessage())
+
+
+def redact_logs() -> None:
+    """Make every log record of this process a redacted one, whoever logs it and whichever handler shows it."""
+    logging.setLogRecordFactory(RedactedRecord)
