@@ -5,9 +5,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import rich.progress
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from rich.console import Console
 
 from deepfake_core.storage.progress import Progress
@@ -15,6 +17,9 @@ from deepfake_core.storage.progress import Progress
 SECONDS_BETWEEN_UPDATES = 2.0
 SECONDS_BEFORE_LINES = 60.0
 PERCENT_BETWEEN_LINES = 25
+SECONDS_AFTER_FAILURE = 60.0
+QUICK = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}
+"""The work waits while its progress is reported."""
 
 _lines: rich.progress.Progress | None = None
 
@@ -47,7 +52,8 @@ def show_progress(console: Console) -> Iterator[None]:
 def report_progress(name: str) -> Iterator[Progress]:
     """Yield a callback for what is done and what there is in all; what shows it appears with the first call.
 
-    A step that takes longer than a minute also logs each quarter.
+    A step that takes longer than a minute also logs each quarter. A Prefect server that does not answer costs no work:
+    it is asked again a minute later.
     """
     log = get_run_logger()
     artifact = None
@@ -66,11 +72,16 @@ def report_progress(name: str) -> Iterator[Progress]:
         if share >= logged + PERCENT_BETWEEN_LINES and not finished and now - start > SECONDS_BEFORE_LINES:
             logged = share
             log.info("%s: %.0f %%", name, share, extra={"is_progress": True})
-        if artifact is None:
-            key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-            artifact = create_progress_artifact(share, key=key, description=name)
-        else:
-            update_progress_artifact(artifact, progress=share)
+        try:
+            with temporary_settings(QUICK):
+                if artifact is None:
+                    key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+                    artifact = create_progress_artifact(share, key=key, description=name)
+                else:
+                    update_progress_artifact(artifact, progress=share)
+        except httpx.HTTPError as exc:
+            log.warning("%s: Prefect does not show its progress (%s: %s)", name, type(exc).__name__, exc)
+            last = time.monotonic() + SECONDS_AFTER_FAILURE
 
     with moving_line(name) as move:
         yield report

@@ -17,7 +17,7 @@ import requests
 from deepfake_core.config import Source
 from deepfake_core.data.archive import Archive, open_local, verify_zip
 from deepfake_core.errors import ArchiveError, CredentialsError, DownloadError, SourceError
-from deepfake_core.storage.files import hash_file, require_space, write_json
+from deepfake_core.storage.files import hash_file, require_space, translate_disk_errors, write_json
 from deepfake_core.storage.progress import Progress, watch_progress
 from deepfake_core.storage.store import Store
 
@@ -40,14 +40,14 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
     Where the store is at a URL, a version that another machine has shared is fetched from there instead.
 
     Raises:
-        CredentialsError, SourceError, ArchiveError, DiskSpaceError: a person has to act.
+        CredentialsError, SourceError, ArchiveError, DiskError: a person has to act.
         DownloadError: the network failed; what has arrived is kept, and another call continues from there.
     """
     if source.is_local:
         return open_local(source)
     if source.version and (here := _find_version(source, store, source.version, on_progress)):
         return here
-    with _translate_kaggle_errors(source):
+    with _translate_kaggle_errors(source), translate_disk_errors(store.archives(source.name)):
         api = _log_in()
         with api.build_kaggle_client() as kaggle:
             dataset = _describe_dataset(kaggle, source)
