@@ -112,6 +112,7 @@ def show_run() -> Iterator[None]:
     root.addHandler(TerminalHandler())
     logging.getLogger("deepfake_core").setLevel(logging.INFO)
     use_root_logger()
+    logging.raiseExceptions = False  # a server that is gone can't take logs: Prefect would say so every two seconds
     warnings.filterwarnings("ignore", category=FutureWarning, module="keras")
     with show_progress(console):
         try:

@@ -80,7 +80,7 @@ def report_progress(name: str) -> Iterator[Progress]:
                 else:
                     update_progress_artifact(artifact, progress=share)
         except httpx.HTTPError as exc:
-            log.warning("%s: Prefect does not show its progress (%s: %s)", name, type(exc).__name__, exc)
+            log.warning("Prefect can't show how far '%s' is (%s: %s)", name, type(exc).__name__, exc)
             last = time.monotonic() + SECONDS_AFTER_FAILURE
 
     with moving_line(name) as move:
