@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import UUID
 
 import httpx
 import rich.progress
@@ -18,8 +19,6 @@ SECONDS_BETWEEN_UPDATES = 2.0
 SECONDS_BEFORE_LINES = 60.0
 PERCENT_BETWEEN_LINES = 25
 SECONDS_AFTER_FAILURE = 60.0
-QUICK = {PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}
-"""The work waits while its progress is reported."""
 
 _lines: rich.progress.Progress | None = None
 
@@ -56,7 +55,7 @@ def report_progress(name: str) -> Iterator[Progress]:
     it is asked again a minute later.
     """
     log = get_run_logger()
-    artifact = None
+    artifact: UUID | None = None
     start = time.monotonic()
     last = logged = 0.0
 
@@ -73,18 +72,22 @@ def report_progress(name: str) -> Iterator[Progress]:
             logged = share
             log.info("%s: %.0f %%", name, share, extra={"is_progress": True})
         try:
-            with temporary_settings(QUICK):
-                if artifact is None:
-                    key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-                    artifact = create_progress_artifact(share, key=key, description=name)
-                else:
-                    update_progress_artifact(artifact, progress=share)
+            artifact = _draw(artifact, name, share)
         except httpx.HTTPError as exc:
             log.warning("Prefect can't show how far '%s' is (%s: %s)", name, type(exc).__name__, exc)
             last = time.monotonic() + SECONDS_AFTER_FAILURE
 
     with moving_line(name) as move:
         yield report
+
+
+def _draw(artifact: UUID | None, name: str, share: float) -> UUID:
+    """Create a progress artifact or update it, and return its id. The work waits for it, so there is no retry."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}):
+        if artifact:
+            return update_progress_artifact(artifact, progress=share)
+        key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return create_progress_artifact(share, key=key, description=name)
 
 
 @contextmanager

@@ -56,10 +56,10 @@ def find_disk_failure(error: Exception) -> int | None:
     """Return the system's number of a failure of a disk here; None of any other, such as a remote store's."""
     if "database or disk is full" in str(error):  # SQLite has no such numbers
         return errno.ENOSPC
-    code = error.errno if isinstance(error, OSError) else None
-    if code in (*FULL, errno.EROFS) or (code in (errno.EACCES, errno.EPERM) and error.filename is not None):
-        return code
-    return None
+    if not isinstance(error, OSError):
+        return None
+    denied = error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None
+    return error.errno if denied or error.errno in (*FULL, errno.EROFS) else None
 
 
 @contextmanager
