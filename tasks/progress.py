@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 from uuid import UUID
 
 import httpx
@@ -85,9 +86,9 @@ def _draw(artifact: UUID | None, name: str, share: float) -> UUID:
     """Create a progress artifact or update it, and return its id. The work waits for it, so there is no retry."""
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}):
         if artifact:
-            return update_progress_artifact(artifact, progress=share)
+            return cast(UUID, update_progress_artifact(artifact, progress=share))
         key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        return create_progress_artifact(share, key=key, description=name)
+        return cast(UUID, create_progress_artifact(share, key=key, description=name))
 
 
 @contextmanager
