@@ -5,6 +5,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from deepfake_core.commands import model, predict, production, versions
 from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL, PRODUCTION_URI
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.redaction import redact, redact_logs
+from deepfake_core.storage.files import translate_disk_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,10 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # in a new folder it logs how it makes its tables
     redact_logs()
     try:
-        return options.run(options)
+        with translate_disk_errors(Path.cwd()):
+            return options.run(options)
     except DeepfakeError as exc:
         print(f"deepfake: {exc}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ndeepfake: stopped.", file=sys.stderr)
+        return 128 + signal.SIGINT
     except Exception:  # noqa: BLE001 - Python would end with status 1, which means a fake with `--fail-on fake`
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
         return 2

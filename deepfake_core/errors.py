@@ -9,7 +9,7 @@ DeepfakeError
     ├── CredentialsError    Kaggle's or the store's credentials are missing or refused
     ├── SourceError         a source does not exist, or this account may not read it
     ├── ArchiveError        an archive is not a zip, or what was fetched is damaged
-    ├── DiskSpaceError      something does not fit on the disk
+    ├── DiskError           a disk is full, or a file or folder can't be written
     ├── DatasetError        the images can't make a data set: a class without images, labels that disagree
     ├── LockedError         another run holds the data folder
     ├── ModelError          a model can't be found, loaded or built
@@ -61,8 +61,8 @@ class ArchiveError(PermanentError):
     """An archive is not a zip, or what was fetched is damaged."""
 
 
-class DiskSpaceError(PermanentError):
-    """Something does not fit on the disk."""
+class DiskError(PermanentError):
+    """A disk is full, or a file or folder can't be written."""
 
 
 class DatasetError(PermanentError):

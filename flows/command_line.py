@@ -1,11 +1,19 @@
 """The retrain flow's command line, built from the same parameter models as Prefect's form."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from prefect.client.orchestration import get_client
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_SERVER_EPHEMERAL_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+)
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from rich.console import Console
@@ -116,11 +124,13 @@ def _explain(error: ValidationError) -> str:
 
 
 def check_prefect() -> None:
-    """Fail at once if a Prefect server is configured and does not answer.
+    """Fail at once if a Prefect server is configured and does not answer; without one, start a temporary one.
 
     Raises:
         ServiceError: with the address, and what to do.
     """
+    if not PREFECT_API_URL.value() and PREFECT_SERVER_EPHEMERAL_ENABLED.value():
+        start_server()
     with get_client(sync_client=True) as client:
         address = client.api_url
         failure = client.api_healthcheck()
@@ -129,3 +139,26 @@ def check_prefect() -> None:
             f"Prefect must answer before anything runs. Received: {address}, which failed ({failure!r}). Start the "
             "server, correct PREFECT_API_URL, or unset it (and PREFECT_PROFILE) to run with a temporary one."
         )
+
+
+def start_server() -> None:
+    """Start Prefect's temporary server, which takes no Ctrl-C: a terminal sends it to all, and the run still needs it.
+
+    Raises:
+        ServiceError: if it does not answer in time.
+    """
+    server = SubprocessASGIServer()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # its process inherits this
+    try:
+        server.start()
+    except httpx.TimeoutException:
+        server.running = True  # it is there, and busy: the health check waits longer
+    except RuntimeError as exc:
+        server.stop()
+        raise ServiceError(
+            f"Prefect's temporary server must answer within {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()} "
+            f"seconds. Received: no answer from {server.address}. Wait until this machine is less busy, set "
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS to more, or set PREFECT_API_URL to a running server."
+        ) from exc
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -3,8 +3,9 @@
 import sys
 
 if __name__ == "__main__":
-    from flows.terminal import load_quietly
+    from flows.terminal import end_on_signals, load_quietly
 
+    end_on_signals()
     load_quietly()
 
 from prefect import flow, runtime
@@ -23,7 +24,7 @@ from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.store import open_store
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
-from flows.terminal import show_run
+from flows.terminal import set_status, show_run
 from tasks.model import discard_trainings, evaluate, log_data, state_hardware, train_architecture
 
 
@@ -77,7 +78,7 @@ def main() -> int:
             found = leave_one_out(settings.data, settings.training, settings.evaluation)
     except DeepfakeError as exc:
         print(f"\nleave-one-out stopped: {exc}", file=sys.stderr)
-        return 1
+        return set_status(1)
     table = Table("left out", "AUC on the others' test images", "AUC on it")
     for source, (seen, own) in found.items():
         table.add_row(source, str(seen.metrics["auc"]), str(own.metrics["auc"]))

@@ -3,8 +3,9 @@
 import sys
 
 if __name__ == "__main__":
-    from flows.terminal import load_quietly
+    from flows.terminal import end_on_signals, load_quietly
 
+    end_on_signals()
     load_quietly()
 
 from prefect import flow, get_run_logger, runtime
@@ -22,7 +23,7 @@ from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.store import open_store
 from flows.command_line import check_prefect, read_settings
 from flows.prepare import prepare
-from flows.terminal import show_run
+from flows.terminal import set_status, show_run
 from flows.train import train
 from tasks.model import discard_trainings, report_outcome
 from tasks.remote import check_deployment, run_remotely
@@ -95,7 +96,7 @@ def main() -> int:
         print_next_steps(dataset, version)
     except DeepfakeError as exc:
         print(f"\nretrain stopped: {exc}", file=sys.stderr)
-        return 1
+        return set_status(1)
     return 0
 
 

@@ -4,10 +4,14 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
+from uuid import UUID
 
+import httpx
 import rich.progress
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from rich.console import Console
 
 from deepfake_core.storage.progress import Progress
@@ -15,6 +19,7 @@ from deepfake_core.storage.progress import Progress
 SECONDS_BETWEEN_UPDATES = 2.0
 SECONDS_BEFORE_LINES = 60.0
 PERCENT_BETWEEN_LINES = 25
+SECONDS_AFTER_FAILURE = 60.0
 
 _lines: rich.progress.Progress | None = None
 
@@ -47,10 +52,11 @@ def show_progress(console: Console) -> Iterator[None]:
 def report_progress(name: str) -> Iterator[Progress]:
     """Yield a callback for what is done and what there is in all; what shows it appears with the first call.
 
-    A step that takes longer than a minute also logs each quarter.
+    A step that takes longer than a minute also logs each quarter. A Prefect server that does not answer costs no work:
+    it is asked again a minute later.
     """
     log = get_run_logger()
-    artifact = None
+    artifact: UUID | None = None
     start = time.monotonic()
     last = logged = 0.0
 
@@ -66,14 +72,23 @@ def report_progress(name: str) -> Iterator[Progress]:
         if share >= logged + PERCENT_BETWEEN_LINES and not finished and now - start > SECONDS_BEFORE_LINES:
             logged = share
             log.info("%s: %.0f %%", name, share, extra={"is_progress": True})
-        if artifact is None:
-            key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-            artifact = create_progress_artifact(share, key=key, description=name)
-        else:
-            update_progress_artifact(artifact, progress=share)
+        try:
+            artifact = _draw(artifact, name, share)
+        except httpx.HTTPError as exc:
+            log.warning("Prefect can't show how far '%s' is (%s: %s)", name, type(exc).__name__, exc)
+            last = time.monotonic() + SECONDS_AFTER_FAILURE
 
     with moving_line(name) as move:
         yield report
+
+
+def _draw(artifact: UUID | None, name: str, share: float) -> UUID:
+    """Create a progress artifact or update it, and return its id. The work waits for it, so there is no retry."""
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}):
+        if artifact:
+            return cast(UUID, update_progress_artifact(artifact, progress=share))
+        key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        return cast(UUID, create_progress_artifact(share, key=key, description=name))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pandas as pd
 from deepfake_core.config import CLASS_NAMES, SPLITS, Normalisation
 from deepfake_core.data.split_memory import share_memory
 from deepfake_core.errors import ArchiveError, DatasetError
+from deepfake_core.storage.files import translate_disk_errors
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.shared_folder import fetch_folder, publish_folder
 from deepfake_core.storage.store import Store, locate_dataset
@@ -107,8 +108,9 @@ def open_dataset(address: str | Path, on_progress: Progress | None = None) -> Da
 
 def share_dataset(dataset: Dataset, on_progress: Progress | None = None) -> None:
     """Publish a data set, and the splits that this machine remembers, for other machines. Its store is at a URL."""
-    share_memory(dataset.store)
-    publish_folder(dataset.store, dataset.path, _list_images(dataset, dataset.version), on_progress)
+    with translate_disk_errors(dataset.path):
+        share_memory(dataset.store)
+        publish_folder(dataset.store, dataset.path, _list_images(dataset, dataset.version), on_progress)
 
 
 def hash_content(manifest: pd.DataFrame, normalise: Normalisation) -> str:

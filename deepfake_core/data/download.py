@@ -28,7 +28,7 @@ def download(response: requests.Response, partial: Path, what: str, on_progress:
     Raises:
         requests.RequestException: if the rest can't be had; what has arrived is kept.
         DownloadError: if another number of bytes came than was announced; they are deleted.
-        DiskSpaceError: if it does not fit on the disk.
+        DiskError: if it does not fit on the disk.
     """
     total = int(response.headers.get("Content-Length") or 0)
     etag = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""

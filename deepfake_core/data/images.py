@@ -85,6 +85,8 @@ def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path,
     shape = (len(paths), size, size, 3)
     require_space(file.parent, int(np.prod(shape)), str(file), "set `data.data_dir` to another disk")
     pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+    with file.open("r+b") as reserved:  # what does not fit later would end the process by SIGBUS
+        os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
 
     def fill(position: int) -> None:
         data = (dataset.path / paths[position]).read_bytes()

@@ -17,7 +17,7 @@ from deepfake_core.data.credentials import CREDENTIALS_HELP, check, check_file, 
 from deepfake_core.data.download import download
 from deepfake_core.data.kaggle_errors import ask_kaggle
 from deepfake_core.errors import ArchiveError, CredentialsError, SourceError
-from deepfake_core.storage.files import hash_file, write_json
+from deepfake_core.storage.files import hash_file, translate_disk_errors, write_json
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
@@ -33,7 +33,7 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
     Where the store is at a URL, a version that another machine has shared is fetched from there instead.
 
     Raises:
-        CredentialsError, SourceError, ArchiveError, DiskSpaceError: a person has to act.
+        CredentialsError, SourceError, ArchiveError, DiskError: a person has to act.
         DownloadError: the network failed; what has arrived is kept, and another call continues from there.
     """
     if source.is_local:
@@ -42,7 +42,7 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
         return here
 
     def fetch() -> Archive:
-        with _log_in().build_kaggle_client() as kaggle:
+        with translate_disk_errors(store.archives(source.name)), _log_in().build_kaggle_client() as kaggle:
             dataset = _describe_dataset(kaggle, source)
             version = source.version or dataset.current_version_number
             if here := _find_version(source, store, version, on_progress):

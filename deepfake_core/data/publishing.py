@@ -18,7 +18,7 @@ from deepfake_core.data.dataset import NORMAL_PIXELS, NORMAL_QUALITY, Dataset, h
 from deepfake_core.data.split_memory import remember_splits
 from deepfake_core.data.splits import count_reasons
 from deepfake_core.decoding import open_image
-from deepfake_core.storage.files import write_beside, write_json
+from deepfake_core.storage.files import require_space, translate_disk_errors, write_beside, write_json
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
@@ -66,7 +66,8 @@ def publish_dataset(
     beside = target.with_name(f".{version}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # left by a run that was killed: the lock is ours
     try:
-        _copy_images(manifest, archives, beside, normalise, on_progress)
+        with translate_disk_errors(beside):
+            _copy_images(manifest, archives, beside, normalise, on_progress)
         _write_manifest(beside, manifest, description)
         beside.replace(target)
     except BaseException:
@@ -102,6 +103,9 @@ def _copy_images(
     for split in SPLITS:
         for label in CLASS_NAMES:
             (folder / split / label).mkdir(parents=True)
+    if normalise == "none":
+        needed = int(manifest.loc[manifest["kept"], "bytes"].sum())
+        require_space(folder, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
     total, done = int(manifest["kept"].sum()), 0
     for archive in archives:
         mine = manifest[manifest["kept"] & (manifest["source"] == archive.source.short_name)]

@@ -16,6 +16,7 @@ from mlflow.entities import Metric, Param
 from mlflow.exceptions import MlflowException
 
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.errors import DeepfakeError, ServiceError
 from deepfake_core.registry import names
 from deepfake_core.registry.connection import connect, list_all, set_environment
 from deepfake_core.registry.fingerprint import read_git_commit
@@ -37,7 +38,11 @@ MAX_METRICS_PER_REQUEST = 1000
 
 @contextmanager
 def open_run(name: str, parent: str = "", tags: Mapping[str, str] | None = None) -> Iterator[str]:
-    """Open a run in the experiment and yield its id; it ends as FINISHED, or FAILED if the body raises."""
+    """Open a run in the experiment and yield its id; it ends as FINISHED, or FAILED if the body raises.
+
+    Raises:
+        ServiceError: if MLflow can't be reached, now or when the body raises; the run is then left as RUNNING.
+    """
     client = connect()
     found = client.get_experiment_by_name(names.EXPERIMENT)
     experiment_id = found.experiment_id if found else client.create_experiment(names.EXPERIMENT)
@@ -60,8 +65,12 @@ def hold_run(run_id: str) -> Iterator[str]:
     client = mlflow.MlflowClient()
     try:
         yield run_id
-    except BaseException:
-        client.set_terminated(run_id, "FAILED")
+    except BaseException as exc:
+        try:
+            connect().set_terminated(run_id, "FAILED")
+        except ServiceError as gone:
+            if isinstance(exc, Exception) and not isinstance(exc, DeepfakeError):
+                raise gone from exc
         raise
     client.set_terminated(run_id, "FINISHED")
 

@@ -3,14 +3,14 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import filelock
 
-from deepfake_core.errors import LockedError
-from deepfake_core.storage.files import write_json
+from deepfake_core.errors import DiskError, LockedError
+from deepfake_core.storage.files import translate_disk_errors, write_json
 
 
 @contextmanager
@@ -25,8 +25,15 @@ def lock_folder(folder: Path, holder: str, remedy: str = "set `data.data_dir` to
 
     Raises:
         LockedError: at once, if another process holds it; says which.
+        DiskError: if a full disk, or a file or folder that can't be written, made the body fail.
     """
     folder = folder.expanduser().resolve()
+    with translate_disk_errors(folder), _lock(folder, holder, remedy):
+        yield
+
+
+@contextmanager
+def _lock(folder: Path, holder: str, remedy: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / ".lock.json"
     lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True, thread_local=False)
@@ -40,7 +47,8 @@ def lock_folder(folder: Path, holder: str, remedy: str = "set `data.data_dir` to
     try:
         if lock.lock_counter == 1:
             started = datetime.now(UTC).isoformat(timespec="seconds")
-            write_json(note, {"holder": holder, "pid": os.getpid(), "host": os.uname().nodename, "since": started})
+            with suppress(DiskError):  # so that a full disk doesn't keep housekeeping from making room
+                write_json(note, {"holder": holder, "pid": os.getpid(), "host": os.uname().nodename, "since": started})
         yield
     finally:
         if lock.lock_counter == 1:

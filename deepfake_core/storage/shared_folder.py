@@ -16,7 +16,7 @@ import filelock
 
 from deepfake_core.detector import MAX_BYTES
 from deepfake_core.errors import ArchiveError
-from deepfake_core.storage.files import hash_file, write_beside
+from deepfake_core.storage.files import hash_file, require_space, translate_disk_errors, write_beside
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
@@ -75,13 +75,13 @@ def fetch_folder(
 
     Raises:
         ArchiveError: if an object or a member is damaged, or a member has a name that does not belong there.
-        DiskSpaceError: if it does not fit on the disk.
+        DiskError: if it does not fit on the disk.
     """
     content, marker = store.read(folder / SUMS), folder / SUMS
     if content is None:
         return False
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # of two trainings, one fetches
+    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    with translate_disk_errors(folder), lock:  # of two trainings, one fetches
         if marker.exists() and marker.read_bytes() == content:
             return True
         sums = _parse_sums(content)
@@ -128,6 +128,8 @@ def _write_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def _pack(folder: Path, members: Mapping[str, str], file: Path) -> None:
+    needed = sum((folder / name).stat().st_size for name in members)
+    require_space(folder, needed, f"{file}, which is published,", "set `data.data_dir` to another disk")
     with zipfile.ZipFile(file, "w") as packed:
         for name in sorted(members):
             data = (folder / name).read_bytes()
@@ -146,6 +148,7 @@ def _unpack(file: Path, members: Mapping[str, str], folder: Path) -> None:
                 f"The images of a published data set must be those of its manifest, each once. Received: {odd[:3]} in "
                 f"one alone, {len(names)} images instead of {len(members)}. Nothing was written; publish it again."
             )
+        require_space(folder, sum(info.file_size for info in infos), str(folder), "set XDG_CACHE_HOME to another disk")
         for info in infos:
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_BYTES:
                 raise ArchiveError(

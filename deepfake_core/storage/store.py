@@ -155,7 +155,7 @@ class Store:
 
         Raises:
             ArchiveError: if it is absent or differs.
-            DiskSpaceError: if it does not fit on the disk.
+            DiskError: if it does not fit on the disk.
         """
         files, root = self._place
         rule = f"{self.url}/{self.name(path)} must be there with the SHA-256 {sha256}"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from errno import EINVAL
 
 from deepfake_core.errors import ConfigurationError, CredentialsError, DownloadError
+from deepfake_core.storage.files import find_disk_failure
 
 CREDENTIALS_HELP = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; they need to list, read, write and delete there."
@@ -14,7 +15,9 @@ CREDENTIALS_HELP = (
 
 @contextlib.contextmanager
 def translate_errors(url: str) -> Iterator[None]:
-    """Raise errors that say what a person can do instead; an absent object stays a FileNotFoundError.
+    """Raise errors that say what a person can do instead.
+
+    An absent object stays a FileNotFoundError, and a failure of a disk here an OSError.
 
     Causes are cut off: they may hold signed addresses, which logs would show.
 
@@ -31,10 +34,14 @@ def translate_errors(url: str) -> Iterator[None]:
             "bucket, or correct `data.data_dir` or AWS_ENDPOINT_URL."
         ) from None
     except PermissionError as exc:
+        if find_disk_failure(exc):
+            raise
         raise CredentialsError(
             f"The store must let this account in. {url}{name_endpoint()} refused it ({exc}). {CREDENTIALS_HELP}"
         ) from None
     except _list_failures() as exc:
+        if find_disk_failure(exc):
+            raise
         kind = type(exc).__name__
         if "Credential" in kind or "Profile" in kind:
             raise CredentialsError(

@@ -111,9 +111,9 @@ def train_candidate(
         ModelError: if pretrained weights are missing, or the loss is not finite.
     """
     architecture, recipe, detector = training.architecture, training.recipe, folder / "detector"
-    detector.mkdir(parents=True, exist_ok=True)
     remedy = "change a parameter of the training, such as its seed"
     with lock_folder(folder, f"a training of {architecture}", remedy):
+        detector.mkdir(exist_ok=True)
         record = Record(architecture, recipe, folder, detector, on_epoch, on_progress)
         if not (detector / DESCRIPTION).exists():
             record.served = CANDIDATES[architecture].build(recipe)

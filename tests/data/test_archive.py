@@ -22,7 +22,7 @@ from deepfake_core.errors import (
     ArchiveError,
     ConfigurationError,
     CredentialsError,
-    DiskSpaceError,
+    DiskError,
     DownloadError,
     PermanentError,
     SourceError,
@@ -363,7 +363,7 @@ def test_a_damaged_download_is_deleted(kaggle, data_dir, content):
 
 def test_a_full_disk_is_said_before_the_download(kaggle, data_dir, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(DiskSpaceError, match=r"owner/some-faces needs .* `data.data_dir`"):
+    with pytest.raises(DiskError, match=r"owner/some-faces needs .* `data.data_dir`"):
         fetch_archive(SOURCE, open_store(data_dir))
     assert kaggle.downloads == [] or files(data_dir) == []
 
