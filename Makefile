@@ -5,8 +5,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 export DO_NOT_TRACK ?= true
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check docs browser pictures bench bench-data bench-training bench-serving bench-soak lock deploy up down \
-	image containers
+.PHONY: help demo test test-fast sweep check docs browser pictures bench bench-data bench-training bench-serving \
+	bench-soak lock deploy up down image containers
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -14,11 +14,14 @@ help:  ## list the targets
 demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no GPU; under 5 minutes
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
 
-test: .venv/installed  ## run the whole test suite
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: .venv/installed  ## run the whole test suite but the sweeps
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not sweep"
+
+sweep: .venv/installed  ## run the tests that try a promise in many cases, such as a kill at each point of a retrain
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m sweep
 
 test-fast: .venv/installed  ## run the tests that take a moment and start no process: for the edit loop
-	$(BIN)/python -m pytest -n 0 -m "not slow and not process and not browser" --durations 3 \
+	$(BIN)/python -m pytest -n 0 -m "not slow and not process and not browser and not sweep" --durations 3 \
 		$(addprefix --ignore=tests/test_,flows.py first_screen.py stack.py containers.py deployments.py docs.py)
 
 check: .venv/installed  ## check format, lint, types, import rules, and that the lock fits pyproject.toml

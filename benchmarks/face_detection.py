@@ -105,8 +105,9 @@ def make_finders() -> dict[str, Callable[[Image.Image], list[Box]]]:
 
     return {
         **{f"YuNet, from {confidence}": find_at(confidence) for confidence in (0.6, 0.7, 0.8, 0.9)},
-        "YuNet, from 0.7, without the second search": find_at(0.7, again=1280),
-        "YuNet, from 0.7, at 640 pixels": find_at(0.7, 640),
+        "YuNet, from 0.8, without the second search": find_at(0.8, again=1280),
+        "YuNet, from 0.8, at 960 pixels": find_at(0.8, 960),
+        "YuNet, from 0.8, at 640 pixels": find_at(0.8, 640),
         "OpenCV, haarcascade_frontalface_default": cascade("haarcascade_frontalface_default.xml"),
         "OpenCV, haarcascade_frontalface_alt2": cascade("haarcascade_frontalface_alt2.xml"),
     }

@@ -26,7 +26,7 @@ SHORT_NAMES = {"140k-real-and-fake-faces": "140k", "real-and-fake-face-detection
 FORENSIC = "efficientnet_lite0, 140k alone"
 """A candidate trained with images scaled, blurred and recompressed; the one below without."""
 PLAIN = f"{FORENSIC}, no forensic augmentation"
-DETECTOR = "YuNet, from 0.7"
+DETECTOR = "YuNet, from 0.8"
 """The face detector that is used."""
 
 SERVING_ROWS = {
@@ -255,7 +255,7 @@ def render_serving_results(results: Results) -> str:
         "1280 x 960 without people:"
     )
     speed = (
-        "YuNet from 0.7 is used. Speed, on "
+        "YuNet from 0.8 is used. Speed, on "
         f"{serving['machine']}: seconds of a new process for one image, then images/s of {serving['images']} images of "
         "256 x 256."
     )

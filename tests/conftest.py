@@ -22,14 +22,7 @@ PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
 FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
 """The files that take longest."""
 
-WITH_SERVER = {
-    "test_flows.py",
-    "test_killed_retrain.py",
-    "test_batch_scoring.py",
-    "test_production.py",
-    "test_seals.py",
-    "test_store.py",
-}
+WITH_SERVER = {"test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py"}
 """Files of which tests need Prefect's server: one process runs them, so that it starts once."""
 
 

@@ -20,7 +20,7 @@ from deepfake_core.registry.versions import list_versions, read_version
 from flows.retrain import retrain
 from tests.builders import NAME, ROOT, faces, forbid, write_zip
 
-pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.process, pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.process, pytest.mark.slow, pytest.mark.sweep]
 
 RETRAIN = """
 import os, signal, sys

@@ -18,7 +18,7 @@ import yaml
 from flows.terminal import STOPPED
 from tests.builders import ROOT, faces, free_port, wait_until, write_zip
 
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.sweep]
 
 
 @contextmanager

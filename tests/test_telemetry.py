@@ -24,6 +24,8 @@ from deepfake_core.registry import detectors, runs
 from deepfake_core.registry.connection import connect
 from tests.builders import NAME, ROOT, draw_portrait, encode, faces, free_port, jpeg, wait_until, write_zip
 
+pytestmark = pytest.mark.sweep
+
 FORMER = ROOT / "tests" / "registry" / "former_model"
 STRACE = shutil.which("strace") or ""
 CLI = (sys.executable, "-m", "deepfake_core.cli")

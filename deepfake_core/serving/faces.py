@@ -25,7 +25,7 @@ MIN_LARGE_FACE_PIXELS = 300
 MIN_IOU_SAME_FACE = 0.3
 """Intersection over union from which on boxes of both searches show one face."""
 
-MIN_FACE_CONFIDENCE = 0.7
+MIN_FACE_CONFIDENCE = 0.8
 """Confidence, 0 to 1, from which on YuNet's boxes are faces: `benchmarks/face_detection.py`."""
 
 CROP_SIDE, CROP_RISE = 1.56, 0.055

@@ -22,6 +22,8 @@ from deepfake_core.registry.versions import read_version
 from deepfake_core.storage.store import open_store
 from tests.builders import NAME
 
+pytestmark = pytest.mark.sweep
+
 WRITES = ("set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias")
 """What a move of production does to the registry, beside its lock."""
 

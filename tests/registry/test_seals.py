@@ -16,7 +16,7 @@ from deepfake_core.registry.seals import hash_files
 from deepfake_core.registry.versions import read_version
 from tests.builders import NAME, forbid, jpeg
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
 FORMER = Path(__file__).parent / "former_model"
 STORED = (

@@ -16,7 +16,7 @@ from deepfake_core.detector import Detector
 from deepfake_core.registry import detectors, runs
 from tests.builders import NAME, ROOT, draw_image, encode, free_port, jpeg, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.process]
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.sweep]
 
 FORMER = Path(__file__).parent / "former_model"
 IMAGES = [jpeg(3), encode(draw_image(4), "PNG")]

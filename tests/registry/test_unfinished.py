@@ -24,7 +24,7 @@ from tests.builders import NAME, faces, prepare, write_zip
 TRAINING, EVALUATION = TrainingParameters(candidates=("cnn",), image_size=32), EvaluationParameters()
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
 
 @pytest.fixture(scope="module")
