@@ -288,7 +288,7 @@ def draw_serving_speed(serving: dict[str, Any]) -> str:
 
 
 def render_soak_results(results: Results) -> str:
-    """Write the most memory, files and threads of each part, and how much they grew after its first fifth."""
+    """Write the most memory, files and threads of each part, and how much more in its second half than in its first."""
     soak = results["soak"]
     units = {"predict": "photographs", "serve": "requests", "clips": "clips", "retrain": "retrains"}
     columns = {

@@ -137,6 +137,7 @@ def serve(model: Path, folder: Path, count: int) -> Curve:
                 if "P(fake)" not in answer:
                     raise RuntimeError(answer)
         process.terminate()
+        process.communicate()
     return curve
 
 
@@ -182,11 +183,12 @@ def measure_disk(path: Path) -> int:
 
 
 def summarise(curve: Curve) -> dict[str, float]:
-    """Return each measurement's maximum, and how much higher it ended than it was after a fifth of the time."""
+    """Return each measurement's maximum, and how much more the second half had than the first."""
     summary = {}
     for name, values in curve.items():
         if name != "seconds":
-            summary |= {f"{name}_max": max(values), f"{name}_growth": values[-1] - values[len(values) // 5]}
+            half = len(values) // 2
+            summary |= {f"{name}_max": max(values), f"{name}_growth": max(values[half:]) - max(values[:half])}
     return summary
 
 
