@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.sorting import LogSort
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION_URL
@@ -313,8 +315,9 @@ def test_no_secret_is_in_what_failed_runs_leave(tracking, kaggle, monkeypatch, c
         monkeypatch.setenv("KAGGLE_API_TOKEN", token)
         fail("CredentialsError: Kaggle's credentials must be|CredentialsError: Kaggle needs credentials")
     database = Path(PREFECT_SERVER_DATABASE_CONNECTION_URL.value().partition(":///")[2])
-    with get_client(sync_client=True) as client:
-        wait_until(lambda: any("number 1 is LEFT DOUBLE" in log.message for log in client.read_logs()))
+    with get_client(sync_client=True) as client:  # one page of logs, the newest first
+        newest = partial(client.read_logs, sort=LogSort.TIMESTAMP_DESC)
+        wait_until(lambda: any("number 1 is LEFT DOUBLE" in log.message for log in newest()))
     kept = [path for folder in (database.parent, tracking) for path in folder.rglob("*") if path.is_file()]
     told = [path.read_bytes() for path in kept] + [text.encode() for text in capfd.readouterr()]
     assert any(b"number 1 is LEFT DOUBLE" in text for text in told[: len(kept)])
