@@ -1,0 +1,181 @@
+"""JPEG on whole batches of images, as arithmetic in `keras.ops`: what libjpeg-turbo does to an image, without its file.
+
+Images are float32 of shape (n, size, size, 3), whole numbers from 0 to 255; planes (n, height, width), one colour each.
+"""
+
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+BLOCK = 8
+LUMINANCE = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+CHROMINANCE = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    *((99,) * 8,) * 4,
+)
+
+
+def recompress(images: Any, qualities: Any) -> Any:
+    """Compress each image as JPEG with 4:2:0 chroma, and decompress it, as libjpeg-turbo does.
+
+    The colours are those of JFIF 1.02 ("Conversion to and from RGB"), in libjpeg's whole numbers; the DCT is that of
+    ITU-T T.81, A.3.3, its rounding A.3.4, the tables K.1 and K.2 of annex K.1, scaled by libjpeg's `jpeg_set_quality`.
+    Chroma is averaged over 2x2 pixels and interpolated by libjpeg's triangle filter ("fancy upsampling"). Entropy
+    coding changes nothing, and is left out.
+
+    Args:
+        images: float32 of shape (n, size, size, 3).
+        qualities: int32 of shape (n,), from 1 to 100; 0 leaves an image as it is.
+    """
+    size = images.shape[1]
+    red, green, blue = (images[..., channel] for channel in range(3))
+    # Whole numbers below 2 ** 24: exact in float32, whatever the order of the sums.
+    luma = ops.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
+    chroma_blue = ops.floor((-11059 * red - 21709 * green + 32768 * blue + 32767) / 65536)
+    chroma_red = ops.floor((32768 * red - 27439 * green - 5329 * blue + 32767) / 65536)
+    luma = _code(_fill(luma - 128, 2 * BLOCK), _scale_table(LUMINANCE, qualities)) + 128
+    chroma = ops.stack([_halve(chroma_blue), _halve(chroma_red)], axis=1)
+    count, _, high, wide = chroma.shape
+    chroma = _code(ops.reshape(chroma, (count, 2 * high, wide)), _scale_table(CHROMINANCE, qualities))
+    half = -(-size // 2)
+    chroma = ops.reshape(chroma, (count, 2, high, wide))[:, :, :half, :half]
+    doubled = _double(_double(chroma, 2), 3)
+    chroma = ops.floor((doubled + 8 - np.arange(2 * half, dtype=np.float32) % 2) / 16)[:, :, :size, :size]
+    luma, chroma_blue, chroma_red = luma[:, :size, :size], chroma[:, 0], chroma[:, 1]
+    red = luma + ops.floor((91881 * chroma_red + 32768) / 65536)
+    green = luma + ops.floor((-22554 * chroma_blue - 46802 * chroma_red + 32768) / 65536)
+    blue = luma + ops.floor((116130 * chroma_blue + 32768) / 65536)
+    return select(qualities > 0, to_whole(ops.stack([red, green, blue], axis=-1)), images)
+
+
+def _fill(planes: Any, multiple: int) -> Any:
+    """Repeat the right and lower edges up to a multiple of a side."""
+    missing = -planes.shape[1] % multiple
+    return extend(extend(planes, 0, missing, 1), 0, missing, 2) if missing else planes
+
+
+def _halve(planes: Any) -> Any:
+    """Average 2x2 values, rounded up and down in turn as libjpeg does, and fill whole blocks."""
+    size = planes.shape[1]
+    planes = extend(extend(planes, 0, size % 2, 1), 0, -size % (2 * BLOCK), 2)
+    upper, lower = planes[:, ::2], planes[:, 1::2]
+    sums = upper[..., ::2] + upper[..., 1::2] + lower[..., ::2] + lower[..., 1::2]
+    halved = ops.floor((sums + 1 + np.arange(sums.shape[2], dtype=np.float32) % 2) / 4)
+    return extend(halved, 0, -halved.shape[1] % BLOCK, 1)
+
+
+def _double(planes: Any, axis: int) -> Any:
+    """Put two values in the place of one: thrice itself, plus its neighbour on that side."""
+    size = planes.shape[axis]
+    extended = extend(planes, 1, 1, axis)
+    before, after = cut(extended, 0, size, axis), cut(extended, 2, size + 2, axis)
+    shape = [*planes.shape[:axis], 2 * size, *planes.shape[axis + 1 :]]
+    return ops.reshape(ops.stack([3 * planes + before, 3 * planes + after], axis=axis + 1), shape)
+
+
+def _code(planes: Any, steps: Any) -> Any:
+    """Round the coefficients of planes, whose middle is 0, to multiples of steps (n, 64), block by block."""
+    count, height, width = planes.shape
+    split = (count, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
+    blocks = ops.transpose(ops.reshape(planes, split), (0, 1, 3, 2, 4))
+    coefficients = ops.reshape(_transform(_transform(blocks)), (count, -1, BLOCK * BLOCK))
+    divisors = ops.floor(steps[:, None] * SCALES + 0.5)
+    multiples = ops.floor(
+        (ops.absolute(coefficients) + ops.floor(divisors / 2) + 0.5) / divisors
+    )  # no quotient is whole
+    coefficients = ops.sign(coefficients) * multiples * steps[:, None]
+    pixels = ops.matmul(coefficients, INVERSE_DCT) + ops.matmul(coefficients, INVERSE_DCT_REST)
+    pixels = ops.reshape(to_whole(pixels + 128) - 128, blocks.shape)
+    return ops.reshape(ops.transpose(pixels, (0, 1, 3, 2, 4)), planes.shape)
+
+
+def _transform(blocks: Any) -> Any:
+    """Transform the last axis of blocks (..., 8, 8), and turn them; by libjpeg's fast DCT, rounded down as it is.
+
+    It is the DCT of Arai, Agui and Nakajima, which leaves each coefficient scaled; factors have 8 binary places. That
+    is what TurboJPEG compresses with below quality 96.
+    """
+
+    def multiply(values: Any, factor: int) -> Any:
+        return ops.floor(values * (factor / 256))
+
+    columns = [blocks[..., column] for column in range(BLOCK)]
+    sums = [left + right for left, right in zip(columns[:4], columns[:3:-1], strict=True)]
+    differences = [left - right for left, right in zip(columns[:4], columns[:3:-1], strict=True)]
+    outer, inner = sums[0] + sums[3], sums[1] + sums[2]
+    outer_odd, inner_odd = sums[0] - sums[3], sums[1] - sums[2]
+    turned = multiply(inner_odd + outer_odd, 181)
+    first, second, third = (differences[one] + differences[one - 1] for one in (3, 2, 1))
+    common = multiply(first - third, 98)
+    low, high = multiply(first, 139) + common, multiply(third, 334) + common
+    middle = multiply(second, 181)
+    near, far = differences[0] + middle, differences[0] - middle
+    frequencies = [outer + inner, near + high, outer_odd + turned, far - low]
+    frequencies += [outer - inner, far + low, outer_odd - turned, near - high]
+    return ops.stack(frequencies, axis=-2)
+
+
+def _make_inverse_dct() -> np.ndarray:
+    """Return the matrix (64, 64) that takes a block's coefficients to its pixels: T.81, A.3.3."""
+    frequency, place = np.mgrid[:BLOCK, :BLOCK]
+    basis = np.cos((2 * place + 1) * frequency * np.pi / (2 * BLOCK)) / 2
+    basis[0] /= np.sqrt(2)
+    return np.kron(basis, basis)
+
+
+def _make_scales() -> np.ndarray:
+    """Return what the fast DCT has multiplied each coefficient by (64,), as libjpeg has it: with 11 binary places."""
+    scales = np.cos(np.arange(BLOCK) * np.pi / (2 * BLOCK)) * np.sqrt(2)
+    scales[0] = 1
+    return (np.round(np.outer(scales, scales) * 2**14) / 2**11).reshape(-1).astype(np.float32)
+
+
+def _scale_table(table: tuple[tuple[int, ...], ...], qualities: Any) -> Any:
+    """Return steps (n, 64) as libjpeg's `jpeg_set_quality` does, with baseline tables."""
+    qualities = ops.maximum(qualities, 1)
+    percent = ops.where(qualities < 50, 5000 // qualities, 200 - 2 * qualities)
+    steps = (np.array(table, np.int32).reshape(1, -1) * percent[:, None] + 50) // 100
+    return ops.cast(ops.clip(steps, 1, 255), "float32")
+
+
+def to_whole(values: Any) -> Any:
+    return ops.clip(ops.floor(values + 0.5), 0, 255)
+
+
+def per_image(values: Any) -> Any:
+    return values[:, None, None, None]
+
+
+def select(changed: Any, new: Any, images: Any) -> Any:
+    return ops.where(per_image(changed), new, images)
+
+
+def cut(values: Any, start: int, end: int, axis: int) -> Any:
+    return values[(slice(None),) * axis + (slice(start, end),)]
+
+
+def extend(values: Any, before: int, after: int, axis: int) -> Any:
+    """Repeat the first and the last values of an axis."""
+    end = values.shape[axis]
+    first, last = cut(values, 0, 1, axis), cut(values, end - 1, end, axis)
+    return ops.concatenate([ops.repeat(first, before, axis), values, ops.repeat(last, after, axis)], axis)
+
+
+SCALES = _make_scales()
+_INVERSE_DCT = _make_inverse_dct()
+INVERSE_DCT = (np.round(_INVERSE_DCT * 2**13) / 2**13).astype(np.float32)
+"""Rounded to 11 binary digits, of which TF32 loses none: INVERSE_DCT_REST is what is missing."""
+INVERSE_DCT_REST = (_INVERSE_DCT - INVERSE_DCT).astype(np.float32)
