@@ -21,7 +21,7 @@ from deepfake_core.training.recompression import cut, extend, per_image, recompr
 __all__ = ["blur", "recompress", "rescale", "warp"]
 
 BOX_REACH = 2
-BLUR_PASSES = 3
+BOX_BLURS = 3
 
 
 def rescale(images: Any, sides: Any) -> Any:
@@ -42,24 +42,17 @@ def rescale(images: Any, sides: Any) -> Any:
 
 
 def blur(images: Any, radii: Any) -> Any:
-    """Blur each image by a Gaussian, as Pillow's `ImageFilter.GaussianBlur` does: by three box blurs, edges repeated.
-
-    The three are one filter here, rounded once per axis. The boxes' width is that of Gwosdek, Grewenig, Bruhn and
-    Weickert, "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering" (2011), equations 7 and 11.
+    """Blur each image by a Gaussian, as Pillow's `ImageFilter.GaussianBlur` does: by three box blurs, each rounded.
 
     Args:
-        images: float32 of shape (n, size, size, 3).
+        images: float32 of shape (n, size, size, 3). Edges are repeated.
         radii: float32 of shape (n,), the standard deviations in pixels, up to 2.4. 0 leaves an image as it is.
     """
-    box = _weigh_box(radii)
-    weights = box
-    for _ in range(BLUR_PASSES - 1):
-        weights = _convolve(weights, box)
-    reach = BLUR_PASSES * BOX_REACH
+    weights = _weigh_box(radii)
     blurred, size = images, images.shape[1]
-    for axis in (2, 1):
-        extended = extend(blurred, reach, reach, axis)
-        shifted = [cut(extended, start, start + size, axis) for start in range(2 * reach + 1)]
+    for axis in (2,) * BOX_BLURS + (1,) * BOX_BLURS:
+        extended = extend(blurred, BOX_REACH, BOX_REACH, axis)
+        shifted = [cut(extended, start, start + size, axis) for start in range(len(weights))]
         blurred = to_whole(sum(per_image(weight) * one for weight, one in zip(weights, shifted, strict=True)))
     return select(radii > 0, blurred, images)
 
@@ -133,19 +126,14 @@ def _cubic(distance: Any) -> Any:
 
 
 def _weigh_box(radii: Any) -> list[Any]:
-    """Return the weights (n,) of a box blur whose third repetition is a Gaussian's."""
-    variance = radii * radii / BLUR_PASSES
+    """Return the weights (n,) of the box blur of which three are a Gaussian: inner ones, and a part on either side.
+
+    Its width is that of Gwosdek, Grewenig, Bruhn and Weickert, "Theoretical Foundations of Gaussian Convolution by
+    Extended Box Filtering" (2011), equations 7 and 11.
+    """
+    variance = radii * radii / BOX_BLURS
     whole = ops.floor((ops.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    inner = 1 / (2 * (whole + part) + 1)
-    outer = part * inner
+    reach = whole + part
     distances = [abs(offset) for offset in range(-BOX_REACH, BOX_REACH + 1)]
-    return [ops.where(whole >= distance, inner, ops.where(whole + 1 >= distance, outer, 0.0)) for distance in distances]
-
-
-def _convolve(left: list[Any], right: list[Any]) -> list[Any]:
-    sums: list[Any] = [0.0] * (len(left) + len(right) - 1)
-    for i, one in enumerate(left):
-        for j, other in enumerate(right):
-            sums[i + j] = sums[i + j] + one * other
-    return sums
+    return [ops.clip(reach + 1 - distance, 0, 1) / (2 * reach + 1) for distance in distances]
