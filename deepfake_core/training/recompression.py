@@ -46,25 +46,21 @@ def recompress(images: Any, qualities: Any) -> Any:
     luma = ops.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
     chroma_blue = ops.floor((-11059 * red - 21709 * green + 32768 * blue + 32767) / 65536)
     chroma_red = ops.floor((32768 * red - 27439 * green - 5329 * blue + 32767) / 65536)
-    luma = _code(_fill(luma - 128, 2 * BLOCK), _scale_table(LUMINANCE, qualities)) + 128
-    chroma = ops.stack([_halve(chroma_blue), _halve(chroma_red)], axis=1)
-    count, _, high, wide = chroma.shape
-    chroma = _code(ops.reshape(chroma, (count, 2 * high, wide)), _scale_table(CHROMINANCE, qualities))
-    half = -(-size // 2)
-    chroma = ops.reshape(chroma, (count, 2, high, wide))[:, :, :half, :half]
-    doubled = _double(_double(chroma, 2), 3)
-    chroma = ops.floor((doubled + 8 - np.arange(2 * half, dtype=np.float32) % 2) / 16)[:, :, :size, :size]
-    luma, chroma_blue, chroma_red = luma[:, :size, :size], chroma[:, 0], chroma[:, 1]
+    planes = [_fill(luma - 128), _halve(chroma_blue), _halve(chroma_red)]
+    steps = [_scale_table(table, qualities) for table in (LUMINANCE, CHROMINANCE, CHROMINANCE)]
+    luma, chroma_blue, chroma_red = (plane[:, :size, :size] for plane in _code(planes, steps))
+    luma, half = luma + 128, -(-size // 2)
+    chroma_blue, chroma_red = (_double(plane[:, :half, :half], size) for plane in (chroma_blue, chroma_red))
     red = luma + ops.floor((91881 * chroma_red + 32768) / 65536)
     green = luma + ops.floor((-22554 * chroma_blue - 46802 * chroma_red + 32768) / 65536)
     blue = luma + ops.floor((116130 * chroma_blue + 32768) / 65536)
     return select(qualities > 0, to_whole(ops.stack([red, green, blue], axis=-1)), images)
 
 
-def _fill(planes: Any, multiple: int) -> Any:
-    """Repeat the right and lower edges up to a multiple of a side."""
-    missing = -planes.shape[1] % multiple
-    return extend(extend(planes, 0, missing, 1), 0, missing, 2) if missing else planes
+def _fill(planes: Any) -> Any:
+    """Repeat the last column and row, up to whole blocks."""
+    missing = -planes.shape[1] % BLOCK
+    return extend(extend(planes, 0, missing, 1), 0, missing, 2)
 
 
 def _halve(planes: Any) -> Any:
@@ -77,29 +73,45 @@ def _halve(planes: Any) -> Any:
     return extend(halved, 0, -halved.shape[1] % BLOCK, 1)
 
 
-def _double(planes: Any, axis: int) -> Any:
-    """Put two values in the place of one: thrice itself, plus its neighbour on that side."""
-    size = planes.shape[axis]
-    extended = extend(planes, 1, 1, axis)
-    before, after = cut(extended, 0, size, axis), cut(extended, 2, size + 2, axis)
-    shape = [*planes.shape[:axis], 2 * size, *planes.shape[axis + 1 :]]
-    return ops.reshape(ops.stack([3 * planes + before, 3 * planes + after], axis=axis + 1), shape)
+def _double(planes: Any, size: int) -> Any:
+    """Put two values in the place of one along each axis, a quarter of each its neighbour's, and keep the first `size`.
+
+    Rounded up and down in turn, as libjpeg does.
+    """
+    for axis in (1, 2):
+        length = planes.shape[axis]
+        extended = extend(planes, 1, 1, axis)
+        before, after = cut(extended, 0, length, axis), cut(extended, 2, length + 2, axis)
+        pairs = ops.stack([3 * planes + before, 3 * planes + after], axis=axis + 1)
+        planes = ops.reshape(pairs, (*planes.shape[:axis], 2 * length, *planes.shape[axis + 1 :]))
+    return ops.floor((planes + 8 - np.arange(2 * length, dtype=np.float32) % 2) / 16)[:, :size, :size]
 
 
-def _code(planes: Any, steps: Any) -> Any:
-    """Round the coefficients of planes, whose middle is 0, to multiples of steps (n, 64), block by block."""
-    count, height, width = planes.shape
-    split = (count, height // BLOCK, BLOCK, width // BLOCK, BLOCK)
-    blocks = ops.transpose(ops.reshape(planes, split), (0, 1, 3, 2, 4))
-    coefficients = ops.reshape(_transform(_transform(blocks)), (count, -1, BLOCK * BLOCK))
-    divisors = ops.floor(steps[:, None] * SCALES + 0.5)
-    multiples = ops.floor(
-        (ops.absolute(coefficients) + ops.floor(divisors / 2) + 0.5) / divisors
-    )  # no quotient is whole
-    coefficients = ops.sign(coefficients) * multiples * steps[:, None]
-    pixels = ops.matmul(coefficients, INVERSE_DCT) + ops.matmul(coefficients, INVERSE_DCT_REST)
-    pixels = ops.reshape(to_whole(pixels + 128) - 128, blocks.shape)
-    return ops.reshape(ops.transpose(pixels, (0, 1, 3, 2, 4)), planes.shape)
+def _code(planes: list[Any], steps: list[Any]) -> list[Any]:
+    """Round the coefficients of each plane's 8x8 blocks to multiples of its steps (n, 64). The values' middle is 0."""
+    blocks = [_cut_blocks(plane) for plane in planes]
+    numbers = [one.shape[1] for one in blocks]
+    step = ops.concatenate([ops.repeat(one[:, None], number, 1) for one, number in zip(steps, numbers, strict=True)], 1)
+    coefficients = ops.reshape(_transform(_transform(ops.concatenate(blocks, axis=1))), step.shape)
+    divisors = ops.floor(step * SCALES + 0.5)
+    halves = ops.floor(divisors / 2) + 0.5  # half more than libjpeg's, so that no quotient is whole: no error tips it
+    multiples = ops.floor((ops.absolute(coefficients) + halves) / divisors)
+    coefficients = ops.sign(coefficients) * multiples * step
+    values = ops.matmul(coefficients, INVERSE_DCT) + ops.matmul(coefficients, INVERSE_DCT_REST)
+    parts = ops.split(ops.clip(ops.floor(values + 0.5), -128, 127), np.cumsum(numbers)[:-1].tolist(), axis=1)
+    return [_join_blocks(part, plane.shape) for part, plane in zip(parts, planes, strict=True)]
+
+
+def _cut_blocks(plane: Any) -> Any:
+    count, height, width = plane.shape
+    split = ops.reshape(plane, (count, height // BLOCK, BLOCK, width // BLOCK, BLOCK))
+    return ops.reshape(ops.transpose(split, (0, 1, 3, 2, 4)), (count, -1, BLOCK, BLOCK))
+
+
+def _join_blocks(blocks: Any, shape: tuple[int, int, int]) -> Any:
+    count, height, width = shape
+    split = ops.reshape(blocks, (count, height // BLOCK, width // BLOCK, BLOCK, BLOCK))
+    return ops.reshape(ops.transpose(split, (0, 1, 3, 2, 4)), shape)
 
 
 def _transform(blocks: Any) -> Any:
