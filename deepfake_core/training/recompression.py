@@ -1,6 +1,10 @@
-"""JPEG on whole batches of images, as arithmetic in `keras.ops`: what libjpeg-turbo does to an image, without its file.
+"""JPEG on whole batches of images, as arithmetic in `keras.ops`: what libjpeg-turbo does to an image, without a file.
 
-Images are float32 of shape (n, size, size, 3), whole numbers from 0 to 255; planes (n, height, width), one colour each.
+Images are float32 of shape (n, size, size, 3), whole numbers from 0 to 255; a plane is one of their
+colours, (n, height, width). All sums and products are of whole numbers that float32 holds, but for the inverse DCT.
+
+GPUs multiply matrices in TF32 unless told otherwise: of each factor, they keep 11 binary digits. Coefficients are whole
+numbers below 2048, which have no more; the inverse DCT's matrix is multiplied in two parts of 11 digits each.
 """
 
 from typing import Any
@@ -27,18 +31,27 @@ CHROMINANCE = (
     *((99,) * 8,) * 4,
 )
 
+ORDER = np.arange(BLOCK)
+BASIS = np.cos((2 * ORDER + 1) * ORDER[:, None] * np.pi / (2 * BLOCK)) / np.where(ORDER == 0, np.sqrt(8), 2)[:, None]
+INVERSE_DCT = np.kron(BASIS, BASIS)
+"""Takes the 64 coefficients of a block to its values: T.81, A.3.3."""
+COARSE_INVERSE_DCT = np.round(INVERSE_DCT * 2**13) / 2**13
+FAST_DCT = np.where(ORDER == 0, 1, np.cos(ORDER * np.pi / (2 * BLOCK)) * np.sqrt(2))
+SCALES = (np.round(np.outer(FAST_DCT, FAST_DCT).reshape(-1) * 2**14) / 2**11).astype(np.float32)
+"""What libjpeg's fast DCT multiplies the 64 coefficients by, as it has them: with 11 binary places."""
+
 
 def recompress(images: Any, qualities: Any) -> Any:
-    """Compress each image as JPEG with 4:2:0 chroma, and decompress it, as libjpeg-turbo does.
+    """Compress each image as JPEG with 4:2:0 chroma, and decompress it, as TurboJPEG does, which `augmentation` calls.
 
-    The colours are those of JFIF 1.02 ("Conversion to and from RGB"), in libjpeg's whole numbers; the DCT is that of
-    ITU-T T.81, A.3.3, its rounding A.3.4, the tables K.1 and K.2 of annex K.1, scaled by libjpeg's `jpeg_set_quality`.
-    Chroma is averaged over 2x2 pixels and interpolated by libjpeg's triangle filter ("fancy upsampling"). Entropy
-    coding changes nothing, and is left out.
+    The colours are those of JFIF 1.02, page 3 ("Conversion to and from RGB"), with libjpeg's rounding. DCT and rounding
+    of coefficients are those of ITU-T T.81, A.3.3 and A.3.4; the tables are K.1 and K.2 of its annex K.1, scaled as
+    libjpeg's `jpeg_set_quality` does. Chroma is averaged over 2x2 pixels, and interpolated by libjpeg's triangle filter
+    ("fancy upsampling"). Entropy coding changes no pixel, and is left out.
 
     Args:
         images: float32 of shape (n, size, size, 3).
-        qualities: int32 of shape (n,), from 1 to 100; 0 leaves an image as it is.
+        qualities: int32 of shape (n,), 1 to 95; 0 leaves an image as it is. (From 96, TurboJPEG takes another DCT.)
     """
     size = images.shape[1]
     red, green, blue = (images[..., channel] for channel in range(3))
@@ -97,7 +110,8 @@ def _code(planes: list[Any], steps: list[Any]) -> list[Any]:
     halves = ops.floor(divisors / 2) + 0.5  # half more than libjpeg's, so that no quotient is whole: no error tips it
     multiples = ops.floor((ops.absolute(coefficients) + halves) / divisors)
     coefficients = ops.sign(coefficients) * multiples * step
-    values = ops.matmul(coefficients, INVERSE_DCT) + ops.matmul(coefficients, INVERSE_DCT_REST)
+    inverses = (one.astype(np.float32) for one in (COARSE_INVERSE_DCT, INVERSE_DCT - COARSE_INVERSE_DCT))
+    values = sum(ops.matmul(coefficients, inverse) for inverse in inverses)
     parts = ops.split(ops.clip(ops.floor(values + 0.5), -128, 127), np.cumsum(numbers)[:-1].tolist(), axis=1)
     return [_join_blocks(part, plane.shape) for part, plane in zip(parts, planes, strict=True)]
 
@@ -115,10 +129,10 @@ def _join_blocks(blocks: Any, shape: tuple[int, int, int]) -> Any:
 
 
 def _transform(blocks: Any) -> Any:
-    """Transform the last axis of blocks (..., 8, 8), and turn them; by libjpeg's fast DCT, rounded down as it is.
+    """Transform the last axis of blocks (..., 8, 8), and swap the last two.
 
-    It is the DCT of Arai, Agui and Nakajima, which leaves each coefficient scaled; factors have 8 binary places. That
-    is what TurboJPEG compresses with below quality 96.
+    This is libjpeg's fast DCT (that of Arai, Agui and Nakajima), whose factors have 8 binary places and whose products
+    are rounded down: TurboJPEG compresses with it at qualities below 96.
     """
 
     def multiply(values: Any, factor: int) -> Any:
@@ -140,21 +154,6 @@ def _transform(blocks: Any) -> Any:
     return ops.stack(frequencies, axis=-2)
 
 
-def _make_inverse_dct() -> np.ndarray:
-    """Return the matrix (64, 64) that takes a block's coefficients to its pixels: T.81, A.3.3."""
-    frequency, place = np.mgrid[:BLOCK, :BLOCK]
-    basis = np.cos((2 * place + 1) * frequency * np.pi / (2 * BLOCK)) / 2
-    basis[0] /= np.sqrt(2)
-    return np.kron(basis, basis)
-
-
-def _make_scales() -> np.ndarray:
-    """Return what the fast DCT has multiplied each coefficient by (64,), as libjpeg has it: with 11 binary places."""
-    scales = np.cos(np.arange(BLOCK) * np.pi / (2 * BLOCK)) * np.sqrt(2)
-    scales[0] = 1
-    return (np.round(np.outer(scales, scales) * 2**14) / 2**11).reshape(-1).astype(np.float32)
-
-
 def _scale_table(table: tuple[tuple[int, ...], ...], qualities: Any) -> Any:
     """Return steps (n, 64) as libjpeg's `jpeg_set_quality` does, with baseline tables."""
     qualities = ops.maximum(qualities, 1)
@@ -164,6 +163,7 @@ def _scale_table(table: tuple[tuple[int, ...], ...], qualities: Any) -> Any:
 
 
 def to_whole(values: Any) -> Any:
+    """Round to whole numbers from 0 to 255, a half up, as Pillow and libjpeg do."""
     return ops.clip(ops.floor(values + 0.5), 0, 255)
 
 
@@ -172,6 +172,7 @@ def per_image(values: Any) -> Any:
 
 
 def select(changed: Any, new: Any, images: Any) -> Any:
+    """Return each new image where it is changed (n,), and the former ones, bit for bit, where not."""
     return ops.where(per_image(changed), new, images)
 
 
@@ -184,10 +185,3 @@ def extend(values: Any, before: int, after: int, axis: int) -> Any:
     end = values.shape[axis]
     first, last = cut(values, 0, 1, axis), cut(values, end - 1, end, axis)
     return ops.concatenate([ops.repeat(first, before, axis), values, ops.repeat(last, after, axis)], axis)
-
-
-SCALES = _make_scales()
-_INVERSE_DCT = _make_inverse_dct()
-INVERSE_DCT = (np.round(_INVERSE_DCT * 2**13) / 2**13).astype(np.float32)
-"""Rounded to 11 binary digits, of which TF32 loses none: INVERSE_DCT_REST is what is missing."""
-INVERSE_DCT_REST = (_INVERSE_DCT - INVERSE_DCT).astype(np.float32)
