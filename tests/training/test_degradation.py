@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,20 +49,20 @@ def give_arguments(size):
     random = np.random.default_rng(1)
     side = size * 3 // 4
     corners = random.integers(0, size - side + 1, (COUNT, 2)).astype(np.int32)
-    corners[:2] = (0, 0), (size - side, size - side)
+    corners[0], corners[-1] = 0, size - side  # the first and the last pixel of all
 
     def draw(greatest):
         return random.uniform(-greatest, greatest, COUNT)
 
     turned = draw_matrices(AugmentationParameters(), side, draw, np).astype(np.float32)
-    turned[::4, :6] = 1, 0, 0, 0, 1, 0
+    turned[::5, :6] = 1, 0, 0, 0, 1, 0
     moved = draw_matrices(AugmentationParameters(rotation=0, zoom=0), side, draw, np).astype(np.float32)
     return {
         "recompress": (spread(40, 95, 0, np.int32),),
         "rescale": (spread(size // 2, size - 1, size, np.int32),),
         "blur": (spread(0.3, 1.5, 0, np.float32),),
-        "warp": (corners, turned[:, :6], side, True),
-        "move": (corners, moved, side, False),
+        "warp": (corners, turned[:, :6]),
+        "move": (corners, moved),
     }
 
 
@@ -69,17 +70,14 @@ def compute():
     """Return what each function makes of all images, compiled by the backend in use; by function, kind and size."""
     done = {}
     for size in SIZES:
-        for name, (*arrays, last) in give_arguments(size).items():
-            function = degradation.warp if name == "move" else getattr(degradation, name)
-            if isinstance(last, bool):
-                arrays, constants = arrays[:-1], (arrays[-1], last)
-            else:
-                arrays, constants = [*arrays, last], ()
-            run = compiled(lambda *given, function=function, constants=constants: function(*given, *constants))
-            for kind in ("drawn", "faces") if (FACES / "faces").is_dir() else ("drawn",):
-                images = load(kind, size)
-                images = images if name == "move" else images.astype(np.float32)
-                done[f"{name} {kind} {size}"] = np.asarray(run(images, *arrays))
+        functions = {name: getattr(degradation, name) for name in ("recompress", "rescale", "blur")}
+        functions["warp"] = partial(degradation.warp, side=size * 3 // 4, resampled=True)
+        functions["move"] = partial(degradation.warp, side=size * 3 // 4, resampled=False)
+        for kind in ("drawn", "faces") if (FACES / "faces").is_dir() else ("drawn",):
+            images = load(kind, size)
+            for name, arguments in give_arguments(size).items():
+                given = images if name == "move" else images.astype(np.float32)
+                done[f"{name} {kind} {size}"] = np.asarray(compiled(functions[name])(given, *arguments))
     return done
 
 
@@ -179,17 +177,15 @@ def warp_square(image, corner, matrix, side):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "greatest"), [("warp", 0.5), ("move", 0)])
+@pytest.mark.parametrize(("name", "greatest"), [("warp", 1), ("move", 0)])
 def test_warp_is_opencvs_and_exact_for_whole_pixels(computed, name, greatest, kind, size):
-    corners, matrices, side, _ = give_arguments(size)[name]
+    (corners, matrices), side = give_arguments(size)[name], size * 3 // 4
     images, result = load(kind, size), computed[f"{name} {kind} {size}"]
     expected = np.stack([warp_square(*one, side) for one in zip(images, corners, matrices, strict=True)])
     errors = np.abs(result - expected).mean((1, 2, 3))
     print(name, kind, size, errors.mean(), errors.max())
-    smooth = errors[:14] if kind == "drawn" else errors  # in noise, a 32nd of a pixel is more
-    assert smooth.max() <= greatest
+    assert errors.max() <= greatest  # grey levels: OpenCV rounds to a 32nd of a pixel, which is most in noise
     assert result.dtype == np.float32
     assert np.array_equal(result, result.astype(np.uint8))
     if name == "warp":
-        y, x = corners[4]
-        assert np.array_equal(result[4], images[4, y : y + side, x : x + side])  # by the identity
+        assert np.array_equal(result[::5], expected[::5])  # by the identity
