@@ -68,16 +68,16 @@ def give_arguments(size):
 
 def compute():
     """Return what each function makes of all images, compiled by the backend in use; by function, kind and size."""
-    done = {}
+    done, found = {}, ("drawn", "faces") if (FACES / "faces").is_dir() else ("drawn",)
     for size in SIZES:
         functions = {name: getattr(degradation, name) for name in ("recompress", "rescale", "blur")}
         functions["warp"] = partial(degradation.warp, side=size * 3 // 4, resampled=True)
         functions["move"] = partial(degradation.warp, side=size * 3 // 4, resampled=False)
-        for kind in ("drawn", "faces") if (FACES / "faces").is_dir() else ("drawn",):
-            images = load(kind, size)
-            for name, arguments in give_arguments(size).items():
-                given = images if name == "move" else images.astype(np.float32)
-                done[f"{name} {kind} {size}"] = np.asarray(compiled(functions[name])(given, *arguments))
+        images = {kind: load(kind, size) for kind in found}
+        for name, arguments in give_arguments(size).items():
+            run, dtype = compiled(functions[name]), np.uint8 if name == "move" else np.float32
+            for kind in found:
+                done[f"{name} {kind} {size}"] = np.asarray(run(images[kind].astype(dtype), *arguments))
     return done
 
 
