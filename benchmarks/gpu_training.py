@@ -1,24 +1,32 @@
-"""Seconds per epoch of each candidate on an accelerator, from images in its memory.
+"""Seconds per epoch of each candidate on an accelerator, by the product's own training.
 
-    PYTHONPATH=. python benchmarks/gpu_training.py [--images 100000] [--image-size 150] [--output FILE]
+    PYTHONPATH=. python benchmarks/gpu_training.py [--images 100000] [--output FILE]
 
-Needs no data, and of this project only `deepfake_core.models`: Keras, numpy, pydantic, on TensorFlow or JAX, whichever
-is installed (KERAS_BACKEND chooses where both are). Images are noise, uint8, resident; each step gathers a shuffled
-batch, augments it and trains in mixed bfloat16, all on the accelerator. An epoch is held against two floors:
+Drives `train_checkpoint`, by which the flow `train` trains, on images of noise in the product's own cache format: training
+and validation, checkpoints and backups, but no export. Images are resident on the accelerator, streamed to it, or
+changed by the CPU (host), in one run. The first epoch, which compiles, is told apart; the others' median counts. Their
+seconds are of training alone; those with validation are in the results too.
+
+Needs no data and no install of this project, but these packages: keras, numpy, pandas, pyarrow, pillow, h5py, psutil,
+pydantic, fsspec, simplejpeg, opencv-python-headless, and TensorFlow, or JAX (which it takes if TensorFlow is missing,
+or if KERAS_BACKEND says so).
+
+An epoch is held against two floors:
 
 - arithmetic: multiplications and additions of convolutions and dense layers, forward once and backward twice (for the
-  inputs' and the weights' gradients), at the peak of --peak-tflops (H200, dense bfloat16: 989).
+  inputs' and the weights' gradients), at the peak of --peak-tflops (H100 and H200, dense bfloat16: 989).
 - memory traffic: every layer's output in bfloat16 written and read forward, read again and its gradient written and
-  read backward (5 passes), at --peak-tbs (H200: 4.8 TB/s). Fusing layers saves some of these passes, so a good compiler
-  can get below it; the images themselves (67.5 kB each at 150 x 150, read once) count too.
+  read backward (5 passes), at --peak-tbs (H100: 3.35 TB/s, H200: 4.8). Fusing layers saves some of these passes, so a
+  good compiler can get below it; the images themselves (67.5 kB each at 150 x 150, read once) count too.
 
-Without an accelerator it runs all the same, on the CPU: take few images.
+Without an accelerator it runs all the same, on the CPU: take few images, such as `--images 512 --quick`.
 """
 
 import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,24 +37,41 @@ if "KERAS_BACKEND" not in os.environ and find_spec("tensorflow") is None:
 
 import keras
 import numpy as np
+import pandas as pd
 
+from deepfake_core.config import Architecture, Recipe, TrainingParameters
+from deepfake_core.data.images import Images
 from deepfake_core.models import CANDIDATES
-from deepfake_core.training.augmentation import Augmentation
+from deepfake_core.training.accelerator import Feeding
+from deepfake_core.training.checkpoints import HISTORY, Record
+from deepfake_core.training.devices import describe_hardware
+from deepfake_core.training.fit import Training, train_checkpoint
+
+VALIDATION_SHARE = 0.1
+
+RUNS: tuple[tuple[Architecture, int, int, tuple[Feeding, ...]], ...] = (
+    ("cnn", 150, 512, ("resident", "streamed", "host")),
+    ("cnn", 150, 32, ("resident",)),
+    ("efficientnet_lite0", 256, 256, ("resident", "streamed", "host")),
+    ("hpf_cnn", 150, 512, ("resident",)),
+    ("cgface", 150, 512, ("resident",)),
+)
+"""Candidate, size of its images, images per batch, and where they are changed."""
+
+HOST_IMAGES = 20_000
+"""Of the runs in which the CPU changes images, which are slow: their epoch is scaled up to all images."""
 
 
-class ResidentImages(keras.layers.Layer):
-    """Gather images from the accelerator's memory: int32 (n,) to float32 (n, size, size, 3)."""
-
-    def __init__(self, count: int, size: int) -> None:
-        super().__init__(trainable=False)
-        pixels = np.random.default_rng(0).integers(0, 256, (min(count, 1000), size, size, 3), np.uint8)
-        self.pixels = self.add_weight(
-            shape=(count, size, size, 3), dtype="uint8", initializer="zeros", trainable=False, autocast=False
-        )
-        self.pixels.assign(np.resize(pixels, (count, size, size, 3)))
-
-    def call(self, positions: Any) -> Any:
-        return keras.ops.cast(keras.ops.take(self.pixels, positions, axis=0), "float32")
+def make_images(folder: Path, count: int, size: int) -> Images:
+    """Write noise as the cache of a split, and open it as the product does."""
+    file = folder / f"{count}-{size}.npy"
+    if not file.exists():
+        pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=(count, size, size, 3))
+        some = np.random.default_rng(0).integers(0, 256, (256, size, size, 3), np.uint8)
+        for start in range(0, count, len(some)):
+            pixels[start : start + len(some)] = some[: count - start]
+    labels = np.random.default_rng(1).integers(0, 2, count).astype(np.int8)
+    return Images(np.load(file, mmap_mode="r"), labels, pd.DataFrame({"source": ["noise"] * count}))
 
 
 def count_work(model: keras.Model) -> tuple[float, float]:
@@ -68,57 +93,75 @@ def count_work(model: keras.Model) -> tuple[float, float]:
     return operations, elements
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
-    keras.utils.clear_session(free_memory=True)
-    recipe = CANDIDATES[name].RECIPE.model_copy(update={"weights": "none", "image_size": options.image_size})
-    network = CANDIDATES[name].build(recipe)
-    positions = keras.Input((), dtype="int32")
-    images = ResidentImages(options.images, options.image_size)(positions)
-    model = keras.Model(positions, network(Augmentation(recipe.augmentation, 0)(images)))
-    steps = max(1, options.images // options.batch_size)
-    model.compile("adam", "binary_crossentropy", steps_per_execution=min(16, steps))
-    labels = np.random.default_rng(1).integers(0, 2, options.images).astype(np.float32)
-    order = np.arange(options.images, dtype=np.int32)
-    seconds = []
-    for _ in range(options.epochs + 1):  # the first one compiles
-        start = time.perf_counter()
-        model.fit(order, labels, batch_size=options.batch_size, epochs=1, shuffle=True, verbose=0)
-        seconds.append(time.perf_counter() - start)
-    operations, elements = count_work(network)
-    result = {
-        "seconds_per_epoch": statistics.median(seconds[1:]),
-        "first_epoch_seconds": seconds[0],
+def count_floors(architecture: Architecture, recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds that an epoch can't be shorter than."""
+    side = round(recipe.image_size * recipe.augmentation.crop)
+    operations, elements = count_work(CANDIDATES[architecture].build(recipe.model_copy(update={"image_size": side})))
+    traffic = 5 * 2 * elements + 3 * recipe.image_size**2
+    return {
         "arithmetic_floor_seconds": 3 * operations * options.images / (options.peak_tflops * 1e12),
-        "memory_floor_seconds": (5 * 2 * elements + 3 * options.image_size**2)
-        * options.images
-        / (options.peak_tbs * 1e12),
+        "memory_floor_seconds": traffic * options.images / (options.peak_tbs * 1e12),
     }
-    result["images_per_second"] = options.images / result["seconds_per_epoch"]
+
+
+def measure(
+    architecture: Architecture, recipe: Recipe, feeding: Feeding, folder: Path, options: argparse.Namespace
+) -> dict[str, float]:
+    """Train for some epochs; return what one takes."""
+    count = min(HOST_IMAGES, options.images) if feeding == "host" else options.images
+    train = make_images(folder, count, recipe.image_size)
+    val = make_images(folder, max(1, round(options.images * VALIDATION_SHARE)), recipe.image_size)
+    training = Training(architecture, recipe)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as state:
+        record = Record(architecture, recipe, Path(state), Path(state), None, None, count)
+        train_checkpoint(training, train, val, Path(state), record, feeding)
+        history = pd.read_csv(Path(state) / HISTORY)
+    keras.utils.clear_session(free_memory=True)
+    rate = statistics.median(history["images_per_second"][1:])
+    result = {
+        "images_per_second": rate,
+        "seconds_per_epoch": options.images / rate,
+        "seconds_with_validation": statistics.median(history["seconds"][1:]),
+        "first_epoch_seconds": history["seconds"][0],
+        "seconds_in_all": time.perf_counter() - started,
+    }
+    if "waiting_share" in history:
+        result["waiting_share"] = statistics.median(history["waiting_share"][1:])
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--image-size", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
+    parser.add_argument("--quick", action="store_true", help="small images and batches, to try it on a CPU")
     parser.add_argument("--peak-tflops", type=float, default=989.0)
-    parser.add_argument("--peak-tbs", type=float, default=4.8)
+    parser.add_argument("--peak-tbs", type=float, default=3.35)
     parser.add_argument("--output", type=Path, help="file for the results, as JSON")
     options = parser.parse_args()
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    devices = keras.distribution.list_devices()
-    print(f"{keras.backend.backend()} {devices}: {options.images:,} images of {options.image_size} pixels", flush=True)
-    results = {}
-    for name in options.candidates:
-        results[name] = measure(name, options)
-        print(name, {key: round(value, 3) for key, value in results[name].items()}, flush=True)
-    if options.output:
-        settings = {key: value for key, value in vars(options).items() if key != "output"}
-        content = {"backend": keras.backend.backend(), "devices": devices, **settings, "candidates": results}
-        options.output.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{describe_hardware()}: {options.images:,} images", flush=True)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for architecture, size, batch_size, feedings in RUNS:
+            if architecture not in options.candidates:
+                continue
+            size, batch_size = (64, 32) if options.quick else (size, batch_size)
+            parameters = TrainingParameters(
+                image_size=size, batch_size=batch_size, epochs=options.epochs, patience=options.epochs, weights="none"
+            )
+            recipe = parameters.adjust(CANDIDATES[architecture].RECIPE)
+            floors = count_floors(architecture, recipe, options)
+            for feeding in feedings:
+                what = {"candidate": architecture, "image_size": size, "batch_size": batch_size, "feeding": feeding}
+                found = measure(architecture, recipe, feeding, Path(name), options)
+                results.append({**what, **found, **floors})
+                print(*what.values(), {key: float(f"{value:.3g}") for key, value in found.items()}, flush=True)
+                if options.output:
+                    settings = {"hardware": describe_hardware(), "images": options.images, "epochs": options.epochs}
+                    options.output.write_text(json.dumps({**settings, "runs": results}, indent=2) + "\n")
+            print(architecture, {key: float(f"{value:.3g}") for key, value in floors.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,16 @@ class AugmentationParameters(Parameters):
         default=0.0, ge=0, le=1, description="Share of images that are scaled to 0.5 to 1 of their side, and back."
     )
 
+    @property
+    def degrades(self) -> bool:
+        """Whether any image is recompressed, blurred or scaled."""
+        return bool(self.recompression or self.blur or self.resize)
+
+    @property
+    def resamples(self) -> bool:
+        """Whether the warp interpolates between pixels; if not, it moves whole ones."""
+        return bool(self.rotation or self.zoom)
+
 
 class Recipe(Parameters):
     """How one candidate is trained. Each has its own, in its file of `deepfake_core/models`."""

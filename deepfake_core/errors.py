@@ -3,6 +3,7 @@
 DeepfakeError
 ├── TransientError          trying again may help; tasks retry these and nothing else
 │   ├── DownloadError       the network, Kaggle's servers or the store of shared data failed
+│   ├── DeviceError         an accelerator failed while it trained
 │   └── ProductionMovedError  another version went into production while two were compared
 └── PermanentError          trying again won't help; a person has to act
     ├── ConfigurationError  a parameter, a flag or a file of parameters
@@ -35,6 +36,10 @@ class TransientError(DeepfakeError):
 
 class DownloadError(TransientError):
     """The network, Kaggle's servers or the store of shared data failed."""
+
+
+class DeviceError(TransientError):
+    """An accelerator failed while it trained."""
 
 
 class ProductionMovedError(TransientError):

@@ -43,21 +43,28 @@ class Images:
         if mask.all():
             return self
         rows = self.rows[mask].reset_index(drop=True)
-        return Images(_Selection(self.pixels, np.flatnonzero(mask)), self.labels[mask], rows)  # type: ignore[arg-type]
+        array, places = self.locate()
+        return Images(_Selection(array, places[mask]), self.labels[mask], rows)  # type: ignore[arg-type]
+
+    def locate(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the array that holds the pixels, and the place in it of each image, int64 (n,)."""
+        if isinstance(self.pixels, _Selection):
+            return self.pixels.array, self.pixels.positions
+        return self.pixels, np.arange(len(self))
 
 
 class _Selection:
     """Some images of an array, by an index of their own."""
 
     def __init__(self, pixels: np.ndarray, positions: np.ndarray) -> None:
-        self._pixels, self._positions = pixels, positions
+        self.array, self.positions = pixels, positions
         self.shape = (len(positions), *pixels.shape[1:])
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.positions)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self._pixels[self._positions[index]]
+        return self.array[self.positions[index]]
 
 
 def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress | None = None) -> Images:

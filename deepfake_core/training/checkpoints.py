@@ -19,9 +19,12 @@ from deepfake_core.training.batches import Batches
 log = logging.getLogger(__name__)
 
 EPOCH_METRICS = ("loss", "accuracy", "val_loss", "val_accuracy")
+SPEED_METRICS = ("seconds", "images_per_second", "waiting_share")
+"""Of an epoch: its seconds with validation; images trained on in a second, without; and, of an accelerator, the share
+of the training time for which it waited for images."""
 
 EpochReport = Callable[[int, dict[str, float]], None]
-"""Called after each epoch with its number (from 1), and by name `EPOCH_METRICS` and `seconds`."""
+"""Called after each epoch with its number (from 1), and by name `EPOCH_METRICS` and `SPEED_METRICS`."""
 
 CHECKPOINT, HISTORY = "checkpoint.keras", "history.csv"
 
@@ -45,6 +48,9 @@ class Record(keras.callbacks.Callback):
 
     What a killed run recorded is reported again, so that the curves of the run that continues are whole.
 
+    Args:
+        images: that an epoch trains on.
+
     Attributes:
         served: the network in float32, which takes the weights that are kept.
     """
@@ -57,9 +63,11 @@ class Record(keras.callbacks.Callback):
         detector: Path,
         on_epoch: EpochReport | None,
         on_progress: Progress | None,
+        images: int = 0,
     ) -> None:
         super().__init__()
         self.served: Any = None
+        self._images = images
         self._architecture, self._recipe, self._detector = architecture, recipe, detector
         self._on_epoch, self._on_progress = on_epoch, on_progress
         self._file, self._reported = folder / HISTORY, 0
@@ -73,6 +81,9 @@ class Record(keras.callbacks.Callback):
         del self._rows[epoch:]  # an epoch that was recorded, but not backed up, is trained again
         self.report_new()
         self._epoch, self._started = epoch, time.perf_counter()
+
+    def on_test_begin(self, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
+        self._trained = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:  # noqa: ARG002
         if self._on_progress:
@@ -89,8 +100,11 @@ class Record(keras.callbacks.Callback):
                 "training.precision to float32."
             )
         row["seconds"] = time.perf_counter() - self._started
+        row["images_per_second"] = self._images / (self._trained - self._started)
+        if "waiting_share" in logs:
+            row["waiting_share"] = logs["waiting_share"]
         if row["val_loss"] < min((earlier["val_loss"] for earlier in self._rows), default=np.inf):
-            self.served.set_weights(self.model.layers[-1].get_weights())
+            self.served.set_weights(self.model.get_weights())
             beside = self._file.with_name("next.keras")  # Keras insists on the suffix
             self.served.save(beside)
             beside.replace(self._detector / CHECKPOINT)
@@ -109,11 +123,12 @@ class Record(keras.callbacks.Callback):
     def _report(self, row: dict[Any, Any]) -> None:
         metrics = {name: value for name, value in row.items() if name != "epoch"}
         log.info(
-            "%s epoch %d/%d: loss %.4f, accuracy %.3f, val_loss %.4f, val_accuracy %.3f, %.1f s",
+            "%s epoch %d/%d: loss %.4f, accuracy %.3f, val_loss %.4f, val_accuracy %.3f, %.1f s, %.0f images/s%s",
             self._architecture,
             row["epoch"],
             self._recipe.epochs,
-            *metrics.values(),
+            *(row[name] for name in (*EPOCH_METRICS, "seconds", "images_per_second")),
+            f", waited for images {row['waiting_share']:.0%} of the time" if "waiting_share" in row else "",
         )
         if self._on_epoch:
             self._on_epoch(row["epoch"], metrics)

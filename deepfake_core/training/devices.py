@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import keras
+import numpy as np
 import psutil
 
 from deepfake_core.config import Precision
@@ -13,22 +14,82 @@ from deepfake_core.errors import ConfigurationError
 
 CPU_FLAGS = Path("/proc/cpuinfo")
 
+MIN_BFLOAT16_CAPABILITY = 8.0
+
+TENSORFLOW_SHARE = 0.9
+"""Of a GPU's memory: about what TensorFlow takes for itself."""
+
 
 def choose_precision(precision: Precision, model: keras.Model) -> Precision:
     """Return float32 or bfloat16; `auto` is bfloat16 where the hardware computes the network faster in it.
 
-    That is on GPUs, and on CPUs with AMX or AVX512-BF16 unless the network trains depthwise convolutions, for which
+    That is on GPUs from compute capability 8.0 on, and with TensorFlow on CPUs with AMX or AVX512-BF16 unless the network trains depthwise convolutions, for which
     TensorFlow's CPU kernels are slower in bfloat16 (benchmarks/training_speed.py measures both).
     """
     if precision != "auto":
         return precision
     if not sees_only_cpus():
-        return "bfloat16"
-    return "bfloat16" if _cpu_computes_bfloat16() and not _trains_depthwise(model) else "float32"
+        return "bfloat16" if computes_bfloat16() else "float32"
+    return (
+        "bfloat16"
+        if keras.backend.backend() == "tensorflow" and _cpu_computes_bfloat16() and not _trains_depthwise(model)
+        else "float32"
+    )
 
 
 def sees_only_cpus() -> bool:
     return all(name.startswith("cpu") for name in keras.distribution.list_devices())
+
+
+def count_replicas() -> int:
+    """Return how many devices share a batch inside `spread_over`."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return int(tf.distribute.get_strategy().num_replicas_in_sync)
+    distribution = keras.distribution.distribution()
+    return int(np.prod(distribution.device_mesh.shape)) if distribution else 1
+
+
+def read_free_bytes() -> int | None:
+    """Return the memory that is free on the fullest accelerator, in bytes; None if it can't be read.
+
+    The backends take most of it for themselves when they start, so what they took and do not use counts as free.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        free = [one["bytes_limit"] - one["bytes_in_use"] for one in stats if "bytes_limit" in one]
+    else:
+        import pynvml
+        import tensorflow as tf
+
+        free = []
+        for number, gpu in enumerate(tf.config.list_physical_devices("GPU")):
+            try:
+                pynvml.nvmlInit()
+                total = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(number)).total
+            except pynvml.NVMLError:
+                return None
+            used = tf.config.experimental.get_memory_info(gpu.name.removeprefix("/physical_device:"))["current"]
+            free.append(int(TENSORFLOW_SHARE * total) - used)
+    return min(free, default=None)
+
+
+def computes_bfloat16() -> bool:
+    """Return whether all accelerators compute in bfloat16: NVIDIA's from compute capability 8.0 on."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        versions = [getattr(device, "compute_capability", None) for device in jax.local_devices()]
+    else:
+        import tensorflow as tf
+
+        gpus = tf.config.list_physical_devices("GPU")
+        found = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
+        versions = [".".join(map(str, version)) if version else None for version in found]
+    return all(float(version) >= MIN_BFLOAT16_CAPABILITY for version in versions if version)
 
 
 def describe_hardware() -> str:

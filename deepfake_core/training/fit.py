@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import pandas as pd
 
-from deepfake_core.config import Architecture, Recipe, TrainingParameters
+from deepfake_core.config import Architecture, Precision, Recipe, TrainingParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import Images
 from deepfake_core.detector import DESCRIPTION
@@ -18,17 +18,22 @@ from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
 from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.progress import Progress
-from deepfake_core.training.augmentation import Augmentation
+from deepfake_core.training import accelerator
+from deepfake_core.training.accelerator import Feeding, choose_feeding
 from deepfake_core.training.batches import Batches
 from deepfake_core.training.checkpoints import CHECKPOINT, HISTORY, Backup, EpochReport, Record, Reseed
-from deepfake_core.training.devices import choose_precision, compute_in, sees_only_cpus, spread_over
+from deepfake_core.training.devices import choose_precision, compute_in, spread_over
 from deepfake_core.training.export import export_detector, load_network
+from deepfake_core.training.jax_layers import replace_layers
 from deepfake_core.training.optimizer import FusedAdam
 
 log = logging.getLogger(__name__)
 
 HEAD_LEARNING_RATE = 0.001
 """While a pretrained backbone is left as it is."""
+
+STATE_FORMAT = 2
+"""Of a training's folder. Raised when what is random, or how weights are kept, changes: no other format is resumed."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Training:
     def folder(self, dataset: Dataset) -> Path:
         """Return where it keeps its state: a folder that two trainings share only if they would be the same."""
         network = Path(str(CANDIDATES[self.architecture].__file__)).read_text()
-        same = [dataset.version, network, self.recipe.model_dump(mode="json"), self.seed, self.devices]
+        same = [STATE_FORMAT, dataset.version, network, self.recipe.model_dump(mode="json"), self.seed, self.devices]
         same += sorted(self.holdout)
         name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
         return dataset.store.training(dataset.version, f"{self.architecture}-{name}")
@@ -94,6 +99,7 @@ def train_candidate(
     *,
     on_epoch: EpochReport | None = None,
     on_progress: Progress | None = None,
+    feeding: Feeding | None = None,
 ) -> Candidate:
     """Train one architecture and keep its best checkpoint, in float32 whatever it was trained in.
 
@@ -103,28 +109,22 @@ def train_candidate(
 
     Args:
         folder: of this training alone. Give it again, with all else equal, to continue, or to get what was finished.
-        on_progress: called after each batch with the batches done and those of all epochs.
+        on_progress: called after some batches with the batches done and those of all epochs.
+        feeding: where images are changed; None lets the hardware decide.
 
     Raises:
         LockedError: if another process is at this training.
         ConfigurationError: if there are fewer devices, or if crops are to train a network that takes one size.
+        DeviceError: if an accelerator fails, or has too little memory.
         ModelError: if pretrained weights are missing, or the loss is not finite.
     """
     architecture, recipe, detector = training.architecture, training.recipe, folder / "detector"
     remedy = "change a parameter of the training, such as its seed"
     with lock_folder(folder, f"a training of {architecture}", remedy):
         detector.mkdir(exist_ok=True)
-        record = Record(architecture, recipe, folder, detector, on_epoch, on_progress)
+        record = Record(architecture, recipe, folder, detector, on_epoch, on_progress, len(train))
         if not (detector / DESCRIPTION).exists():
-            record.served = CANDIDATES[architecture].build(recipe)
-            if recipe.augmentation.crop < 1 and not find_backbone(record.served):
-                raise ConfigurationError(
-                    f"`training.augmentation.crop` must be 1 for {architecture}, which takes images of one size. "
-                    f"Received: {recipe.augmentation.crop}. Set it to 1, or leave out this candidate."
-                )
-            precision = choose_precision(recipe.precision, record.served)
-            with spread_over(training.devices), compute_in(precision):
-                _fit(training, train, val, record, folder)
+            precision = train_checkpoint(training, train, val, folder, record, feeding)
             description = {"architecture": architecture, "trained_in": precision, "image_size": recipe.image_size}
             export_detector(detector / CHECKPOINT, detector, description)
         record.report_new()
@@ -138,16 +138,37 @@ def find_backbone(network: keras.Model) -> keras.Model | None:
     return next((layer for layer in network.layers if isinstance(layer, keras.Model)), None)
 
 
-def _fit(training: Training, train: Images, val: Images, record: Record, folder: Path) -> None:
+def train_checkpoint(
+    training: Training, train: Images, val: Images, folder: Path, record: Record, feeding: Feeding | None = None
+) -> Precision:
+    """Train one architecture as `train_candidate` does, without a lock and without exporting it.
+
+    Returns:
+        What it was computed in.
+    """
+    architecture, recipe = training.architecture, training.recipe
+    record.served = CANDIDATES[architecture].build(recipe)
+    if recipe.augmentation.crop < 1 and not find_backbone(record.served):
+        raise ConfigurationError(
+            f"`training.augmentation.crop` must be 1 for {architecture}, which takes images of one size. "
+            f"Received: {recipe.augmentation.crop}. Set it to 1, or leave out this candidate."
+        )
+    precision = choose_precision(recipe.precision, record.served)
+    with spread_over(training.devices), compute_in(precision):
+        _fit(training, train, val, record, folder, feeding)
+    return precision
+
+
+def _fit(training: Training, train: Images, val: Images, record: Record, folder: Path, feeding: Feeding | None) -> None:
     architecture, recipe, seed = training.architecture, training.recipe, training.seed
     keras.utils.set_random_seed(seed)
     cropped = recipe.augmentation.crop < 1
     # Without a size, the network takes crops in training and whole images in validation.
     model = CANDIDATES[architecture].build(recipe.model_copy(update={"image_size": None}) if cropped else recipe)
-    warp = [] if sees_only_cpus() else [Augmentation(recipe.augmentation, seed)]
-    augmented = keras.Sequential([keras.Input(model.input_shape[1:]), *warp, model])
-    batches = Batches(train, recipe.batch_size, recipe.augmentation, seed, warp=not warp)
-    pipeline, validation = batches.for_fit(), Batches(val, recipe.batch_size).for_fit()
+    batches, validation = Batches(train, recipe.batch_size, recipe.augmentation, seed), Batches(val, recipe.batch_size)
+    feeding = feeding or choose_feeding(batches, validation)
+    if feeding != "host" and keras.backend.backend() == "jax":
+        model = replace_layers(model)
     log.info("%s: %s parameters, computed in %s", architecture, f"{model.count_params():,}", model.compute_dtype)
     backbone = find_backbone(model)
     head_epochs = min(recipe.head_epochs, recipe.epochs) if backbone and recipe.weights != "none" else 0
@@ -156,17 +177,21 @@ def _fit(training: Training, train: Images, val: Images, record: Record, folder:
             continue
         if backbone:
             backbone.trainable = phase == "all"
-        augmented.compile(
+        model.compile(
             optimizer=_make_optimizer(recipe, phase, steps=len(batches) * (end - first), epoch_steps=len(batches)),
             loss="binary_crossentropy",
             metrics=["accuracy"],
         )
-        augmented.fit(
-            pipeline,
-            validation_data=validation,
+        callbacks = [Reseed(batches, seed), record, Backup(folder / phase, first, len(batches))]
+        if feeding != "host" or keras.backend.backend() == "jax":
+            accelerator.fit(model, batches, validation, feeding, callbacks, end)
+            continue
+        model.fit(
+            batches.for_fit(),
+            validation_data=validation.for_fit(),
             epochs=end,
             shuffle=False,  # `batches` shuffles; Keras would shuffle them again, by a state that a kill loses
-            callbacks=[Reseed(batches, seed), record, Backup(folder / phase, first, len(batches))],
+            callbacks=callbacks,
             verbose=0,
         )
 
