@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu_training.py [--images 100000] [--output FILE]
 
-Drives `train_checkpoint`, by which the flow `train` trains, on images of noise in the product's own cache format: training
-and validation, checkpoints and backups, but no export. Images are resident on the accelerator, streamed to it, or
+Drives `train_checkpoint`, by which the flow `train` trains, on images of noise in the product's own cache format:
+training and validation, checkpoints and backups, but no export. Images are resident on the accelerator, streamed to it, or
 changed by the CPU (host), in one run. The first epoch, which compiles, is told apart; the others' median counts. Their
 seconds are of training alone; those with validation are in the results too.
 
@@ -58,7 +58,7 @@ RUNS: tuple[tuple[Architecture, int, int, tuple[Feeding, ...]], ...] = (
 )
 """Candidate, size of its images, images per batch, and where they are changed."""
 
-HOST_IMAGES = 20_000
+HOST_IMAGES = 5_000
 """Of the runs in which the CPU changes images, which are slow: their epoch is scaled up to all images."""
 
 

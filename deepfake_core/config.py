@@ -267,9 +267,7 @@ class Recipe(Parameters):
     schedule: Schedule = Field(
         default="constant", description="constant, or cosine: the learning rate falls to 0 over the epochs."
     )
-    warmup_epochs: float = Field(
-        default=0, ge=0, description="Epochs over which the learning rate rises from 0; for the cosine schedule."
-    )
+    warmup_epochs: float = Field(default=0, ge=0, description="Epochs over which the learning rate rises from 0.")
     weight_decay: float = Field(default=0, ge=0, lt=1, description="AdamW's decay of kernels per step; 0 is Adam.")
     weights: str = Field(
         default="none",
@@ -291,6 +289,9 @@ def _override(name: str) -> Any:
     field = Recipe.model_fields[name]
     bounds = {limit: value for limits in field.metadata for limit, value in asdict(limits).items()}
     return Field(default=None, description=f"{field.description} None: each candidate's own.", **bounds)
+
+
+LARGE_BATCH_WARMUP_EPOCHS = 5.0
 
 
 class TrainingParameters(Parameters):
@@ -317,8 +318,17 @@ class TrainingParameters(Parameters):
     seed: int = Field(default=0, ge=0, le=2**32 - 1, description="Seed of initial weights, shuffling, augmentation.")
 
     def adjust(self, recipe: Recipe) -> Recipe:
-        """Return a candidate's recipe with what is set here in its place."""
+        """Return a candidate's recipe with what is set here in its place.
+
+        Larger batches make fewer steps. So a batch size above the recipe's raises its learning rate by the same factor,
+        and warms it up for 5 epochs at least: Goyal and others, "Accurate, Large Minibatch SGD: Training ImageNet in 1
+        Hour", 2017, sections 2.1 and 2.2. `learning_rate` and `warmup_epochs`, where given, stand.
+        """
         given = {name: value for name in Recipe.model_fields if (value := getattr(self, name)) is not None}
+        factor = given.get("batch_size", 0) / recipe.batch_size
+        if factor > 1:
+            given.setdefault("learning_rate", min(1.0, recipe.learning_rate * factor))
+            given.setdefault("warmup_epochs", max(recipe.warmup_epochs, LARGE_BATCH_WARMUP_EPOCHS))
         if self.augmentation:
             changes = self.augmentation.model_dump(exclude_unset=True)
             given["augmentation"] = recipe.augmentation.model_copy(update=changes)

@@ -23,8 +23,9 @@ TENSORFLOW_SHARE = 0.9
 def choose_precision(precision: Precision, model: keras.Model) -> Precision:
     """Return float32 or bfloat16; `auto` is bfloat16 where the hardware computes the network faster in it.
 
-    That is on GPUs from compute capability 8.0 on, and with TensorFlow on CPUs with AMX or AVX512-BF16 unless the network trains depthwise convolutions, for which
-    TensorFlow's CPU kernels are slower in bfloat16 (benchmarks/training_speed.py measures both).
+    That is on GPUs from compute capability 8.0 on. With TensorFlow it is also on CPUs with AMX or AVX512-BF16, unless
+    the network trains depthwise convolutions, for which its CPU kernels are slower in bfloat16
+    (benchmarks/training_speed.py measures both).
     """
     if precision != "auto":
         return precision

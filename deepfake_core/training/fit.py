@@ -200,12 +200,16 @@ def _make_optimizer(recipe: Recipe, phase: str, steps: int, epoch_steps: int) ->
     """Make Adam, or AdamW that spares offsets and normalisation, with the recipe's schedule over one phase."""
     if phase == "head":
         return FusedAdam(HEAD_LEARNING_RATE)
-    rate: Any = recipe.learning_rate
-    if recipe.schedule == "cosine":
-        warmup = min(round(recipe.warmup_epochs * epoch_steps), steps - 1)
-        target = recipe.learning_rate
+    target = recipe.learning_rate
+    warmup = min(round(recipe.warmup_epochs * epoch_steps), steps - 1)
+    rate: Any = target
+    if recipe.schedule == "cosine" or warmup:
         rate = keras.optimizers.schedules.CosineDecay(
-            0.0 if warmup else target, steps - warmup, warmup_target=target if warmup else None, warmup_steps=warmup
+            0.0 if warmup else target,
+            steps - warmup,
+            alpha=0.0 if recipe.schedule == "cosine" else 1.0,  # the share that is left at the end
+            warmup_target=target if warmup else None,
+            warmup_steps=warmup,
         )
     optimizer = FusedAdam(rate, weight_decay=recipe.weight_decay or None)
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
