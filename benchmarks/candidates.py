@@ -3,12 +3,12 @@
     python benchmarks/candidates.py ARCHIVES [--seeds 3] [--only NAME ...]
 
 ARCHIVES holds the three zips. Every candidate trains on the same split by its own recipe. The checkpoint is chosen on
-val; the metrics are the test split's, at threshold 0.5. `cnn` is trained in float32, in bfloat16, and in bfloat16 in
+val; the metrics are the test split's, at threshold 0.5. `cnn` is trained in float32, in bfloat16, and in float32 in
 batches of 256 with the learning rate that goes with them, to show what these cost in AUC. `auc_lost` is what changes of
-the test images cost: deepfake_core/evaluation/robustness.py. On the 140k images, whose traces of a generator these changes remove, one variant trains without forensic augmentation, in
-which a share of training images is recompressed, blurred and scaled. Results are written to
-benchmarks/results/candidates.json after each training. A training whose data set, recipe and number of parameters are
-in that file already is not repeated, so a run that was stopped continues.
+the test images cost: deepfake_core/evaluation/robustness.py. On the 140k images, whose traces of a generator these
+changes remove, one variant trains without forensic augmentation, in which a share of training images is recompressed,
+blurred and scaled. Results are written to benchmarks/results/candidates.json after each training. A training whose data
+set, recipe and number of parameters are in that file already is not repeated, so a run that was stopped continues.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
         for precision in precisions:
             name = architecture if precision == "auto" else f"{architecture}, {precision}"
             variants[name] = architecture, recipe.model_copy(update={"precision": precision}), ()
-    large_batches = TrainingParameters(batch_size=256, precision="bfloat16").adjust(CANDIDATES["cnn"].RECIPE)
-    variants["cnn, bfloat16, batches of 256"] = "cnn", large_batches, ()
+    larger = TrainingParameters(batch_size=256, precision="float32").adjust(CANDIDATES["cnn"].RECIPE)
+    variants["cnn, float32, batches of 256"] = "cnn", larger, ()
     recipe = CANDIDATES["efficientnet_lite0"].RECIPE
     variants["efficientnet_lite0, 140k alone"] = "efficientnet_lite0", recipe, (CIPLAB,)
     plain = recipe.augmentation.model_copy(update=dict.fromkeys(("recompression", "blur", "resize"), 0.0))

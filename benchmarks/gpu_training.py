@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/gpu_training.py [--images 100000] [--output FILE]
 
 Drives `train_checkpoint`, by which the flow `train` trains, on images of noise in the product's own cache format:
-training and validation, checkpoints and backups, but no export. Images are resident on the accelerator, streamed to it, or
-changed by the CPU (host), in one run. The first epoch, which compiles, is told apart; the others' median counts. Their
-seconds are of training alone; those with validation are in the results too.
+training and validation, checkpoints and backups, but no export. Images are resident on the accelerator, streamed to it,
+or changed by the CPU (host), in one run. The first epoch, which compiles, is told apart; the others' median counts.
+Their seconds are of training alone; those with validation are in the results too.
 
 Needs no data and no install of this project, but these packages: keras, numpy, pandas, pyarrow, pillow, h5py, psutil,
 pydantic, fsspec, simplejpeg, opencv-python-headless, and TensorFlow, or JAX (which it takes if TensorFlow is missing,
@@ -59,7 +59,7 @@ RUNS: tuple[tuple[Architecture, int, int, tuple[Feeding, ...]], ...] = (
 """Candidate, size of its images, images per batch, and where they are changed."""
 
 HOST_IMAGES = 5_000
-"""Of the runs in which the CPU changes images, which are slow: their epoch is scaled up to all images."""
+"""Of the runs in which the CPU changes images, which are slow. Their epoch is scaled up to all images."""
 
 
 def make_images(folder: Path, count: int, size: int) -> Images:

@@ -144,11 +144,18 @@ def fit(
     try:
         feeds = _make_feeds(train, val, feeding, steps)
         model.optimizer.build(model.trainable_variables)
-        model.stop_training = False
+        model.stop_training = warned = False
         calls.on_train_begin()
         for epoch in range(model._initial_epoch, epochs):
             calls.on_epoch_begin(epoch)
             logs = _run_epoch(steps, *feeds, calls)
+            if logs["waiting_share"] > MAX_WAITING_SHARE and not warned:
+                warned = True
+                log.warning(
+                    "The accelerator waited for images for %.0f%% of an epoch. Give the machine more CPU cores or a "
+                    "faster disk, or train on fewer or smaller images, so that they fit into the accelerator's memory.",
+                    100 * logs["waiting_share"],
+                )
             calls.on_epoch_end(epoch, logs)
             if model.stop_training:
                 break
@@ -176,12 +183,6 @@ def _run_epoch(steps: Any, train: Feed, val: Feed, calls: Any) -> dict[str, floa
     waiting_share = waited / (time.perf_counter() - started)
     calls.on_test_begin()
     val_loss, val_accuracy, _ = _run(steps.test, val, lambda _: None)
-    if waiting_share > MAX_WAITING_SHARE:
-        log.warning(
-            "The accelerator waited for images for %.0f%% of the epoch. Give the machine more CPU cores or faster "
-            "disks, or train on fewer or smaller images, so that they fit into the accelerator's memory.",
-            100 * waiting_share,
-        )
     return {
         "loss": loss,
         "accuracy": accuracy,

@@ -72,7 +72,7 @@ def draw_changes(parameters: AugmentationParameters, count: int, size: int, rand
             parameters.recompression, random.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1, count), 0, np.int32
         ),
         corners=random.integers(0, size - side + 1, (count, 2), np.int32),
-        matrices=_draw_matrices(parameters, count, side, random),
+        matrices=draw_matrices(parameters, count, side, random),
     )
 
 
@@ -124,9 +124,9 @@ def degrade_image(image: np.ndarray, side: int, radius: float, quality: int) -> 
     return image
 
 
-def _draw_matrices(
-    parameters: AugmentationParameters, count: int, size: int, random: np.random.Generator
-) -> np.ndarray:
+def draw_matrices(parameters: AugmentationParameters, count: int, size: int, random: np.random.Generator) -> np.ndarray:
+    """Draw matrices of so many warps, float32 (count, 6), of squares of a size in pixels; see `Changes`."""
+
     def draw(greatest: float) -> np.ndarray:
         return random.uniform(-greatest, greatest, count)
 

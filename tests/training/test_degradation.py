@@ -51,17 +51,14 @@ def give_arguments(size):
     corners = random.integers(0, size - side + 1, (COUNT, 2)).astype(np.int32)
     corners[0], corners[-1] = 0, size - side  # the first and the last pixel of all
 
-    def draw(greatest):
-        return random.uniform(-greatest, greatest, COUNT)
-
-    turned = draw_matrices(AugmentationParameters(), side, draw, np).astype(np.float32)
-    turned[::5, :6] = 1, 0, 0, 0, 1, 0
-    moved = draw_matrices(AugmentationParameters(rotation=0, zoom=0), side, draw, np).astype(np.float32)
+    turned = draw_matrices(AugmentationParameters(), COUNT, side, random)
+    turned[::5] = 1, 0, 0, 0, 1, 0
+    moved = draw_matrices(AugmentationParameters(rotation=0, zoom=0), COUNT, side, random)
     return {
         "recompress": (spread(40, 95, 0, np.int32),),
         "rescale": (spread(size // 2, size - 1, size, np.int32),),
         "blur": (spread(0.3, 1.5, 0, np.float32),),
-        "warp": (corners, turned[:, :6]),
+        "warp": (corners, turned),
         "move": (corners, moved),
     }
 
