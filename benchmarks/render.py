@@ -44,6 +44,9 @@ SERVING_ROWS = {
 }
 
 
+FEEDINGS = {"resident": "resident", "streamed": "streamed", "host": "changed by the CPU"}
+
+
 def load_results() -> Results:
     return {file.stem: json.loads(file.read_text()) for file in (ROOT / "benchmarks" / "results").glob("*.json")}
 
@@ -247,6 +250,34 @@ def describe_training_speed(speed: dict[str, Any]) -> str:
     )
 
 
+def render_accelerator_results(results: Results) -> str:
+    """Write what an epoch takes on an accelerator, beside its floors."""
+    measured = results["gpu_training"]
+    header = ["candidate", "pixels", "batch", "images are", "s per epoch", "images/s", "waiting", "first epoch, s"]
+    header += ["floor: memory, s", "floor: arithmetic, s"]
+    rows = [
+        [
+            run["candidate"],
+            str(run["image_size"]),
+            str(run["batch_size"]),
+            FEEDINGS[run["feeding"]],
+            f"{run['seconds_per_epoch']:.2f}",
+            f"{run['images_per_second']:,.0f}",
+            f"{run['waiting_share']:.3f}",
+            f"{run['first_epoch_seconds']:.0f}",
+            f"{run['memory_floor_seconds']:.2f}",
+            f"{run['arithmetic_floor_seconds']:.2f}",
+        ]
+        for run in measured["runs"]
+    ]
+    caption = (
+        f"An epoch is {measured['images']:,} images of noise, without validation, on {measured['hardware']}. Waiting: "
+        "the share of that time for which no images were ready. The first epoch includes compiling. Later runs of a candidate "
+        "reuse what the first has tuned."
+    )
+    return f"{wrap(caption)}\n\n{draw_table('lrrlrrrrrr', header, rows)}"
+
+
 def render_serving_results(results: Results) -> str:
     """Write how well faces are found, and how fast images are judged."""
     faces, serving = results["face_detection"], results["serving_speed"]
@@ -379,6 +410,7 @@ SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
     BENCHMARKS: {
         "results": render_full_run,
         "training results": render_training_results,
+        "accelerator results": render_accelerator_results,
         "serving results": render_serving_results,
         "soak results": render_soak_results,
         "data results": render_data_results,

@@ -15,7 +15,12 @@ def retry_transient(task: Task, task_run: TaskRun, state: State) -> bool:  # noq
 
 
 CPU: dict[str, Any] = {"tags": ["cpu"], "cache_policy": NO_CACHE}
-GPU: dict[str, Any] = {"tags": ["gpu"], "cache_policy": NO_CACHE}
+GPU: dict[str, Any] = {
+    "tags": ["gpu"],
+    "cache_policy": NO_CACHE,
+    "retries": 1,
+    "retry_condition_fn": retry_transient,
+}
 MLFLOW: dict[str, Any] = {"tags": ["mlflow"], "cache_policy": NO_CACHE}
 NETWORK: dict[str, Any] = {
     "tags": ["network"],

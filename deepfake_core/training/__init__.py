@@ -1,5 +1,5 @@
 """From images to a checkpoint, and from that to what is served.
 
 Read `batches` (with `augmentation`), `fit` (with `devices`, `optimizer` and `checkpoints`), `calibration`, `export`
-(with `heat_map`).
+(with `heat_map`). On an accelerator: `accelerator`, `steps` (with `degradation`, `recompression` and `jax_layers`).
 """
