@@ -272,8 +272,8 @@ def render_accelerator_results(results: Results) -> str:
     ]
     caption = (
         f"An epoch is {measured['images']:,} images of noise, without validation, on {measured['hardware']}. Waiting: "
-        "the share of that time for which no images were ready. The first epoch includes compiling. Later runs of a candidate "
-        "reuse what the first has tuned."
+        "the share of that time for which no images were ready. The first epoch includes compiling. Later runs of a "
+        "candidate reuse what the first has tuned."
     )
     return f"{wrap(caption)}\n\n{draw_table('lrrlrrrrrr', header, rows)}"
 

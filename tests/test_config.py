@@ -135,6 +135,25 @@ def test_what_is_set_takes_the_place_of_a_recipe_s_value_and_no_other():
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "learning_rate", "warmup_epochs"),
+    [
+        ({"batch_size": 32}, 0.001, 1),
+        ({"batch_size": 16}, 0.001, 1),
+        ({"batch_size": 256}, 0.008, 5),
+        ({"batch_size": 256, "learning_rate": 0.002}, 0.002, 5),
+        ({"batch_size": 256, "warmup_epochs": 0}, 0.008, 0),
+        ({"batch_size": 4096, "learning_rate": None}, 0.128, 5),
+    ],
+)
+def test_larger_batches_raise_the_learning_rate_and_warm_it_up(given, learning_rate, warmup_epochs):
+    recipe = Recipe(image_size=64, epochs=3, patience=1, learning_rate=0.001, batch_size=32, warmup_epochs=1)
+    adjusted = TrainingParameters(**given).adjust(recipe)
+    assert adjusted.batch_size == given["batch_size"]
+    assert adjusted.learning_rate == pytest.approx(learning_rate)
+    assert adjusted.warmup_epochs == warmup_epochs
+
+
 def test_an_override_has_the_recipe_s_meaning_and_bounds():
     properties = TrainingParameters.model_json_schema()["properties"]
     for name, field in Recipe.model_fields.items():

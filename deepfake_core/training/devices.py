@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import keras
@@ -63,11 +64,14 @@ def read_free_bytes() -> int | None:
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         free = [one["bytes_limit"] - one["bytes_in_use"] for one in stats if "bytes_limit" in one]
     else:
-        import pynvml
         import tensorflow as tf
 
         free = []
         for number, gpu in enumerate(tf.config.list_physical_devices("GPU")):
+            if not find_spec("pynvml"):  # which is for NVIDIA's GPUs on Linux
+                return None
+            import pynvml
+
             try:
                 pynvml.nvmlInit()
                 total = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(number)).total
@@ -90,7 +94,8 @@ def computes_bfloat16() -> bool:
         gpus = tf.config.list_physical_devices("GPU")
         found = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
         versions = [".".join(map(str, version)) if version else None for version in found]
-    return all(float(version) >= MIN_BFLOAT16_CAPABILITY for version in versions if version)
+    nvidias = [float(version) for version in versions if version and version[0].isdigit()]
+    return all(version >= MIN_BFLOAT16_CAPABILITY for version in nvidias)
 
 
 def describe_hardware() -> str:

@@ -178,7 +178,7 @@ def _fit(training: Training, train: Images, val: Images, record: Record, folder:
         if backbone:
             backbone.trainable = phase == "all"
         model.compile(
-            optimizer=_make_optimizer(recipe, phase, steps=len(batches) * (end - first), epoch_steps=len(batches)),
+            optimizer=make_optimizer(recipe, phase, steps=len(batches) * (end - first), epoch_steps=len(batches)),
             loss="binary_crossentropy",
             metrics=["accuracy"],
         )
@@ -196,7 +196,7 @@ def _fit(training: Training, train: Images, val: Images, record: Record, folder:
         )
 
 
-def _make_optimizer(recipe: Recipe, phase: str, steps: int, epoch_steps: int) -> keras.optimizers.Optimizer:
+def make_optimizer(recipe: Recipe, phase: str, steps: int, epoch_steps: int) -> keras.optimizers.Optimizer:
     """Make Adam, or AdamW that spares offsets and normalisation, with the recipe's schedule over one phase."""
     if phase == "head":
         return FusedAdam(HEAD_LEARNING_RATE)

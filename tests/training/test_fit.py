@@ -1,11 +1,13 @@
 """Batches, the reference network, augmentation, training and what comes out of it."""
 
+import gc
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import keras
@@ -19,7 +21,7 @@ from deepfake_core.errors import ConfigurationError, LockedError, ModelError
 from deepfake_core.evaluation.metrics import Confusion
 from deepfake_core.models import CANDIDATES, efficientnet_lite0
 from deepfake_core.reports import plots
-from deepfake_core.training import checkpoints, degradation
+from deepfake_core.training import checkpoints, degradation, fit
 from deepfake_core.training.batches import Batches
 from deepfake_core.training.fit import Training, train_candidate
 from deepfake_core.training.optimizer import FusedAdam
@@ -137,6 +139,29 @@ def test_the_fused_optimizer_is_adam(weight_decay):
 
     for ours, kerass in zip(learn(FusedAdam), learn(keras.optimizers.Adam), strict=True):
         np.testing.assert_allclose(ours, kerass, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("constant", 0.01), ("cosine", 0.0)])
+def test_the_learning_rate_rises_over_its_warm_up_by_either_schedule(schedule, last):
+    recipe = RECIPE.model_copy(update={"learning_rate": 0.01, "warmup_epochs": 2, "schedule": schedule})
+    weight = keras.Variable(0.0)
+    optimizer = fit.make_optimizer(recipe, "all", steps=40, epoch_steps=10)
+    rates = []
+    for _ in range(41):
+        rates.append(float(optimizer.learning_rate))
+        optimizer.apply([keras.ops.zeros(())], [weight])
+    assert rates[:21] == pytest.approx([0.01 * step / 20 for step in range(21)], abs=1e-6)
+    assert rates[40] == pytest.approx(last, abs=1e-6)
+
+
+def test_batches_are_freed_when_their_training_ends():
+    batches = Batches(stripes(20, 0), 8, STILL, seed=0)
+    pipeline = batches.for_fit()
+    assert len(list(pipeline)) == 3
+    freed = weakref.ref(batches)
+    del batches
+    gc.collect()
+    assert freed() is None
 
 
 def test_pixels_and_labels_stay_together():
