@@ -41,7 +41,10 @@ class Batches:
         self.start_epoch(0)
 
     def for_fit(self) -> Any:
-        """Return a `tf.data` pipeline for Keras's `fit`; in each epoch it fetches the order that `start_epoch` set."""
+        """Return a `tf.data` pipeline for Keras's `fit`; in each epoch it fetches the order that `start_epoch` set.
+
+        It lasts as long as these batches are referred to.
+        """
         import tensorflow as tf
 
         batches = weakref.ref(self)  # TensorFlow keeps the function for as long as the process lives

@@ -67,7 +67,7 @@ import sys
 from pathlib import Path
 from deepfake_core.training.fit import Training, train_candidate
 from tests.builders import RECIPE, stripes
-recipe = RECIPE.model_copy(update={"epochs": 2})
+recipe = RECIPE.model_copy(update={"epochs": 8})
 train_candidate(Training("cnn", recipe), stripes(60, 0), stripes(16, 1), Path(sys.argv[1]))
 """
 
