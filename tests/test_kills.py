@@ -1,0 +1,176 @@
+"""SIGKILL at each of 40 points of a retrain; then it is run again, and leaves what a retrain leaves that nobody killed.
+
+Each process is forked from one that has imported all it needs. It does what the flows do by the core's functions.
+"""
+
+import hashlib
+import multiprocessing
+import re
+import shutil
+import signal
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from deepfake_core.data.dataset import Dataset, open_dataset
+from deepfake_core.data.index import INDEX_FORMAT
+from deepfake_core.registry import names
+from deepfake_core.registry.connection import connect
+from deepfake_core.registry.runs import search_runs
+from deepfake_core.registry.versions import list_versions
+from deepfake_core.storage.store import open_store
+from tests.builders import NAME, ROOT, faces, write_zip
+from tests.small_retrain import DATA, SIZE, ZIP, prepare, retrain, run
+
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.sweep]
+
+TRAINING, BATCHES, ARTIFACTS = "data/training/ID-cnn-ID", f"data/batches/ID-{SIZE}px", "mlruns/1/ID/artifacts"
+
+START, TRAINED, REGISTERED = "", "log_batch val/true_positives", "set_model_version_tag compared_with none"
+POINTS = {
+    START: (
+        "rename data/.lock.json",
+        f"rename data/indexes/a-v{INDEX_FORMAT}-ID.parquet",
+        "rename data/splits/memory.parquet",
+        "write data/splits/.ID.partial/train/real/ID.jpg 3",
+        "rename data/splits/.ID.partial/manifest.parquet",
+        "rename data/splits/.ID.partial/dataset.json",
+        "rename data/splits/ID",
+        "rename data/.id",
+        "create_run",
+        "log_inputs",
+        f"write {BATCHES}/.train.npyID 3",  # its space is reserved by then, and nothing is in it
+        f"rename {BATCHES}/train.npy",
+        "create_run 2",
+        f"rename {TRAINING}/detector/checkpoint.keras",
+        f"rename {TRAINING}/history.csv",
+        f"write {TRAINING}/all/training_metadata.json",
+        f"write {TRAINING}/detector/model.onnx",
+        f"rename {TRAINING}/detector/detector.json",
+        TRAINED,
+    ),
+    TRAINED: (
+        f"rename {ARTIFACTS}/checkpoint/checkpoint.keras",
+        f"write {ARTIFACTS}/probe/scores.json",
+        "set_terminated 3",  # the first two are of the runs that a kill left
+        f"rename {BATCHES}/test.npy",
+        "log_batch test/true_positives 2",
+        "log_model_artifacts",
+        "write mlruns/1/models/m-ID/artifacts/artifacts/detector/model.onnx",
+        "create_registered_model",
+        "set_logged_model_tags",  # the version is registered
+        REGISTERED,
+    ),
+    REGISTERED: (
+        "create_registered_model",  # which is the lock of a move
+        "set_model_version_tag move_to_production",
+        "set_registered_model_alias production",
+        "set_model_version_tag production_because",
+        "set_model_version_tag production_since",
+        "delete_model_version_tag move_to_production",
+        "set_model_version_tag decision promoted",
+        f"rename {ARTIFACTS}/report.html",
+        "update_model_version",
+        "set_terminated 2",
+        "rename data/training/.ID-cnn-ID.partial",
+    ),
+}
+"""By where the retrain was killed before that goes on, so that a network is not trained for each point."""
+
+processes = multiprocessing.get_context("forkserver")
+
+
+def start(folder: Path, *arguments: object) -> int | None:
+    """Run in a process of its own; return its exit status."""
+    process = processes.Process(target=run, args=(folder, *arguments))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, empty_database):
+    """Return a folder with an MLflow, a zip, and nothing else; what processes need is imported once for all."""
+    folder = tmp_path_factory.mktemp("kills") / "work"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    write_zip(folder / ZIP, faces(12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        processes.set_forkserver_preload(["tests.small_retrain"])
+        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # else the file that is replaced stays open
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        connect().create_experiment(names.EXPERIMENT, str(folder / "mlruns" / "1"))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def states(folder):
+    """Return by `POINTS` copies of the folder as kills left it, and the version of the data set that the zip gives."""
+    copies = {START: shutil.copytree(folder, folder.with_name("start"))}
+    version = prepare(folder).version
+    for last, point in pairwise(POINTS):
+        put(copies[last], folder)
+        assert start(folder, retrain, point) == -signal.SIGKILL
+        copies[point] = shutil.copytree(folder, folder.with_name(f"state-{len(copies)}"))
+    return copies, version
+
+
+def put(copy: Path, folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(copy, folder)
+
+
+@pytest.mark.parametrize(("state", "point"), [(state, point) for state, points in POINTS.items() for point in points])
+def test_a_retrain_that_is_killed_is_made_up_for_by_the_next(folder, states, state, point):
+    copies, expected = states
+    put(copies[state], folder)
+    assert start(folder, retrain, point) == -signal.SIGKILL, f"never came to: {point}"
+    check_whole(folder, expected)
+    assert start(folder, retrain) == 0
+    check_whole(folder, expected)
+    check_finished(folder, expected)
+
+
+def check_whole(folder: Path, expected: str) -> None:
+    """Assert that what is there under its own name is whole, whenever the last process ended."""
+    for path in (folder / DATA / "splits").glob("[0-9a-f]*"):
+        assert path.name == expected
+        manifest = open_dataset(path).manifest
+        for row in manifest[manifest["kept"]].itertuples():
+            assert hashlib.sha256((path / row.path).read_bytes()).hexdigest() == row.sha256
+    found = list_versions(NAME)
+    assert len(found) <= 1
+    for version in found:
+        assert version.aliases in ((), ("production",))
+        assert bool(version.aliases) >= (names.PRODUCTION_SINCE in version.tags)
+
+
+def check_finished(folder: Path, expected: str) -> None:
+    """Assert that there is one version, in production, with all that belongs to it, and no leftovers."""
+    (version,) = list_versions(NAME)
+    assert (version.aliases, version.decision, version.is_finished) == (("production",), names.PROMOTED, True)
+    assert version.dataset_version == expected
+    assert {names.PRODUCTION_SINCE, names.PRODUCTION_BY, names.PRODUCTION_BECAUSE} <= set(version.tags)
+    assert names.MOVE not in version.tags
+    assert "report.html" in {file.path for file in mlflow.MlflowClient().list_artifacts(version.run_id)}
+    ended = Counter(one.info.status for one in search_runs() if names.PARENT not in one.data.tags)
+    assert set(ended) <= {"FINISHED", "KILLED"}
+    assert ended["FINISHED"] <= 1  # 0 if all but that was written
+    assert search_runs("attributes.status = 'RUNNING'") == []
+    assert [one.name for one in mlflow.MlflowClient().search_registered_models()] == [NAME]
+    kept = Dataset(folder / DATA / "splits" / expected, open_store(folder / DATA)).manifest
+    assert list_files(folder / DATA) == sorted(
+        [".id", ".lock", f"indexes/a-v{INDEX_FORMAT}-ID.parquet", "splits/memory.parquet"]
+        + [f"splits/ID/{name}" for name in ("dataset.json", "manifest.parquet", "report.html")]
+        + [f"batches/ID-{SIZE}px/{split}.{end}" for split in ("train", "val", "test") for end in ("npy", "sha256")]
+        + [re.sub(r"[0-9a-f]{16,}", "ID", f"splits/ID/{path}") for path in kept.loc[kept["kept"], "path"]]
+    )
+
+
+def list_files(folder: Path) -> list[str]:
+    files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(re.sub(r"[0-9a-f]{16,}", "ID", file) for file in files)
