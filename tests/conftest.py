@@ -15,8 +15,12 @@ from tests.builders import NAME, RECIPE, jpeg, stripes, write_zip
 
 if TYPE_CHECKING:
     from deepfake_core.training.fit import Candidate
+    from tests.kaggle_server import KaggleServer
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # scikit-learn's threads wait for each other by spinning: ten times the CPU
 
 PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
 FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
@@ -76,6 +80,21 @@ def candidate(shared_folder: Path) -> "Candidate":
         return train_candidate(
             Training("cnn", RECIPE, seed=1), stripes(96, 0), stripes(32, 1), shared_folder / "candidate"
         )
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["KaggleServer"]:
+    """Let this process find Kaggle on loopback, with nothing in it yet."""
+    from tests.kaggle_server import HIDDEN, KaggleServer
+
+    folder = tmp_path / "kaggle"
+    folder.mkdir()
+    for name in HIDDEN:
+        monkeypatch.delenv(name, raising=False)
+    with KaggleServer(folder) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ import mlflow.store.model_registry.sqlalchemy_store
 import mlflow.store.tracking.sqlalchemy_store
 import tf2onnx  # noqa: F401
 from mlflow.utils import requirements_utils
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepfake_core.config import (
     DataParameters,
@@ -46,9 +47,10 @@ from deepfake_core.registry.connection import connect
 from deepfake_core.registry.versions import describe_version
 from deepfake_core.storage.files import remove_folder, write_beside
 from deepfake_core.storage.locks import lock_folder
-from deepfake_core.storage.store import Store, open_store
+from deepfake_core.storage.store import open_store
 from deepfake_core.training.calibration import calibrate_detector
 from deepfake_core.training.fit import Training, train_candidate
+from flows import retrain as flow
 from tests.builders import NAME
 
 requirements_utils._init_modules_to_packages_map()
@@ -75,15 +77,20 @@ def retrain(folder: Path) -> str:
         return same.version
 
 
+def describe_data(folder: Path) -> DataParameters:
+    source = Source(name=str(folder / ZIP))
+    return DataParameters(sources=(source,), data_dir=str(folder / DATA), test_fraction=0.25, val_fraction=0.25)
+
+
 def prepare(folder: Path) -> Dataset:
     """Do what the flow `prepare` does."""
-    source, store = Source(name=str(folder / ZIP)), open_store(folder / DATA)
-    data = DataParameters(sources=(source,), data_dir=str(store.folder), test_fraction=0.25, val_fraction=0.25)
+    data, store = describe_data(folder), open_store(folder / DATA)
     with lock_folder(store.folder, "a small retrain"):
-        archive = fetch_archive(source, store)
+        archive = fetch_archive(data.sources[0], store)
         index = build_index(archive, store)
         links = find_links(index)
-        rows = assign_splits(mark_duplicates(index, links), links, read_memory(store), 0.25, 0.25)
+        found = mark_duplicates(index, links)
+        rows = assign_splits(found, links, read_memory(store), data.val_fraction, data.test_fraction)
         dataset = publish_dataset(rows, [archive], store, data)
         with write_beside(dataset.report) as beside:  # figures take seconds
             beside.write_text("a report")
@@ -126,6 +133,13 @@ def fit(plan: Training, dataset: Dataset, parent: str) -> challenge.TrainedCandi
         candidate = train_candidate(plan, train, val, plan.folder(dataset), on_epoch=on_epoch)
         calibrate_detector(candidate.folder, val, EVALUATION)
         return challenge.log_candidate(run_id, candidate, val, dataset)
+
+
+def retrain_by_flow(folder: Path, api: str) -> None:
+    """Run the flow `retrain` itself, with two candidates, on Prefect's server at an address."""
+    two = TrainingParameters(candidates=("cnn", "hpf_cnn"), image_size=SIZE, epochs=1)
+    with temporary_settings({PREFECT_API_URL: api}):
+        flow.retrain(describe_data(folder), two, EVALUATION, PROMOTION)
 
 
 def build(recipe: Recipe) -> keras.Model:

@@ -1,6 +1,7 @@
 """SIGKILL at each of 40 points of a retrain; then it is run again, and leaves what a retrain leaves that nobody killed.
 
-Each process is forked from one that has imported all it needs. It does what the flows do by the core's functions.
+Each process is forked from one that has imported all it needs. It does what the flows do by the core's functions, as a
+flow takes much longer.
 """
 
 import hashlib
@@ -9,11 +10,13 @@ import re
 import shutil
 import signal
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import mlflow
 import pytest
+from prefect.settings import PREFECT_API_URL
 
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.data.index import INDEX_FORMAT
@@ -23,7 +26,7 @@ from deepfake_core.registry.runs import search_runs
 from deepfake_core.registry.versions import list_versions
 from deepfake_core.storage.store import open_store
 from tests.builders import NAME, ROOT, faces, write_zip
-from tests.small_retrain import DATA, SIZE, ZIP, prepare, retrain, run
+from tests.small_retrain import DATA, SIZE, ZIP, prepare, retrain, retrain_by_flow, run
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.sweep]
 
@@ -133,6 +136,41 @@ def test_a_retrain_that_is_killed_is_made_up_for_by_the_next(folder, states, sta
     assert start(folder, retrain) == 0
     check_whole(folder, expected)
     check_finished(folder, expected)
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_flow_that_is_killed_time_and_again_after_its_version_was_registered_is_finished(folder, states):
+    """Each run goes on from where the last was killed: nothing is trained or registered again."""
+    copies, _ = states
+    put(copies[START], folder)
+    flow = partial(retrain_by_flow, api=PREFECT_API_URL.value())
+    for point, *found in (
+        (REGISTERED, "", (), False),
+        ("set_model_version_tag decision promoted", "", ("production",), False),
+        ("update_model_version", names.PROMOTED, ("production",), False),
+    ):
+        assert start(folder, flow, point) == -signal.SIGKILL
+        (version,) = list_versions(NAME)
+        assert [version.decision, version.aliases, version.is_finished] == found
+        assert len(list((folder / DATA / "training").glob("[0-9a-f]*"))) == 2
+        assert len(search_runs("attributes.status = 'RUNNING'")) == 1
+    shutil.copytree(folder / DATA / "training", folder / "left")
+    assert start(folder, flow) == 0
+    check_flow(folder)
+    shutil.copytree(folder / "left", folder / DATA / "training", dirs_exist_ok=True)  # a kill at the very end
+    assert start(folder, flow) == 0
+    check_flow(folder)
+
+
+def check_flow(folder: Path) -> None:
+    (version,) = list_versions(NAME)
+    assert (version.aliases, version.decision, version.is_finished) == (("production",), names.PROMOTED, True)
+    assert version.tags[names.PRODUCTION_BECAUSE] == "; ".join(version.reasons)
+    assert sorted(run.info.run_name for run in search_runs() if names.PARENT in run.data.tags) == ["cnn", "hpf_cnn"]
+    assert {run.info.status for run in search_runs()} == {"FINISHED"}
+    assert list((folder / DATA / "training").iterdir()) == []
+    page = Path(mlflow.MlflowClient().download_artifacts(version.run_id, "report.html")).read_text()
+    assert all(name in page for name in ("Training of cnn", "Training of hpf_cnn"))
 
 
 def check_whole(folder: Path, expected: str) -> None:
