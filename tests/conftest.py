@@ -11,7 +11,7 @@ import filelock
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.builders import NAME, RECIPE, jpeg, stripes, write_zip
+from tests.builders import NAME, RECIPE, ROOT, faces, jpeg, stripes, write_zip
 
 if TYPE_CHECKING:
     from deepfake_core.training.fit import Candidate
@@ -26,8 +26,11 @@ PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
 FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
 """The files that take longest."""
 
-WITH_SERVER = {"test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py"}
-"""Files of which tests need Prefect's server: one process runs them, so that it starts once."""
+TOGETHER = {
+    **dict.fromkeys(("test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py"), "with server"),
+    **dict.fromkeys(("test_kills.py", "test_two_at_once.py"), "forked"),
+}
+"""Files that one process runs, so that Prefect's server, or what processes are forked from, starts once."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,7 +47,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     class FileScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "with server" if Path(file).name in WITH_SERVER else file
+            return TOGETHER.get(Path(file).name, file)
 
     return FileScheduling(config, log)
 
@@ -149,6 +152,25 @@ def tracking(
     """Put MLflow into a folder of its own, which is also the current folder."""
     put_mlflow(monkeypatch, tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def retrain_folder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Path]:
+    """Return a folder with an MLflow and a zip, for the processes of `small_retrain`."""
+    from deepfake_core.registry import connection, names
+    from tests import small_retrain
+
+    folder = tmp_path_factory.mktemp("retrain") / "work"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    write_zip(folder / small_retrain.ZIP, faces(12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        small_retrain.processes.set_forkserver_preload([small_retrain.__name__])
+        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # else a file that is replaced stays open
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        connection.connect().create_experiment(names.EXPERIMENT, str(folder / "mlruns" / "1"))
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ network of a few weights. What it needs is imported here, before processes are f
 """
 
 import inspect
+import multiprocessing
 import os
 import re
 import signal
@@ -54,6 +55,9 @@ from flows import retrain as flow
 from tests.builders import NAME
 
 requirements_utils._init_modules_to_packages_map()
+
+processes = multiprocessing.get_context("forkserver")
+"""Forks each process from one that has imported this module."""
 
 ZIP, DATA = "a.zip", "data"
 SIZE = 32
@@ -166,6 +170,14 @@ def run(folder: Path, act: Callable[[Path], object] = retrain, point: str = "") 
     if point:
         kill_at(folder, point)
     act(folder)
+
+
+def fork(folder: Path, *arguments: Any) -> int | None:
+    """Call `run` in a process of its own; return its exit status."""
+    process = processes.Process(target=run, args=(folder, *arguments))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def kill_at(folder: Path, point: str) -> None:

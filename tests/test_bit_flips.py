@@ -1,9 +1,8 @@
-"""1,000 images with one bit flipped, of 20 kinds: each is used or refused, by training as by serving, in bounded time."""
+"""1,000 images with a bit flipped, of 20 kinds: each is used or refused, alike by training and by serving."""
 
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

@@ -5,7 +5,6 @@ flow takes much longer.
 """
 
 import hashlib
-import multiprocessing
 import re
 import shutil
 import signal
@@ -21,12 +20,11 @@ from prefect.settings import PREFECT_API_URL
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.data.index import INDEX_FORMAT
 from deepfake_core.registry import names
-from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import search_runs
 from deepfake_core.registry.versions import list_versions
 from deepfake_core.storage.store import open_store
-from tests.builders import NAME, ROOT, faces, write_zip
-from tests.small_retrain import DATA, SIZE, ZIP, prepare, retrain, retrain_by_flow, run
+from tests.builders import NAME
+from tests.small_retrain import DATA, SIZE, fork, prepare, retrain, retrain_by_flow
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.sweep]
 
@@ -83,41 +81,16 @@ POINTS = {
 }
 """By where the retrain was killed before that goes on, so that a network is not trained for each point."""
 
-processes = multiprocessing.get_context("forkserver")
-
-
-def start(folder: Path, *arguments: object) -> int | None:
-    """Run in a process of its own; return its exit status."""
-    process = processes.Process(target=run, args=(folder, *arguments))
-    process.start()
-    process.join()
-    return process.exitcode
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, empty_database):
-    """Return a folder with an MLflow, a zip, and nothing else; what processes need is imported once for all."""
-    folder = tmp_path_factory.mktemp("kills") / "work"
-    folder.mkdir()
-    shutil.copy(empty_database, folder / "mlflow.db")
-    write_zip(folder / ZIP, faces(12))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        processes.set_forkserver_preload(["tests.small_retrain"])
-        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # else the file that is replaced stays open
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        connect().create_experiment(names.EXPERIMENT, str(folder / "mlruns" / "1"))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def states(folder):
+def states(retrain_folder):
     """Return by `POINTS` copies of the folder as kills left it, and the version of the data set that the zip gives."""
+    folder = retrain_folder
     copies = {START: shutil.copytree(folder, folder.with_name("start"))}
     version = prepare(folder).version
     for last, point in pairwise(POINTS):
         put(copies[last], folder)
-        assert start(folder, retrain, point) == -signal.SIGKILL
+        assert fork(folder, retrain, point) == -signal.SIGKILL
         copies[point] = shutil.copytree(folder, folder.with_name(f"state-{len(copies)}"))
     return copies, version
 
@@ -128,20 +101,20 @@ def put(copy: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("state", "point"), [(state, point) for state, points in POINTS.items() for point in points])
-def test_a_retrain_that_is_killed_is_made_up_for_by_the_next(folder, states, state, point):
-    copies, expected = states
+def test_a_retrain_that_is_killed_is_made_up_for_by_the_next(retrain_folder, states, state, point):
+    folder, (copies, expected) = retrain_folder, states
     put(copies[state], folder)
-    assert start(folder, retrain, point) == -signal.SIGKILL, f"never came to: {point}"
+    assert fork(folder, retrain, point) == -signal.SIGKILL, f"never came to: {point}"
     check_whole(folder, expected)
-    assert start(folder, retrain) == 0
+    assert fork(folder, retrain) == 0
     check_whole(folder, expected)
     check_finished(folder, expected)
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_a_flow_that_is_killed_time_and_again_after_its_version_was_registered_is_finished(folder, states):
+def test_a_flow_that_is_killed_time_and_again_after_its_version_was_registered_is_finished(retrain_folder, states):
     """Each run goes on from where the last was killed: nothing is trained or registered again."""
-    copies, _ = states
+    folder, (copies, _) = retrain_folder, states
     put(copies[START], folder)
     flow = partial(retrain_by_flow, api=PREFECT_API_URL.value())
     for point, *found in (
@@ -149,16 +122,16 @@ def test_a_flow_that_is_killed_time_and_again_after_its_version_was_registered_i
         ("set_model_version_tag decision promoted", "", ("production",), False),
         ("update_model_version", names.PROMOTED, ("production",), False),
     ):
-        assert start(folder, flow, point) == -signal.SIGKILL
+        assert fork(folder, flow, point) == -signal.SIGKILL
         (version,) = list_versions(NAME)
         assert [version.decision, version.aliases, version.is_finished] == found
         assert len(list((folder / DATA / "training").glob("[0-9a-f]*"))) == 2
         assert len(search_runs("attributes.status = 'RUNNING'")) == 1
     shutil.copytree(folder / DATA / "training", folder / "left")
-    assert start(folder, flow) == 0
+    assert fork(folder, flow) == 0
     check_flow(folder)
     shutil.copytree(folder / "left", folder / DATA / "training", dirs_exist_ok=True)  # a kill at the very end
-    assert start(folder, flow) == 0
+    assert fork(folder, flow) == 0
     check_flow(folder)
 
 
