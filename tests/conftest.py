@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
     from tests.kaggle_server import KaggleServer
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # scikit-learn's threads wait for each other by spinning: ten times the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, scikit-learn's threads spin: ten times the CPU
 
 PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
 FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
@@ -32,9 +31,14 @@ TOGETHER = {
 }
 """Files that one process runs, so that Prefect's server, or what processes are forked from, starts once."""
 
+COLLECTED = pytest.StashKey[Counter[str]]()
+"""How many cases each test has, whatever marks are asked for."""
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+@pytest.hookimpl(tryfirst=True)  # before those of other marks are left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests whose fixtures start a process, and begin with the files that take longest."""
+    config.stash[COLLECTED] = Counter(item.nodeid.partition("[")[0] for item in items)
     for item in items:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
