@@ -14,7 +14,7 @@ from deepfake_core.data.archive import open_local
 from deepfake_core.data.index import build_index
 from deepfake_core.serving.predictor import Predictor, load_detector
 from deepfake_core.storage.store import open_store
-from tests.builders import ROOT, draw_image, encode, mpo, write_zip
+from tests.builders import FORMER, draw_image, encode, mpo, write_zip
 
 pytestmark = pytest.mark.sweep
 
@@ -69,7 +69,7 @@ def flip(kind: str, number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def predictor():
-    return Predictor(load_detector(ROOT / "tests" / "registry" / "former_model"), detect=False)
+    return Predictor(load_detector(FORMER), detect=False)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from deepfake_core.registry.runs import search_runs
 from deepfake_core.registry.versions import list_versions
 from deepfake_core.serving.page import UPLOADS, serve
 from deepfake_core.storage.store import open_store
-from tests.builders import NAME, ROOT, free_port, jpeg, wait_until
+from tests.builders import FORMER, NAME, free_port, jpeg, wait_until
 from tests.small_retrain import DATA, fork, prepare, processes, retrain, run
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.sweep]
@@ -150,7 +150,7 @@ def test_promotions(folder):
 def show(folder: Path, port: int, uploads: Path) -> None:
     del folder
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
-    serve(str(ROOT / "tests" / "registry" / "former_model"), detect=False, port=port)
+    serve(str(FORMER), detect=False, port=port)
 
 
 def answers(port: int) -> bool:

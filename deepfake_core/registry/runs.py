@@ -98,9 +98,10 @@ def end_killed_runs(store: "Store") -> None:
 
 def search_runs(filter_string: str = "") -> list[Any]:
     """Return the runs of the experiment, without those that were removed."""
-    found = mlflow.MlflowClient().get_experiment_by_name(names.EXPERIMENT)
+    client = mlflow.MlflowClient()
+    found = client.get_experiment_by_name(names.EXPERIMENT)
     ids = [found.experiment_id] if found else []
-    return list_all(mlflow.MlflowClient().search_runs, experiment_ids=ids, filter_string=filter_string)
+    return list_all(client.search_runs, experiment_ids=ids, filter_string=filter_string)
 
 
 @contextmanager
