@@ -166,15 +166,20 @@ def run(folder: Path, act: Callable[[Path], object] = retrain, point: str = "") 
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
     cnn.build = build
     fingerprint.read_git_commit = lambda: "c" * 40  # as on a worker
-    production.MAX_LOCK_SECONDS = 0  # else a run waits a minute for the lock of one that was killed
     if point:
         kill_at(folder, point)
     act(folder)
 
 
+def run_alone(folder: Path, *arguments: Any) -> None:
+    """Run where no other process can be at it: else a run waits a minute for the lock of one that was killed."""
+    production.MAX_LOCK_SECONDS = 0
+    run(folder, *arguments)
+
+
 def fork(folder: Path, *arguments: Any) -> int | None:
-    """Call `run` in a process of its own; return its exit status."""
-    process = processes.Process(target=run, args=(folder, *arguments))
+    """Call `run_alone` in a process of its own; return its exit status."""
+    process = processes.Process(target=run_alone, args=(folder, *arguments))
     process.start()
     process.join()
     return process.exitcode
