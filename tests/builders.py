@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -40,6 +41,15 @@ FACES = Path(os.environ.get("DEEPFAKE_FACES") or ROOT.parent / "shared")
 needs_faces = pytest.mark.skipif(
     not (FACES / "build_archives.py").is_file(), reason=f"real face images are not at {FACES}: set DEEPFAKE_FACES"
 )
+
+
+FORMER = ROOT / "tests" / "registry" / "former_model"
+"""A model as commit ea14cf4 wrote it, with that commit's code."""
+
+
+def copy_former(folder: Path) -> Path:
+    """Copy the three files of a detector that former code wrote into a new folder."""
+    return Path(shutil.copytree(FORMER, folder, ignore=shutil.ignore_patterns("*.py", "__pycache__")))
 
 
 def draw_image(seed: int, size: int = 48, cells: int = 6) -> Image.Image:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,23 +12,33 @@ import filelock
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.builders import NAME, RECIPE, jpeg, stripes, write_zip
+from tests.builders import NAME, RECIPE, ROOT, faces, jpeg, stripes, write_zip
 
 if TYPE_CHECKING:
     from deepfake_core.training.fit import Candidate
+    from tests.kaggle_server import KaggleServer
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, scikit-learn's threads spin: ten times the CPU
 
 PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
 FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
 """The files that take longest."""
 
-WITH_SERVER = {"test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py"}
-"""Files of which tests need Prefect's server: one process runs them, so that it starts once."""
+TOGETHER = {
+    **dict.fromkeys(("test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py"), "with server"),
+    **dict.fromkeys(("test_kills.py", "test_two_at_once.py"), "forked"),
+}
+"""Files that one process runs, so that Prefect's server, or what processes are forked from, starts once."""
+
+COLLECTED = pytest.StashKey[Counter[str]]()
+"""How many cases each test has, whatever marks are asked for."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before those of other marks are left out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests whose fixtures start a process, and begin with the files that take longest."""
+    config.stash[COLLECTED] = Counter(item.nodeid.partition("[")[0] for item in items)
     for item in items:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("process")
@@ -40,7 +51,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
     class FileScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "with server" if Path(file).name in WITH_SERVER else file
+            return TOGETHER.get(Path(file).name, file)
 
     return FileScheduling(config, log)
 
@@ -76,6 +87,21 @@ def candidate(shared_folder: Path) -> "Candidate":
         return train_candidate(
             Training("cnn", RECIPE, seed=1), stripes(96, 0), stripes(32, 1), shared_folder / "candidate"
         )
+
+
+@pytest.fixture
+def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["KaggleServer"]:
+    """Let this process find Kaggle on loopback, with nothing in it yet."""
+    from tests.kaggle_server import HIDDEN, KaggleServer
+
+    folder = tmp_path / "kaggle"
+    folder.mkdir()
+    for name in HIDDEN:
+        monkeypatch.delenv(name, raising=False)
+    with KaggleServer(folder) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +156,25 @@ def tracking(
     """Put MLflow into a folder of its own, which is also the current folder."""
     put_mlflow(monkeypatch, tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def retrain_folder(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Path]:
+    """Return a folder with an MLflow and a zip, for the processes of `small_retrain`."""
+    from deepfake_core.registry import connection, names
+    from tests import small_retrain
+
+    folder = tmp_path_factory.mktemp("retrain") / "work"
+    folder.mkdir()
+    shutil.copy(empty_database, folder / "mlflow.db")
+    write_zip(folder / small_retrain.ZIP, faces(12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        small_retrain.processes.set_forkserver_preload([small_retrain.__name__])
+        patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # else a file that is replaced stays open
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        connection.connect().create_experiment(names.EXPERIMENT, str(folder / "mlruns" / "1"))
+        yield folder
 
 
 @pytest.fixture(scope="module")

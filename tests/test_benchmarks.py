@@ -53,6 +53,7 @@ def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_what_runs_for_long_stays_flat(tmp_path):
     """A short soak; `make bench-soak` is the long one."""
     file = tmp_path / "soak.json"

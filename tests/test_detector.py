@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import onnx
@@ -11,9 +10,8 @@ import pytest
 from deepfake_core.detector import Detector, InvalidModelError
 from deepfake_core.errors import ModelError
 from deepfake_core.serving.predictor import load_detector
-from tests.builders import ROOT, forbid
+from tests.builders import copy_former, forbid
 
-FORMER = ROOT / "tests" / "registry" / "former_model"
 OUT_OF_RANGE = [
     *(("image_size", value) for value in (0, -1, 1025, 20_000, 32.0, "32", True, None, math.nan)),
     *(("threshold", value) for value in (-0.1, 1.1, math.nan, math.inf, "0.5", True, None)),
@@ -23,7 +21,7 @@ OUT_OF_RANGE = [
 
 
 def write_model(folder: Path, **changes: object) -> Path:
-    shutil.copytree(FORMER, folder)
+    copy_former(folder)
     file = folder / "detector.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return folder

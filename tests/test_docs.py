@@ -29,6 +29,7 @@ from deepfake_core.models import CANDIDATES
 from deployments.alerts import BLOCK, make_automations
 from docs.generate_reference import GROUPS
 from flows.command_line import RetrainSettings, read_settings
+from tests.conftest import COLLECTED
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -243,6 +244,22 @@ def test_the_architecture_names_every_module():
     for folder in (ROOT / "deepfake_core", *(file.parent for file in (ROOT / "deepfake_core").glob("*/__init__.py"))):
         modules = {file.stem for file in folder.glob("*.py")} - {"__init__"}
         assert named["(top)" if folder.name == "deepfake_core" else f"`{folder.name}/`"] == modules
+
+
+def test_the_promises_name_the_tests_that_hold_them_and_how_many_cases_they_try(request):
+    """Cases are counted in files that are collected, as all are by `make test`."""
+    promises = re.findall(r"^- \*\*(.+?)\*\*", read_section(ARCHITECTURE, "## What always holds"), re.M)
+    page = (DOCS / "promises.md").read_text()
+    assert re.findall("^## (.+)$", page, re.M) == promises
+    counts, file = request.config.stash[COLLECTED], ""
+    rows = re.findall(r"^\| (\d*)(?: \(\d+ drawn\))? ?\| `([\w/.]+)` \|$", page, re.M)
+    assert len(rows) > 80
+    for count, name in rows:
+        if not count:
+            file, code = f"tests/{name}", (ROOT / "tests" / name).read_text()
+            continue
+        assert f"\ndef {name}(" in code
+        assert counts.get(f"{file}::{name}", int(count)) == int(count), name
 
 
 def test_the_architecture_names_files_to_change_that_exist():

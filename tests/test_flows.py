@@ -44,7 +44,6 @@ from tests.builders import (
     wait_until,
     write_zip,
 )
-from tests.kaggle_server import HIDDEN, KaggleServer
 
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
 TINY = TrainingParameters(candidates=("cnn",), image_size=32, epochs=1)
@@ -267,17 +266,10 @@ def test_bad_sources_stop_the_run_and_leave_nothing_half_written(tracking, two_z
 
 
 @pytest.fixture
-def kaggle(tmp_path, monkeypatch):
-    """Kaggle on loopback, with the three data sets; the client's retries take no time."""
-    folder = tmp_path / "kaggle"
-    folder.mkdir()
-    for name in HIDDEN:
-        monkeypatch.delenv(name, raising=False)
-    with KaggleServer(folder) as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("flows.prepare.download", download.with_options(retry_delay_seconds=0))
-        yield server
+def kaggle(kaggle, monkeypatch):
+    """Let retries of a download follow at once."""
+    monkeypatch.setattr("flows.prepare.download", download.with_options(retry_delay_seconds=0))
+    return kaggle
 
 
 def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(tracking, kaggle, caplog):

@@ -91,14 +91,14 @@ def test_prefects_server_gone_while_a_network_trains_costs_no_training(tracking)
     command = ("prefect", "server", "start", "--port", str(port))
     with (
         start_server(f"{address}/health", *command, PREFECT_HOME=str(tracking / "prefect")) as server,
-        start_retrain(tracking, epochs=300, PREFECT_API_URL=address, PREFECT_CLIENT_MAX_RETRIES="1") as run,
+        start_retrain(tracking, epochs=100, PREFECT_API_URL=address, PREFECT_CLIENT_MAX_RETRIES="1") as run,
     ):
         wait_until(lambda: read_epochs(tracking) > 2 or run.poll() is not None)
         kill_group(server)
         assert run.wait() == 1
     screen = (tracking / "screen").read_text()
     assert "Prefect can't show how far 'train cnn' is" in screen
-    assert read_epochs(tracking) == 300
+    assert read_epochs(tracking) == 100
     assert "cnn: kept the checkpoint of epoch" in screen
     assert "\nretrain stopped: Prefect must answer until a run ends." in screen
     assert "Traceback" not in screen
@@ -165,14 +165,15 @@ def check_prefect(folder: Path, *lines: str, seconds: str = "600") -> subprocess
 PAUSE = """
 import threading, time, psutil
 def pause():
-    own = psutil.Process()
-    while True:
-        for child in own.children():
-            if any(connection.status == psutil.CONN_LISTEN for connection in child.net_connections("inet")):
-                child.suspend()
-                time.sleep(8)
-                return child.resume()
+    own, servers = psutil.Process(), []
+    while not servers:
+        time.sleep(0.1)
+        servers = [child for child in own.children() if "uvicorn" in child.cmdline()]
+    while not any(connection.status == psutil.CONN_LISTEN for connection in servers[0].net_connections("inet")):
         time.sleep(0.001)
+    servers[0].suspend()
+    time.sleep(8)
+    servers[0].resume()
 threading.Thread(target=pause, daemon=True).start()
 """
 """The server listens, and does not answer for eight seconds, as on a busy machine."""

@@ -22,11 +22,22 @@ from dotenv import dotenv_values
 from deepfake_core import TELEMETRY
 from deepfake_core.registry import detectors, runs
 from deepfake_core.registry.connection import connect
-from tests.builders import NAME, ROOT, draw_portrait, encode, faces, free_port, jpeg, wait_until, write_zip
+from tests.builders import (
+    FORMER,
+    NAME,
+    ROOT,
+    copy_former,
+    draw_portrait,
+    encode,
+    faces,
+    free_port,
+    jpeg,
+    wait_until,
+    write_zip,
+)
 
 pytestmark = pytest.mark.sweep
 
-FORMER = ROOT / "tests" / "registry" / "former_model"
 STRACE = shutil.which("strace") or ""
 CLI = (sys.executable, "-m", "deepfake_core.cli")
 ADDRESS = re.compile(r'htons\((\d+)\),[^"]*inet_(?:addr\(|pton\(AF_INET6, )"([^"]+)"')
@@ -137,7 +148,7 @@ def test_the_page_connects_to_nobody(record, home, tmp_path):
 
     wait_until(answers)
     child = Path(f"/proc/{page.pid}/task/{page.pid}/children").read_text().split()[0]
-    os.kill(int(child), signal.SIGINT)
+    os.kill(int(child), signal.SIGTERM)  # SIGINT is ignored by what a shell started in the background
     page.communicate()
     check_silence(tmp_path, home)
 
@@ -149,7 +160,7 @@ def test_a_registered_model_connects_to_nobody(tracking, record, home):
     """Neither listed, nor loaded by MLflow in a program that knows nothing of this project."""
     connect()
     with runs.open_run("cnn") as run_id:
-        folder = shutil.copytree(FORMER, tracking / "detector", ignore=shutil.ignore_patterns("*.py"))
+        folder = copy_former(tracking / "detector")
         detectors.register_detector(run_id, folder, NAME, jpeg(1), {})
     assert "1" in finish(record(*CLI, "versions"))
     check_silence(tracking, home)

@@ -55,6 +55,7 @@ def measure_likeness(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the share of windows that show the same details, once the second picture is laid over the first.
 
     On 2,400 aligned faces, pairs of which one is an edit or a crop of the other had at least 0.63, others at most 0.33.
+    Of 22 such pairs in another sample, one had 0.53.
 
     Args:
         first, second: float32 of shape (n, 32, 32), grey levels 0 to 255.

@@ -36,8 +36,10 @@ def draw_resamples(groups: np.ndarray, count: int = RESAMPLES, seed: int = 0) ->
     number = group.max() + 1 if len(group) else 0
     random = np.random.default_rng(seed)
     weights = np.zeros((count, len(group)), np.uint8)
-    for resample in weights:
-        resample[:] = np.bincount(random.integers(0, number, number), minlength=number)[group] if number else 0
+    step = max(1, WEIGHTS_AT_ONCE // max(1, number))
+    for resamples in (weights[at : at + step] for at in range(0, count if number else 0, step)):
+        cells = np.arange(len(resamples))[:, None] * number + random.integers(0, number, (len(resamples), number))
+        resamples[:] = np.bincount(cells.ravel(), minlength=cells.size).reshape(cells.shape)[:, group]
     return weights
 
 

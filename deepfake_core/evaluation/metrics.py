@@ -165,6 +165,7 @@ def evaluate_scores(
     threshold: float,
     rows: "Rows | None" = None,
     weights: np.ndarray | None = None,
+    resampled: Mapping[str, np.ndarray] | None = None,
 ) -> Evaluation:
     """Evaluate scores, overall and for the parts that `find_parts` finds.
 
@@ -175,11 +176,16 @@ def evaluate_scores(
         rows: columns `source`, `member` and `group` of the manifest, as a table or a mapping, n long; without them,
             there are no parts and each image is its own group.
         weights: from `draw_resamples`; None draws them.
+        resampled: from `resample_metrics` with these weights; None computes them.
     """
     labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
     if weights is None:
         weights = draw_resamples(np.arange(len(labels)) if rows is None else np.asarray(rows["group"]))
-    whole = Evaluation(Confusion.count(labels, scores, threshold), estimate_metrics(labels, scores, threshold, weights))
+    if resampled is None:
+        resampled = resample_metrics(labels, scores, threshold, weights)
+    whole = Evaluation(
+        Confusion.count(labels, scores, threshold), estimate_metrics(labels, scores, threshold, resampled)
+    )
     if rows is None:
         return whole
 
@@ -204,11 +210,10 @@ def evaluate_detector(detector: Detector, images: "Images") -> tuple[Evaluation,
 
 
 def estimate_metrics(
-    labels: np.ndarray, scores: np.ndarray, threshold: float, weights: np.ndarray
+    labels: np.ndarray, scores: np.ndarray, threshold: float, resampled: Mapping[str, np.ndarray]
 ) -> dict[str, Estimate]:
     """Compute each metric that exists on all images, and its interval over the resamples."""
     values = compute_metrics(labels, scores, threshold)
-    resampled = resample_metrics(labels, scores, threshold, weights)
     return {
         name: Estimate.summarise(values[name], resampled[name]) for name in METRIC_TITLES if not np.isnan(values[name])
     }

@@ -110,16 +110,17 @@ def compare_scores(
     weights = draw_resamples(columns["group"])
     sides = [np.asarray(one.scores, np.float64)[keep] for one in (challenger, production)]
     thresholds = [challenger.threshold, production.threshold]
-    evaluations = [
-        evaluate_scores(labels, scores, threshold, columns, weights)
+    resampled = [
+        resample_metrics(labels, scores, threshold, weights)
         for scores, threshold in zip(sides, thresholds, strict=True)
+    ]
+    evaluations = [
+        evaluate_scores(labels, scores, threshold, columns, weights, metrics)
+        for scores, threshold, metrics in zip(sides, thresholds, resampled, strict=True)
     ]
     difference, probability = None, 0.0
     if all(metric in evaluation.metrics for evaluation in evaluations):
-        ours, theirs = (
-            resample_metrics(labels, scores, threshold, weights)[metric]
-            for scores, threshold in zip(sides, thresholds, strict=True)
-        )
+        ours, theirs = (metrics[metric] for metrics in resampled)
         gain = (ours - theirs)[~np.isnan(ours - theirs)]
         values = [evaluation.metrics[metric].value for evaluation in evaluations]
         difference = Estimate.summarise(values[0] - values[1], gain)

@@ -238,7 +238,8 @@ def hold_aliases(client: mlflow.MlflowClient, model_name: str) -> Iterator[None]
             client.create_registered_model(lock, description="An alias is being moved. It takes a second.")
             break
         except MlflowException as exc:
-            if exc.error_code != "RESOURCE_ALREADY_EXISTS":
+            # The latter if it was given back while MLflow looked up who holds it.
+            if exc.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
                 raise
         with suppress(MlflowException):  # it may be gone by now
             age = time.time() - client.get_registered_model(lock).creation_timestamp / 1000

@@ -98,9 +98,10 @@ def end_killed_runs(store: "Store") -> None:
 
 def search_runs(filter_string: str = "") -> list[Any]:
     """Return the runs of the experiment, without those that were removed."""
-    found = mlflow.MlflowClient().get_experiment_by_name(names.EXPERIMENT)
-    ids = [found.experiment_id] if found else []
-    return list_all(mlflow.MlflowClient().search_runs, experiment_ids=ids, filter_string=filter_string)
+    client = mlflow.MlflowClient()
+    found = client.get_experiment_by_name(names.EXPERIMENT)
+    experiments = [found.experiment_id] if found else []
+    return list_all(client.search_runs, experiment_ids=experiments, filter_string=filter_string)
 
 
 @contextmanager
@@ -179,12 +180,9 @@ def log_scoring(run_id: str, version: ModelVersion, images: str, digest: str, co
     """Log which version scored which images: the run's input model, and its dataset input."""
     client = mlflow.MlflowClient()
     source = str(client.get_model_version(version.name, version.version).source)  # such as models:/m-215ea95a
+    place, profile = json.dumps({"uri": images}), json.dumps({"num_rows": count})
     dataset = mlflow.entities.Dataset(
-        name="scored images",
-        digest=digest,
-        source_type="local",
-        source=json.dumps({"uri": images}),
-        profile=json.dumps({"num_rows": count}),
+        name="scored images", digest=digest, source_type="local", source=place, profile=profile
     )
     tags = [mlflow.entities.InputTag("mlflow.data.context", "scoring")]
     client.log_inputs(

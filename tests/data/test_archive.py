@@ -32,7 +32,6 @@ from deepfake_core.redaction import redact_logs
 from deepfake_core.storage.files import hash_file
 from deepfake_core.storage.store import open_store
 from tests.builders import faces, free_port, jpeg, write_zip
-from tests.kaggle_server import HIDDEN, KaggleServer
 
 SOURCE = Source(name="owner/some-faces")
 CHUNK = 1 << 20  # the client writes whole chunks, so it resumes at the last one
@@ -46,16 +45,9 @@ def content(tmp_path_factory):
 
 
 @pytest.fixture
-def kaggle(tmp_path, monkeypatch, content):
-    folder = tmp_path / "kaggle"
-    folder.mkdir()
-    for name in HIDDEN:
-        monkeypatch.delenv(name, raising=False)
-    with KaggleServer(folder) as server:
-        server.add(SOURCE.name, content)
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
+def kaggle(kaggle, content):
+    kaggle.add(SOURCE.name, content)
+    return kaggle
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Versions that earlier code registered. `former_model` holds one's files as commit ea14cf4 wrote them."""
 
 import json
-import shutil
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
@@ -20,10 +19,7 @@ from deepfake_core.registry.connection import connect
 from deepfake_core.registry.detectors import download_version
 from deepfake_core.registry.versions import read_version
 from deepfake_core.training.export import load_network
-from tests.builders import NAME, draw_scores, jpeg, stripes
-
-FORMER = Path(__file__).parent / "former_model"
-FILES = ("model.onnx", "detector.json", "checkpoint.keras")
+from tests.builders import FORMER, NAME, copy_former, draw_scores, jpeg, stripes
 
 
 def register_as_formerly(run_id: str, folder: Path) -> None:
@@ -51,9 +47,7 @@ def former(tracking):
     """Register two versions; return the folder of the files that they serve."""
     connect()
     folder = tracking / "detector"
-    folder.mkdir()
-    for file in FILES:
-        shutil.copy(FORMER / file, folder)
+    copy_former(folder)
     labels, scores = draw_scores(60)
     rows = [f"{n},{n},drawn,{n}.jpg,{('real', 'fake')[label]},{scores[n]}" for n, label in enumerate(labels)]
     for _ in range(2):
@@ -78,7 +72,11 @@ def test_versions_of_former_code_are_read_pulled_compared_promoted_and_rolled_ba
     assert production.find_production(NAME) == "1"
 
     assert main(["pull", str(tmp_path / "pulled")]) == 0
-    assert {file.name for file in (tmp_path / "pulled").iterdir()} == set(FILES)
+    assert {file.name for file in (tmp_path / "pulled").iterdir()} == {
+        "model.onnx",
+        "detector.json",
+        "checkpoint.keras",
+    }
     image = tmp_path / "face.jpg"
     image.write_bytes(jpeg(3))
     capsys.readouterr()

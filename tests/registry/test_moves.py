@@ -1,6 +1,7 @@
 """Moves of production among versions that people delete, runs that they purge, and failures half way: a real MLflow."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,14 +29,24 @@ WRITES = ("set_model_version_tag", "set_registered_model_alias", "delete_registe
 """What a move of production does to the registry, beside its lock."""
 
 
+@pytest.fixture(scope="module")
+def five_versions(put_mlflow, tmp_path_factory):
+    """Return the database of an MLflow with five versions: making them takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("five")
+    with pytest.MonkeyPatch.context() as patch:
+        put_mlflow(patch, folder)
+        client = connection.connect()
+        client.create_registered_model(NAME)
+        for _ in range(5):
+            register(client)
+    return folder / "mlflow.db"
+
+
 @pytest.fixture
-def client(tracking, monkeypatch):  # noqa: ARG001 - an MLflow of its own
+def client(tracking, five_versions, monkeypatch):
+    shutil.copy(five_versions, tracking / "mlflow.db")
     monkeypatch.setenv("COLUMNS", "200")
-    client = connection.connect()
-    client.create_registered_model(NAME)
-    for _ in range(5):
-        register(client)
-    return client
+    return connection.connect()
 
 
 def register(client: mlflow.MlflowClient, name: str = NAME) -> None:

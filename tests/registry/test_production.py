@@ -4,9 +4,12 @@ import json
 import multiprocessing
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 
 from deepfake_core.cli import main
 from deepfake_core.config import EvaluationParameters
@@ -129,6 +132,20 @@ def test_a_lock_that_was_left_behind_is_removed(versions, monkeypatch, caplog):
     monkeypatch.setattr(production, "MAX_LOCK_SECONDS", 1)
     production.move_production(NAME, "1", None, "after a crash")
     assert "left behind" in caplog.text
+    assert production.find_production(NAME) == "1"
+
+
+def test_a_lock_that_is_given_back_while_it_is_asked_for_is_taken(versions, monkeypatch):
+    lock, look_up = f"{NAME}-alias-lock", SqlAlchemyStore.get_registered_model
+    versions.create_registered_model(lock)
+
+    def give_back_first(store, name):
+        with suppress(MlflowException):
+            store.delete_registered_model(lock)
+        return look_up(store, name)
+
+    monkeypatch.setattr(SqlAlchemyStore, "get_registered_model", give_back_first)
+    production.move_production(NAME, "1", None, "first")
     assert production.find_production(NAME) == "1"
 
 

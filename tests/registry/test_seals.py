@@ -14,11 +14,10 @@ from deepfake_core.errors import ModelError
 from deepfake_core.registry import connection, detectors, names, probe, production, runs
 from deepfake_core.registry.seals import hash_files
 from deepfake_core.registry.versions import read_version
-from tests.builders import NAME, forbid, jpeg
+from tests.builders import FORMER, NAME, copy_former, forbid, jpeg
 
 pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
-FORMER = Path(__file__).parent / "former_model"
 STORED = (
     "MLmodel",
     "artifacts/detector/checkpoint.keras",
@@ -43,9 +42,7 @@ FEW = [CASES[4], CASES[9], CASES[-1]]  # detector.json has changed, the code is 
 def registered_once(put_mlflow, tmp_path_factory):
     """Register a version with probe images, and put it into production; return its folder in the artifact store."""
     folder = tmp_path_factory.mktemp("seals")
-    (folder / "detector").mkdir()
-    for file in ("model.onnx", "detector.json", "checkpoint.keras"):
-        shutil.copy(FORMER / file, folder / "detector")
+    copy_former(folder / "detector")
     with pytest.MonkeyPatch.context() as patch:
         put_mlflow(patch, folder)
         images = [jpeg(number) for number in range(4)]

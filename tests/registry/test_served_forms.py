@@ -3,7 +3,6 @@
 import base64
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +13,10 @@ import requests
 
 from deepfake_core.detector import Detector
 from deepfake_core.registry import detectors, runs
-from tests.builders import NAME, ROOT, draw_image, encode, free_port, jpeg, wait_until
+from tests.builders import FORMER, NAME, ROOT, copy_former, draw_image, encode, free_port, jpeg, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.sweep]
 
-FORMER = Path(__file__).parent / "former_model"
 IMAGES = [jpeg(3), encode(draw_image(4), "PNG")]
 TEXTS = [base64.b64encode(data).decode() for data in IMAGES]
 FORMS = {
@@ -53,9 +51,7 @@ NO_IMAGES = {
 def address(put_mlflow, tmp_path_factory):
     """Serve a version with MLflow; return where it takes images."""
     folder = tmp_path_factory.mktemp("served")
-    (folder / "detector").mkdir()
-    for file in ("model.onnx", "detector.json", "checkpoint.keras"):
-        shutil.copy(FORMER / file, folder / "detector")
+    copy_former(folder / "detector")
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         put_mlflow(patch, folder)

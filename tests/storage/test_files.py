@@ -33,7 +33,6 @@ from deepfake_core.storage.store import Store, open_store
 from deepfake_core.training.calibration import calibrate_detector
 from deepfake_core.training.fit import Training, train_candidate
 from tests.builders import RECIPE, draw_portrait, encode, faces, stripes, write_zip
-from tests.kaggle_server import HIDDEN, KaggleServer
 
 libc = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY, MS_REMOUNT = 1, 32
@@ -206,17 +205,6 @@ def scores(folder, rows, fixture):
     for number, data in enumerate(faces(5).values()):
         (folder.parents[1] / "images" / f"{number}.jpg").write_bytes(data)
     return lambda: score_images(predictor, folder.parents[1] / "images", folder / "scores.parquet")
-
-
-@pytest.fixture
-def kaggle(tmp_path, monkeypatch):
-    (tmp_path / "kaggle").mkdir()
-    for name in HIDDEN:
-        monkeypatch.delenv(name, raising=False)
-    with KaggleServer(tmp_path / "kaggle") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from deepfake_core.registry import connection, versions
 from deepfake_core.storage.shared_folder import PACKED, SUMS
 from deepfake_core.storage.store import Store, open_store
 from tests.builders import faces, forbid, free_port, prepare, write_zip
-from tests.kaggle_server import HIDDEN, KaggleServer
 
 SOURCE = Source(name="owner/some-faces")
 numbers = itertools.count()
@@ -74,16 +73,9 @@ def go_to(url, tmp_path, monkeypatch) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def kaggle(tmp_path, monkeypatch):
-    folder = tmp_path / "kaggle"
-    folder.mkdir()
-    for name in HIDDEN:
-        monkeypatch.delenv(name, raising=False)
-    with KaggleServer(folder) as server:
-        server.add(SOURCE.name, write_zip(tmp_path / "faces.zip", faces(20)).read_bytes())
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        yield server
+def kaggle(kaggle, tmp_path):
+    kaggle.add(SOURCE.name, write_zip(tmp_path / "faces.zip", faces(20)))
+    return kaggle
 
 
 def share(url: str, *zips: Path, **more: object):
