@@ -8,8 +8,8 @@ or changed by the CPU (host), in one run. The first epoch, which compiles, is to
 Their seconds are of training alone; those with validation are in the results too.
 
 Needs no data and no install of this project, but these packages: keras, numpy, pandas, pyarrow, pillow, h5py, psutil,
-pydantic, fsspec, simplejpeg, opencv-python-headless, and TensorFlow, or JAX (which it takes if TensorFlow is missing,
-or if KERAS_BACKEND says so).
+pydantic, platformdirs, fsspec, simplejpeg, opencv-python-headless, and TensorFlow, or JAX (which it takes if TensorFlow
+is missing, or if KERAS_BACKEND says so).
 
 An epoch is held against two floors:
 

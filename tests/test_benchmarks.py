@@ -39,7 +39,7 @@ def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     file = tmp_path / "gpu.json"
-    sizes = ["--images", "24", "--image-size", "32", "--batch-size", "8", "--epochs", "1", "--candidates", "cnn"]
+    sizes = ["--images", "48", "--quick", "--epochs", "2", "--candidates", "cgface"]
     subprocess.run(
         [sys.executable, "benchmarks/gpu_training.py", *sizes, "--output", str(file)],
         cwd=ROOT,
@@ -47,8 +47,12 @@ def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
         check=True,
     )
     result = json.loads(file.read_text())
-    assert result["backend"] == backend
-    assert result["candidates"]["cnn"]["images_per_second"] > 0
+    assert backend in result["hardware"]
+    (run,) = result["runs"]
+    assert (run["candidate"], run["feeding"]) == ("cgface", "resident")
+    assert 0 < run["seconds_per_epoch"] < run["first_epoch_seconds"]
+    assert 0 <= run["waiting_share"] <= 1
+    assert run["memory_floor_seconds"] > run["arithmetic_floor_seconds"] > 0
 
 
 @pytest.mark.process
