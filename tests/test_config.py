@@ -140,10 +140,10 @@ def test_what_is_set_takes_the_place_of_a_recipe_s_value_and_no_other():
     [
         ({"batch_size": 32}, 0.001, 1),
         ({"batch_size": 16}, 0.001, 1),
-        ({"batch_size": 256}, 0.008, 5),
-        ({"batch_size": 256, "learning_rate": 0.002}, 0.002, 5),
-        ({"batch_size": 256, "warmup_epochs": 0}, 0.008, 0),
-        ({"batch_size": 4096, "learning_rate": None}, 0.128, 5),
+        ({"batch_size": 128}, 0.002, 5),
+        ({"batch_size": 128, "learning_rate": 0.004}, 0.004, 5),
+        ({"batch_size": 128, "warmup_epochs": 0}, 0.002, 0),
+        ({"batch_size": 2048, "learning_rate": None}, 0.008, 5),
     ],
 )
 def test_larger_batches_raise_the_learning_rate_and_warm_it_up(given, learning_rate, warmup_epochs):
