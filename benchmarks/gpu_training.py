@@ -43,6 +43,7 @@ from deepfake_core.config import Architecture, Recipe, TrainingParameters
 from deepfake_core.data.images import Images
 from deepfake_core.models import CANDIDATES
 from deepfake_core.training.accelerator import Feeding
+from deepfake_core.training.augmentation import crop_side
 from deepfake_core.training.checkpoints import HISTORY, Record
 from deepfake_core.training.devices import describe_hardware
 from deepfake_core.training.fit import Training, train_checkpoint
@@ -95,7 +96,7 @@ def count_work(model: keras.Model) -> tuple[float, float]:
 
 def count_floors(architecture: Architecture, recipe: Recipe, options: argparse.Namespace) -> dict[str, float]:
     """Return the seconds that an epoch can't be shorter than."""
-    side = round(recipe.image_size * recipe.augmentation.crop)
+    side = crop_side(recipe.image_size, recipe.augmentation)
     operations, elements = count_work(CANDIDATES[architecture].build(recipe.model_copy(update={"image_size": side})))
     traffic = 5 * 2 * elements + 3 * recipe.image_size**2
     return {

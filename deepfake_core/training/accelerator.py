@@ -100,16 +100,13 @@ class Feed:
 
     def _plan(self, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the images (k, n) of the batches from one on, each batch sorted, and their weights."""
-        size = self.batches.batch_size
+        size, none = self.batches.batch_size, np.iinfo(np.int64).max
         order = self.batches.order[first * size : (first + self._size) * size]
-        there = np.zeros(self._size * size, bool)
-        there[: len(order)] = True
-        chosen = np.full(self._size * size, np.iinfo(np.int64).max)
-        chosen[: len(order)] = order
+        chosen = np.pad(order, (0, self._size * size - len(order)), constant_values=none)
         chosen = np.sort(chosen.reshape(self._size, size), axis=1)
-        chosen[chosen == np.iinfo(np.int64).max] = 0
-        wider = ((0, 0), (0, self._width - size))
-        return np.pad(chosen, wider), np.pad(there.reshape(self._size, size).astype(np.float32), wider)
+        chosen = np.pad(chosen, ((0, 0), (0, self._width - size)), constant_values=none)
+        there = chosen != none
+        return np.where(there, chosen, 0), there.astype(np.float32)
 
 
 def choose_feeding(train: Batches, val: Batches) -> Feeding:
