@@ -10,6 +10,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 FACES = Path(os.environ.get("DEEPFAKE_FACES") or ROOT.parent / "shared")
 """Where real face images are, which are no part of the project: DEEPFAKE_FACES, else a folder beside the checkout."""
 
+needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")
 needs_faces = pytest.mark.skipif(
     not (FACES / "build_archives.py").is_file(), reason=f"real face images are not at {FACES}: set DEEPFAKE_FACES"
 )

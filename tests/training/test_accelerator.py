@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from deepfake_core.training.batches import Batches
 from deepfake_core.training.checkpoints import EPOCH_METRICS, Record
 from deepfake_core.training.fit import Training, train_checkpoint
 from deepfake_core.training.steps import TensorFlowSteps
-from tests.builders import RECIPE, ROOT, SIZE, stripes
+from tests.builders import RECIPE, ROOT, SIZE, needs_jax, stripes
 
 MOVED = AugmentationParameters(rotation=0, zoom=0)
 """Shifts and flips by whole pixels, which every path does alike."""
@@ -39,8 +38,6 @@ import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 """
-
-needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")
 
 
 def train(folder, feeding, devices=1, on_epoch=None, architecture="cnn", **changes):

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -17,7 +16,7 @@ from PIL import Image, ImageFilter
 from deepfake_core.config import AugmentationParameters
 from deepfake_core.training import degradation
 from deepfake_core.training.augmentation import draw_matrices
-from tests.builders import FACES, ROOT, draw_image, draw_portrait, needs_faces
+from tests.builders import FACES, ROOT, draw_image, draw_portrait, needs_faces, needs_jax
 
 pytestmark = pytest.mark.slow
 
@@ -93,9 +92,7 @@ def compiled(function):
 
 
 CHILD = "import sys, numpy; from tests.training.test_degradation import compute; numpy.savez(sys.argv[1], **compute())"
-JAX = pytest.param(
-    "jax", marks=[pytest.mark.process, pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")]
-)
+JAX = pytest.param("jax", marks=[pytest.mark.process, needs_jax])
 
 
 @pytest.fixture(scope="module", params=["tensorflow", JAX])

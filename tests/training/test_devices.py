@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import keras
 import pytest
@@ -14,7 +13,7 @@ from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
 from deepfake_core.training import devices
 from deepfake_core.training.devices import choose_precision, describe_hardware, require_gpu
-from tests.builders import ROOT, stripes
+from tests.builders import ROOT, needs_jax, stripes
 
 
 def build(architecture):
@@ -74,7 +73,7 @@ train_candidate(Training("cnn", recipe), stripes(60, 0), stripes(16, 1), Path(sy
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")
+@needs_jax
 def test_what_jax_trained_is_exported_by_way_of_tensorflow(tmp_path):
     environment = {**os.environ, "KERAS_BACKEND": "jax"}
     command = [sys.executable, "-c", EXPORT, str(tmp_path)]
