@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export DO_NOT_TRACK ?= true
+unexport PYTHONDONTWRITEBYTECODE  # else each process compiles TensorFlow anew: 8 s of CPU
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast sweep check docs browser pictures bench bench-data bench-training bench-serving \
