@@ -177,12 +177,12 @@ def test_a_run_that_waits_is_late_and_one_that_fails_says_why(stack):
     stack.control("stop", "worker-gpu")
     with get_client(sync_client=True) as client:
         manual = client.read_deployment_by_name("retrain/manual")
-    started = httpx.post(f"{stack.prefect}/api/deployments/{manual.id}/create_flow_run", json={}).json()
+        started = client.create_flow_run_from_deployment(manual.id)  # tries again where a busy server is late
     (child,) = wait_until(lambda: find_runs("train/gpu"))
     wait_until(lambda: stack.was_told("train run", ": late", "No worker has taken it"))
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(child.id, Cancelled(), force=True)
-    failed = wait_until(lambda: find_ended(started["id"]))
+    failed = wait_until(lambda: find_ended(started.id))
     assert failed.state.is_failed()
     assert "train/gpu" in failed.state.message
     assert "ended as Cancelled" in failed.state.message

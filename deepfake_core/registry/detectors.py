@@ -65,6 +65,7 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
             )
             location = mlflow.MlflowClient().get_logged_model(model.model_id).artifact_location
             stored = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=f"{temporary}/stored")
+        remove_bytecode(Path(stored))
         digests = hash_files(Path(stored)) | ours  # what was damaged on its way is refused later
     disable_logging()  # MLflow prints what it registered, whatever the level of its logger
     try:
@@ -106,10 +107,17 @@ def download_version(model_uri: str, folder: Path) -> Path:
         copied = Path(mlflow.artifacts.download_artifacts(artifact_uri=stored, dst_path=str(folder)))
     except (MlflowException, OSError) as exc:
         raise ModelError(_explain_uri(model_uri, exc)) from exc
-    # MLflow writes this into a store on the same machine whenever it loads a version from there.
+    # MLflow and Python write these into a store on the same machine whenever a version is loaded from there.
     (copied / REGISTERED_MODEL_META_FILE_NAME).unlink(missing_ok=True)
+    remove_bytecode(copied)
     check_seal(version, copied)
     return copied
+
+
+def remove_bytecode(folder: Path) -> None:
+    """Remove what Python compiled beside a version's code: it is no part of the version, and must not run unchecked."""
+    for cache in sorted(folder.rglob("__pycache__")):
+        shutil.rmtree(cache)
 
 
 def resolve(model_uri: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import mlflow
@@ -136,6 +137,19 @@ def test_what_is_as_it_was_registered_is_used(stored, capsys):
     assert main(["versions"]) == 0
     assert "not sealed" not in capsys.readouterr().out
     assert "0 have another label" in probe.check_production(NAME).text
+
+
+def test_what_python_compiled_in_the_store_is_no_change_and_never_runs(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    users = mlflow.pyfunc.load_model(f"models:/{NAME}@production")
+    assert users.predict({"image": [jpeg(1)]})["label"][0] in ("real", "fake")
+    compiled = list(stored.rglob("*.pyc"))
+    assert compiled
+    for file in compiled:
+        file.write_bytes(b"anything")
+    copied = detectors.download_version(f"models:/{NAME}@production", tmp_path / "copy")
+    assert not list(copied.rglob("*.pyc"))
+    assert probe.check_production(NAME).agrees
 
 
 def test_the_health_check_compares_the_threshold(stored, tmp_path):
