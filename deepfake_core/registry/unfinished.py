@@ -20,7 +20,7 @@ from deepfake_core.registry.fingerprint import find_newest
 from deepfake_core.registry.runs import hold_run, search_runs
 from deepfake_core.registry.versions import ModelVersion, find_run, tag_version
 from deepfake_core.storage.files import write_beside
-from deepfake_core.training.checkpoints import EPOCH_METRICS, HISTORY
+from deepfake_core.training.checkpoints import EPOCH_METRICS, HISTORY, SPEED_METRICS
 from deepfake_core.training.fit import Candidate, Training
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,9 @@ def _read_history(run: Any) -> pd.DataFrame:
     client = mlflow.MlflowClient()
     columns = {
         name: {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)}
-        for name in (*EPOCH_METRICS, "seconds")
+        for name in (*EPOCH_METRICS, *SPEED_METRICS)
     }
+    columns = {name: values for name, values in columns.items() if values}  # on a CPU there is no waiting share
     return pd.DataFrame(columns).rename_axis("epoch").sort_index().reset_index()
 
 
