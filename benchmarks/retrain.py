@@ -1,6 +1,6 @@
 """One full retrain on the three archives as Kaggle serves them: counts, figures, seconds.
 
-    python benchmarks/retrain.py ARCHIVES [--epochs N]
+    python benchmarks/retrain.py ARCHIVES [--epochs N] [--candidates NAME ...]
 
 ARCHIVES holds real-and-fake-face-detection.zip, real-vs-fake-faces.zip and 140k-real-and-fake-faces.zip. Data and
 MLflow go into a temporary folder; the results go into benchmarks/results/retrain.json, which the README quotes.
@@ -29,9 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archives", type=Path)
     parser.add_argument("--epochs", type=int, default=TrainingParameters().epochs)
+    parser.add_argument("--candidates", nargs="+", default=TrainingParameters().candidates)
     options = parser.parse_args()
     archives = options.archives.absolute()
-    training = TrainingParameters(epochs=options.epochs)
+    training = TrainingParameters(epochs=options.epochs, candidates=options.candidates)
     logging.getLogger("deepfake_core").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"

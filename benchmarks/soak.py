@@ -9,7 +9,8 @@ looked at twice a second:
 predict: `deepfake predict FOLDER --json` on a folder of photographs.
 serve: `deepfake serve`, to which photographs are sent one after the other.
 clips: `deepfake predict FOLDER --json` on a folder of clips.
-retrain: `python -m flows.retrain` on drawn images, some of them new each time; after each run, what lies on disk.
+retrain: `python -m flows.retrain` on drawn images, some of them new each time, and `deepfake gc` as `clean/weekly`
+    calls it; after each, what lies on disk.
 
 Results go into benchmarks/results/soak.json and soak.png. Parts that are left out keep what is recorded of them.
 """
@@ -39,6 +40,9 @@ from tests.builders import draw_portrait, draw_scene, faces, free_port, write_cl
 RESULTS = Path(__file__).parent / "results"
 SECONDS_BETWEEN_LOOKS = 0.5
 DIFFERENT = 50
+
+DISK = ("data_mb", "mlflow_mb", "prefect_mb")
+"""What lies on disk after a retrain: the data folder, MLflow's database and files, Prefect's."""
 
 Curve = dict[str, list[float]]
 """Measurements of one part, by name; each list has one entry per look."""
@@ -142,7 +146,7 @@ def serve(model: Path, folder: Path, count: int) -> Curve:
 
 
 def retrain(folder: Path, count: int) -> Curve:
-    """Retrain again and again on images of which a tenth are new; the disk is looked at after each."""
+    """Retrain again and again on images of which a tenth are new, and clean; the disk is looked at after each."""
     settings = folder / "retrain.json"
     curve: Curve = {}
     for number in range(count):
@@ -152,6 +156,7 @@ def retrain(folder: Path, count: int) -> Curve:
                 {
                     "data": {"sources": [{"name": str(source)}], "data_dir": str(folder / "data")},
                     "training": {"candidates": ["cnn"], "image_size": 32, "epochs": 2},
+                    "promotion": {"min_precision": 0, "min_recall": 0, "max_false_alarm_rate": 1},
                 }
             )
         )
@@ -160,6 +165,7 @@ def retrain(folder: Path, count: int) -> Curve:
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_PROFILE": "ephemeral",
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
         with (
@@ -169,10 +175,12 @@ def retrain(folder: Path, count: int) -> Curve:
         ):
             if process.wait():
                 raise RuntimeError((folder / "log").read_text())
+        gc = [sys.executable, "-m", "deepfake_core.cli", "gc", "--yes"]
+        subprocess.run(gc, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
         for name in ("memory_mb", "open_files", "threads"):
             curve.setdefault(name, []).append(max(one[name]))
-        for name, part in (("data_mb", "data"), ("mlflow_mb", "mlflow.db"), ("prefect_mb", "prefect")):
-            curve.setdefault(name, []).append(round(measure_disk(folder / part) / 1e6, 2))
+        for name, kept in zip(DISK, (("data",), ("mlflow.db", "mlruns"), ("prefect",)), strict=True):
+            curve.setdefault(name, []).append(round(sum(measure_disk(folder / part) for part in kept) / 1e6, 2))
         print(f"retrain {number + 1}:", {name: values[-1] for name, values in curve.items()}, flush=True)
     return curve
 
@@ -193,19 +201,31 @@ def summarise(curve: Curve) -> dict[str, float]:
 
 
 def plot(parts: dict[str, Any]) -> Figure:
-    """Draw a column per part and a row per measurement."""
+    """Draw a column per part and a row per measurement; the last row is what lies on disk after each retrain."""
     names = ("memory_mb", "open_files", "threads")
-    figure = Figure(figsize=(3.2 * len(parts), 6), layout="constrained")
-    for column, (part, result) in zip(figure.subplots(3, len(parts), squeeze=False).T, parts.items(), strict=True):
-        for axes, name in zip(column, names, strict=True):
-            curve = result["curve"]
-            positions = [second / 60 for second in curve["seconds"]] if "seconds" in curve else range(len(curve[name]))
-            axes.plot(positions, curve[name], color="#1f77b4")
+    figure = Figure(figsize=(3.2 * len(parts), 8), layout="constrained")
+    for column, (part, result) in zip(figure.subplots(4, len(parts), squeeze=False).T, parts.items(), strict=True):
+        curve = result["curve"]
+        seconds = curve.get("seconds")
+        for axes, name in zip(column, names, strict=False):
+            axes.plot(_count(curve[name], seconds), curve[name], color="#1f77b4")
             axes.set_ylim(bottom=0)
             axes.set_ylabel(name.replace("_mb", ", MB").replace("_", " "))
+        disk = {name.removesuffix("_mb"): values for name, values in curve.items() if name in DISK}
+        for (name, values), style in zip(disk.items(), ("-", "--", ":"), strict=False):
+            column[-1].plot(_count(values, seconds), values, style, color="#1f77b4", label=name)
+        column[-1].set_visible(bool(disk))
+        if disk:
+            column[-1].set_ylabel("disk, MB")
+            column[-1].set_ylim(bottom=0)
+            column[-1].legend(fontsize=8)
         column[0].set_title(f"{part}: {result['count']:,}")
-        column[-1].set_xlabel("minutes" if "seconds" in result["curve"] else "retrains")
+        column[-1 if disk else -2].set_xlabel("minutes" if seconds else "retrains")
     return figure
+
+
+def _count(values: list[float], seconds: list[float] | None) -> list[float]:
+    return [second / 60 for second in seconds] if seconds else list(range(1, len(values) + 1))
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ def test_a_backbone_is_counted_with_its_model():
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.sweep
 def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
     if find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
@@ -61,7 +62,7 @@ def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
 def test_what_runs_for_long_stays_flat(tmp_path):
     """A short soak; `make bench-soak` is the long one."""
     file = tmp_path / "soak.json"
-    counts = ["--photos", "120", "--requests", "40", "--clips", "10"]
+    counts = ["--photos", "120", "--requests", "20", "--clips", "6"]
     subprocess.run(
         [sys.executable, "benchmarks/soak.py", *counts, "--only", "predict", "serve", "clips", "--output", str(file)],
         cwd=ROOT,

@@ -61,6 +61,7 @@ def run_child(code, *arguments, **environment):
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=needs_jax)])
+@pytest.mark.sweep
 def test_every_path_and_number_of_devices_learns_the_same(backend, tmp_path):
     if backend == "tensorflow":
         out = run_child(TWO_CPUS + CHILD, tmp_path)
@@ -109,6 +110,7 @@ print(sorted(replaced))
 @pytest.mark.process
 @pytest.mark.slow
 @needs_jax
+@pytest.mark.sweep
 def test_layers_for_jax_compute_what_those_of_keras_do():
     out = run_child(LAYERS, KERAS_BACKEND="jax")
     assert out.strip() == "['DepthwiseConvolution', 'MaxPooling', 'PointwiseConvolution']"
@@ -119,6 +121,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_a_killed_training_goes_on_as_an_uninterrupted_one(tmp_path):
     changes = {"architecture": "cgface", "image_size": SIZE, "epochs": 3}  # has dropout and batch normalisation
 

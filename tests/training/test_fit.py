@@ -18,7 +18,7 @@ import pytest
 from deepfake_core.data.images import Images, load_images
 from deepfake_core.detector import Detector, decode_image, resize_image
 from deepfake_core.errors import ConfigurationError, LockedError, ModelError
-from deepfake_core.evaluation.metrics import Confusion
+from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.models import CANDIDATES, efficientnet_lite0
 from deepfake_core.reports import plots
 from deepfake_core.training import checkpoints, degradation, fit
@@ -450,6 +450,7 @@ def test_two_runs_never_train_in_one_folder(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.sweep
 def test_memory_stays_flat_from_epoch_to_epoch(tmp_path):
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
