@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from deepfake_core.config import SPLITS
+from deepfake_core.evaluation.metrics import Estimate, per_100
 
 ROOT = Path(__file__).parents[1]
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
@@ -74,6 +75,11 @@ def show_interval(metrics: dict[str, float], name: str) -> str:
     return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
+def show_of_100(metrics: dict[str, float], name: str) -> str:
+    """Write a share as a number of 100, with its 95 % interval."""
+    return per_100(Estimate(*(metrics[name + end] for end in ("", "_low", "_high"))))
+
+
 def show_splits(splits: dict[str, dict[str, int]]) -> str:
     """Write how many images each split has."""
     return ", ".join(f"{split} {sum(splits[split].values()):,}" for split in SPLITS)
@@ -87,24 +93,31 @@ def render_key_results(results: Results) -> str:
     run, faces, serving = results["retrain"], results["face_detection"], results["serving_speed"]
     found, planted = faces["detectors"][DETECTOR], results["near_copies"]["planted"]
     grouped = min(shares["grouped"] for shares in planted.values())
+    metrics = run["metrics"]
     every, made, edited = (
-        show_interval(run["metrics"], f"test/{source}auc")
+        [show_of_100(metrics, f"test/{source}{rate}") for rate in ("false_alarm_rate", "recall")]
         for source in ("", "140k-real-and-fake-faces/", "real-and-fake-face-detection/")
     )
     images = sum(run["counts"]["splits"]["test"].values())
     seconds, speed = (serving[part]["efficientnet_lite0"]["predict"] for part in ("cold_seconds", "images_per_second"))
     rows = {
-        f"AUC on {images} test images, with 95 % intervals": every,
-        "of these, a generator's faces (140k set)": made,
-        "of these, photographs edited by hand (ciplab)": edited,
+        f"of 100 real images called fake (on {images} test images, with 95 % intervals)": every[0],
+        "of 100 of the 140k set": made[0],
+        "of 100 of ciplab": edited[0],
+        "of 100 fakes found": every[1],
+        "of 100 of a generator's faces (140k set)": made[1],
+        "of 100 photographs edited by hand (ciplab)": edited[1],
+        "of 100 verdicts sure": show_of_100(metrics, "test/sure_share"),
+        "of 100 sure verdicts wrong": show_of_100(metrics, "test/error_when_sure"),
+        "AUC": show_interval(metrics, "test/auc"),
         f"faces found, of {faces['faces']} in scenes": f"{found['recall']:.3f}, with {found['false_per_scene']:.3f} "
         "false ones per scene",
         "`deepfake predict` in a new process": f"{seconds:.2f} s for one image, {speed:.0f} images/s of many",
         f"near copies grouped with their original, worst of {len(planted)} kinds": f"{grouped:.1%}",
     }
     summary = (
-        f"One full run with the default parameters on {run['counts']['kept']:,} real images, on {run['machine']}: "
-        f"{run['seconds']['retrain'] / 60:.0f} minutes."
+        f"One full run of {' and '.join(run['training']['candidates'])} with the default parameters on "
+        f"{run['counts']['kept']:,} real images, on {run['machine']}: {run['seconds']['retrain'] / 60:.0f} minutes."
     )
     return f"{wrap(summary)}\n\n{draw_table('ll', ('', ''), rows.items())}"
 
@@ -143,13 +156,17 @@ def render_full_run(results: Results) -> str:
         f"File facts alone reach AUC {metrics['file_facts/auc']:.3f}. What changes of the image cost in AUC, at most: "
         f"{list_worst_changes(metrics)}."
     )
+    classes = (
+        f"Of the reals, {show_interval(metrics, 'test/reals_surely_fake')} are surely called fake, and of the fakes "
+        f"{show_interval(metrics, 'test/fakes_surely_real')} surely real; at most 0.05 are meant to be."
+    )
     outcome = (
         f"Version 1: {run['decision']}, with the floors at their defaults. On {run['machine']}: preparing took "
         f"{seconds['prepare']:.0f} s, preparing again {seconds['prepare again']:.1f} s, and the retrain "
         f"{seconds['retrain'] / 60:.0f} minutes; the checkpoint kept is epoch {metrics['best_epoch']:.0f}'s."
     )
     sources = draw_sources(run["counts"])
-    return "\n\n".join([sources, wrap(reached), draw_run_metrics(run), wrap(robustness), wrap(outcome)])
+    return "\n\n".join([sources, wrap(reached), draw_run_metrics(run), wrap(classes), wrap(robustness), wrap(outcome)])
 
 
 def draw_sources(counts: dict[str, Any]) -> str:
@@ -162,15 +179,15 @@ def draw_sources(counts: dict[str, Any]) -> str:
 
 def draw_run_metrics(run: dict[str, Any]) -> str:
     """Write a table of the metrics of each source that the test split has images of."""
-    columns = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "AUC": "auc"}
-    columns["calibration error"] = "ece"
+    columns = {"false alarms": "false_alarm_rate", "recall": "recall", "sure": "sure_share"}
+    columns |= {"wrong where sure": "error_when_sure", "AUC": "auc", "calibration error": "ece"}
     prefixes = {**{source: f"test/{source}/" for source in run["counts"]["sources"]}, "all": "test/"}
     rows = [
         [source, *(show_interval(run["metrics"], prefix + key) for key in columns.values())]
         for source, prefix in prefixes.items()
         if f"{prefix}auc" in run["metrics"]
     ]
-    return draw_table("lrrrrr", ["source", *columns], rows)
+    return draw_table("lrrrrrr", ["source", *columns], rows)
 
 
 def list_worst_changes(metrics: dict[str, float]) -> str:
@@ -340,7 +357,7 @@ def render_soak_results(results: Results) -> str:
     disk = soak["parts"]["retrain"]["curve"]
     grew = {name: disk[name][-1] - disk[name][0] for name in ("data_mb", "mlflow_mb", "prefect_mb")}
     text = (
-        f"From the first retrain to the last, the data folder grew by {grew['data_mb']:.1f} MB, MLflow's database by "
+        f"From the first retrain to the last, the data folder grew by {grew['data_mb']:.1f} MB, MLflow by "
         f"{grew['mlflow_mb']:.1f} MB and Prefect's by {grew['prefect_mb']:.1f} MB."
     )
     return "\n\n".join([table, wrap(text)])

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator, model_validator
 
-from deepfake_core.detector import CLASS_NAMES as CLASS_NAMES  # there, as each registered model holds a copy of it
-from deepfake_core.detector import MAX_IMAGE_SIZE
+from deepfake_core.description import CLASS_NAMES as CLASS_NAMES  # there, as each registered model holds a copy of it
+from deepfake_core.description import MAX_IMAGE_SIZE
 
 CLASS_COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
 """In figures, pages and reports."""
@@ -39,7 +39,7 @@ Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(
 Normalisation = Literal["none", "reencode"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
-ThresholdRule = Literal["best_f1", "false_alarm_rate"]
+ThresholdRule = Literal["false_alarm_rate", "balanced_accuracy", "best_f1"]
 PrimaryMetric = Literal[
     "auc", "average_precision", "accuracy", "f1", "recall_at_1_percent_fpr", "recall_at_5_percent_fpr"
 ]
@@ -342,13 +342,24 @@ class EvaluationParameters(Parameters):
 
     threshold: Annotated[ThresholdRule, WithJsonSchema({"type": "string", "enum": list(get_args(ThresholdRule))})] = (
         Field(
-            default="best_f1",
-            description="How the threshold is chosen on validation. best_f1; or false_alarm_rate: as many fakes as can "
-            "be found without calling more reals fake than the rate below.",
+            default="false_alarm_rate",
+            description="How the threshold is chosen on validation. false_alarm_rate: no source has more of its real "
+            "images called fake than the rate below allows; of such thresholds, the one of the highest balanced "
+            "accuracy. Or the highest balanced_accuracy or best_f1 of all.",
         )
     )
     false_alarm_rate: float = Field(
-        default=0.05, ge=0, le=1, description="Share of real images that may be called fake, for that rule."
+        default=0.10,
+        ge=0,
+        le=1,
+        description="Share of each source's real validation images that may be called fake, for that rule.",
+    )
+    max_error: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="Share of the fakes that may surely be called real, and of the reals that may surely be called "
+        "fake. Verdicts between are marked as unsure.",
     )
     holdout_sources: tuple[str, ...] = Field(
         default=(),
@@ -375,7 +386,14 @@ class PromotionParameters(Parameters):
     min_precision: float = Field(
         default=0.6, ge=0, le=1, description="Lowest precision on the test split, at the threshold."
     )
-    min_recall: float = Field(default=0.6, ge=0, le=1, description="Lowest recall on the test split, at the threshold.")
+    min_recall: float = Field(default=0.5, ge=0, le=1, description="Lowest recall on the test split, at the threshold.")
+    max_false_alarm_rate: float = Field(
+        default=0.12,
+        ge=0,
+        le=1,
+        description="Highest share of a source's real test images that are called fake. A source is over it where the "
+        "lower end of its 95 % interval is: few images alone refuse no model.",
+    )
     metric: Annotated[PrimaryMetric, WithJsonSchema({"type": "string", "enum": list(get_args(PrimaryMetric))})] = Field(
         default="auc", description="Metric on the test split in which a challenger must beat production."
     )

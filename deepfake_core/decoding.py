@@ -92,7 +92,7 @@ def decode_image(data: bytes) -> Image.Image:
         UnreadableImageError: if `data` is none of these, is truncated or damaged, or declares more pixels or scans
             than are decoded.
     """
-    return _decode_pixels(_open_header(data))
+    return _decode_pixels(open_header(data))
 
 
 @contextmanager
@@ -101,13 +101,18 @@ def open_image(data: bytes) -> Iterator[Image.Image]:
 
     Open no second one inside the block: each could wait for the other.
     """
-    header = _open_header(data)
+    header = open_header(data)
     Image.core.set_block_size(PILLOW_BLOCK_BYTES)
     with DECODING.hold(header.width * header.height * BYTES_PER_PIXEL[header.format or "WEBP"]):
         yield _decode_pixels(header)
 
 
-def _open_header(data: bytes) -> Image.Image:
+def open_header(data: bytes) -> Image.Image:
+    """Open an image without decoding it.
+
+    Raises:
+        UnreadableImageError: as `decode_image`, except for what only decoding finds.
+    """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise UnreadableImageError("not_an_image", "must be the bytes of an image, not a path, an address or nothing")
     data = bytes(data)
@@ -143,6 +148,7 @@ def _decode_pixels(image: Image.Image) -> Image.Image:
     except Exception as exc:
         raise UnreadableImageError("truncated", f"is truncated or damaged ({exc})") from exc
     converted.format = image.format
+    converted.quantization = getattr(image, "quantization", {})  # type: ignore[attr-defined] # of a JPEG
     image.close()
     return converted
 

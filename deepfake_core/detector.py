@@ -1,15 +1,15 @@
 """From encoded images to verdicts, with numpy, Pillow and ONNX Runtime alone.
 
-This file and `decoding` are also copied into every registered model, so they import nothing else of the project.
+This file, `decoding`, `description` and `input_gate` are also copied into every registered model, so they import
+nothing else of the project.
 Training and serving share `decode_image` and `resize_image`: what was trained is what is served.
 """
 
-import json
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,22 +19,14 @@ from .decoding import MAX_PIXELS as MAX_PIXELS
 from .decoding import UnreadableImageError as UnreadableImageError
 from .decoding import decode_image as decode_image
 from .decoding import open_image as open_image
+from .description import CLASS_NAMES as CLASS_NAMES
+from .description import DESCRIPTION as DESCRIPTION
+from .description import InvalidModelError as InvalidModelError
+from .description import read_description, require
+from .input_gate import Measures, find_reason, read_jpeg_quality
 
 BATCH_SIZE = 8
 """Images scored at a time: larger batches take longer on CPUs, and more memory."""
-
-DESCRIPTION = "detector.json"
-CLASS_NAMES = ("real", "fake")
-"""A label is the position here: fake is 1, the positive class, everywhere."""
-
-MAX_IMAGE_SIZE = 1024
-"""Of the network's input, in pixels a side: a batch of such images takes 800 MB."""
-
-MAX_TEMPERATURE = 100.0
-
-
-class InvalidModelError(ValueError):
-    """A model whose `detector.json` is out of range, or does not describe its network."""
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
@@ -64,39 +56,31 @@ def apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
     return (1 / (1 + np.exp(-logits / temperature))).astype(np.float32)
 
 
-def read_description(file: Path) -> dict[str, Any]:
-    """Read what `detector.json` says, with a temperature of 1 if it says none.
+@dataclass(frozen=True)
+class Judgement:
+    """What a P(fake) means.
 
-    Raises:
-        InvalidModelError: if it is no JSON object, or a value is missing or out of range.
+    Attributes:
+        label: `real` or `fake`.
+        sure: whether the detector's bounds hold for the label, and the image is like those that they were fitted on;
+            None if the detector has no bounds, as those of former versions.
+        reason: why it is not sure; None where it is.
     """
-    try:
-        description = {"temperature": 1.0, **json.loads(file.read_text())}
-    except (ValueError, TypeError) as exc:
-        raise InvalidModelError(f"{DESCRIPTION} must be a JSON object. Received: {file} ({exc}).") from exc
-    size, names = description.get("image_size"), description.get("class_names")
-    _require(type(size) is int and 1 <= size <= MAX_IMAGE_SIZE, f"image_size must be 1 to {MAX_IMAGE_SIZE}", size)
-    for name, greatest in (("threshold", 1.0), ("temperature", MAX_TEMPERATURE)):
-        value = description.get(name)
-        met = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= greatest  # NaN is not
-        _require(met, f"{name} must be a number from 0 to {greatest:g}", value)
-    _require(description["temperature"] > 0, "temperature must be above 0", description["temperature"])
-    _require(names == list(CLASS_NAMES), f"class_names must be {list(CLASS_NAMES)}", names)
-    return description
 
-
-def _require(met: bool, rule: str, received: object) -> None:
-    if not met:
-        raise InvalidModelError(f"{rule}. Received: {received!r}. Pull the model again, or use another version.")
+    label: str
+    sure: bool | None
+    reason: str | None
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the detector says of one image; the first two are None where `error` says why."""
+    """What the detector says of one image; all but the threshold are None where `error` says why."""
 
     label: str | None
     fake_probability: float | None
     threshold: float
+    sure: bool | None = None
+    reason: str | None = None
     error: str | None = None
 
 
@@ -123,12 +107,12 @@ class Detector:
         self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         shape = [self.image_size, self.image_size, 3]
-        _require(
+        require(
             [(one.type, one.shape[1:]) for one in inputs] == [("tensor(float)", shape)],
             f"model.onnx must take float images of the size that {DESCRIPTION} says, (n, {', '.join(map(str, shape))})",
             [(one.type, one.shape) for one in inputs],
         )
-        _require(
+        require(
             1 <= len(outputs) <= 2
             and all(one.type == "tensor(float)" for one in outputs)
             and outputs[0].shape[1:] == [1]
@@ -138,6 +122,18 @@ class Detector:
         )
         self._input = inputs[0].name
         self._scores, *self._heat = (output.name for output in outputs)
+
+    def at(self, threshold: float) -> "Detector":
+        """Return the same detector with another threshold.
+
+        Raises:
+            ValueError: if it is not from 0 to 1.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be a number from 0 to 1. Received: {threshold}")
+        other = copy.copy(self)
+        other.threshold = threshold
+        return other
 
     @property
     def explains(self) -> bool:
@@ -183,6 +179,25 @@ class Detector:
         """Return the class of a P(fake)."""
         return CLASS_NAMES[float(score) >= self.threshold]
 
+    def judge(
+        self, score: float, measured: Measures | None = None, low: float | None = None, high: float | None = None
+    ) -> Judgement:
+        """Return what a P(fake) means.
+
+        Args:
+            measured: of what was scored; None leaves the limits out.
+            low: the lowest P(fake) that must be beyond the bound too, for a clip; likewise `high`, the highest.
+        """
+        label, bounds = self.label(score), self.description.get("bounds")
+        if bounds is None:
+            return Judgement(label, None, None)
+        reason = find_reason(measured, self.description["limits"]) if measured else None
+        lower, upper = bounds["lower"], bounds["upper"]
+        least, most = score if low is None else low, score if high is None else high
+        if reason is None and not (least > upper if label == "fake" else most < lower):
+            reason = f"P(fake) must be {f'above {upper:.2f}' if label == 'fake' else f'below {lower:.2f}'} to be sure"
+        return Judgement(label, reason is None, reason)
+
     def predict(self, images: Sequence[bytes]) -> list[Prediction]:
         """Judge encoded images; one that can't be read gets an `error` and doesn't affect the others."""
         predictions: list[Prediction] = []
@@ -192,19 +207,22 @@ class Detector:
 
     def _predict_batch(self, images: Sequence[bytes]) -> list[Prediction]:
         pixels: list[np.ndarray] = []
-        errors: list[str | None] = []
+        found: list[Measures | str] = []
         for data in images:
             try:
                 with open_image(data) as image:
                     pixels.append(resize_image(image, self.image_size))
-                errors.append(None)
+                    found.append(Measures.take(image, pixels[-1], read_jpeg_quality(image)))
             except UnreadableImageError as exc:
-                errors.append(str(exc))
+                found.append(str(exc))
         scores = iter(self.score(np.stack(pixels)) if pixels else ())
-        return [self._judge(next(scores)) if error is None else self._refuse(error) for error in errors]
+        return [
+            Prediction(None, None, self.threshold, error=one)
+            if isinstance(one, str)
+            else self._predict(float(next(scores)), one)
+            for one in found
+        ]
 
-    def _judge(self, score: float) -> Prediction:
-        return Prediction(self.label(score), float(score), self.threshold)
-
-    def _refuse(self, error: str) -> Prediction:
-        return Prediction(None, None, self.threshold, error)
+    def _predict(self, score: float, measured: Measures) -> Prediction:
+        judged = self.judge(score, measured)
+        return Prediction(judged.label, score, self.threshold, judged.sure, judged.reason)

@@ -1,7 +1,8 @@
-"""The detector as MLflow loads it; MLflow copies this file, `detector.py` and `decoding.py` into each version.
+"""The detector as MLflow loads it; MLflow copies this file and the model's own code into each version.
 
 Input: a column `image` of encoded bytes (JPEG, PNG, WebP), or of the same as base64 or a data URL. Output: `label`,
-`fake_probability`, `threshold`, `error` per row. It takes no paths and no addresses.
+`fake_probability`, `threshold`, `sure`, `reason`, `error` per row. The parameter `threshold` replaces the model's own.
+It takes no paths and no addresses.
 """
 
 import base64
@@ -62,14 +63,18 @@ class DeepfakeDetector(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        del context, params  # MLflow's signature
+        del context  # MLflow's signature
+        threshold = (params or {}).get("threshold")
+        detector = self._detector if threshold is None else self._detector.at(float(threshold))
         images = [decode_text(image) for image in model_input["image"]]
-        predictions = self._detector.predict(images)
+        predictions = detector.predict(images)
         return pd.DataFrame(
             {
                 "label": [prediction.label for prediction in predictions],
                 "fake_probability": [prediction.fake_probability for prediction in predictions],
                 "threshold": [prediction.threshold for prediction in predictions],
+                "sure": [prediction.sure for prediction in predictions],
+                "reason": [prediction.reason for prediction in predictions],
                 "error": [
                     FORMS if image is None else prediction.error
                     for image, prediction in zip(images, predictions, strict=True)

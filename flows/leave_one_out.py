@@ -20,6 +20,7 @@ from deepfake_core.evaluation.metrics import Evaluation
 from deepfake_core.registry.challenge import choose_best
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import end_killed_runs, open_retrain
+from deepfake_core.reports.outcome import list_left_out
 from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.store import open_store
 from flows.command_line import check_prefect, read_settings
@@ -58,14 +59,7 @@ def leave_one_out(
                 measured = evaluate(choose_best(trained), dataset, testing, run_id)
             discard_trainings(dataset, training, testing)
             found[source] = (measured.evaluation, measured.unseen[source])
-    create_table_artifact(
-        [
-            {"left out": source, "AUC on the others": str(seen.metrics["auc"]), "AUC on it": str(own.metrics["auc"])}
-            for source, (seen, own) in found.items()
-        ],
-        key="leave-one-out",
-        description=f"Data set {dataset.version}",
-    )
+    create_table_artifact(list_left_out(found), key="leave-one-out", description=f"Data set {dataset.version}")
     return found
 
 
@@ -79,9 +73,10 @@ def main() -> int:
     except DeepfakeError as exc:
         print(f"\nleave-one-out stopped: {exc}", file=sys.stderr)
         return set_status(1)
-    table = Table("left out", "AUC on the others' test images", "AUC on it")
-    for source, (seen, own) in found.items():
-        table.add_row(source, str(seen.metrics["auc"]), str(own.metrics["auc"]))
+    rows = list_left_out(found)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
     Console().print(table)
     return 0
 

@@ -9,7 +9,7 @@ from prefect.context import get_run_context
 
 from deepfake_core.config import Architecture, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.images import load_seen
+from deepfake_core.data.images import load_seen, measure_files
 from deepfake_core.evaluation import test_split
 from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.evaluation.robustness import measure_robustness
@@ -83,7 +83,7 @@ def train_architecture(
             on_progress=on_progress,
         )
         on_progress(1, 1)  # it may have stopped early
-        calibration.calibrate_detector(candidate.folder, val, evaluation)
+        calibration.calibrate_detector(candidate.folder, val, evaluation, measure_files(val, dataset.path))
         runs.log_figures(run_id, {"history": plots.plot_history(candidate.history, candidate.best_epoch)})
         return challenge.log_candidate(run_id, candidate, val, dataset)
 

@@ -99,7 +99,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
                     small: dict[str, Any] = {
                         "data": {"data_dir": str(folder / "data")},
                         "training": {"candidates": ["cnn"], "image_size": 32, "augmentation": {"zoom": 0.2}},
-                        "promotion": {"min_precision": 0, "min_recall": 0},
+                        "promotion": {"min_precision": 0, "min_recall": 0, "max_false_alarm_rate": 1},
                     }
                     client.update_deployment(manual.id, DeploymentUpdate(parameters=manual.parameters | small))
                 yield started

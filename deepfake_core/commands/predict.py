@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deepfake_core.commands.model import load_model
-from deepfake_core.detector import MAX_BYTES
+from deepfake_core.description import describe_rates
+from deepfake_core.detector import MAX_BYTES, Detector
 from deepfake_core.errors import ModelError
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
@@ -44,7 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="write pictures there that show by a heat map where the model looked",
     )
-    parser.add_argument("--fail-on", choices=["fake"], help="end with status 1 if any verdict is this")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="call fake from this P(fake) up, 0 to 1, instead of the model's own; what that meant on test images is "
+        "printed",
+    )
+    parser.add_argument(
+        "--fail-on",
+        choices=["fake", "unsure"],
+        action="append",
+        default=[],
+        help="end with status 1 if any verdict is this; may be given twice",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,8 +66,13 @@ def run(options: argparse.Namespace) -> int:
     sources, skipped = find_sources(options.images)
     if not sources:
         raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
-    predictor = Predictor(load_model(options.model), detect=not options.no_detect)
-    if options.explain and not predictor.detector.explains:
+    detector = load_model(options.model)
+    if options.threshold is not None:
+        if not 0 <= options.threshold <= 1:
+            raise ModelError(f"--threshold must be a number from 0 to 1. Received: {options.threshold:g}.")
+        detector = detector.at(options.threshold)
+    predictor = Predictor(detector, detect=not options.no_detect)
+    if options.explain and not detector.explains:
         raise ModelError(
             "For --explain, a model must have heat maps. Received: one that was exported before there were any. "
             "Retrain, or name a newer version by --model."
@@ -73,22 +92,23 @@ def run(options: argparse.Namespace) -> int:
     elif options.csv:
         show = _make_csv_printer()
     names: set[str] = set()
-    incomplete = False
+    incomplete, unsure = False, 0
     with _show_progress(len(sources), quiet=(options.json or options.csv) and sys.stdout.isatty()) as advance:
         for judged in _judge(predictor, sources, bool(options.explain), advance):
             if options.explain:
-                _write_pictures(judged, options.explain, names, predictor.detector.threshold)
+                _write_pictures(judged, options.explain, names, detector.threshold)
             counts.update(verdict.outcome for verdict in judged.verdicts)
+            unsure += sum(verdict.sure is False for verdict in judged.verdicts)
             show(judged.verdicts)
             first = judged.verdicts[0]  # has what is true of the whole file
             incomplete |= first.unreadable or bool(first.warning)
             if (first.unreadable or first.warning) and (options.json or options.csv):
                 print(f"deepfake: {first.image}: {first.error or first.warning}", file=sys.stderr)
     if not (options.json or options.csv):
-        _print_table(verdicts, counts, predictor.detector.threshold)
+        _print_table(verdicts, counts, unsure, detector)
     if skipped:
         print(f"Skipped {len(skipped):,} that are neither image nor clip: {list_names(skipped)}", file=sys.stderr)
-    if options.fail_on and counts[options.fail_on]:
+    if any({"fake": counts["fake"], "unsure": unsure}[one] for one in options.fail_on):
         return 1
     return 2 if incomplete else 0
 
@@ -167,7 +187,7 @@ def _make_csv_printer() -> Callable[[Sequence[Verdict]], None]:
     return show
 
 
-def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: float) -> None:
+def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], unsure: int, detector: Detector) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Column, Table
@@ -178,16 +198,18 @@ def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], threshold: f
         outcome = verdict.outcome
         image, last = verdict.image if verdict.image != last else "", verdict.image
         style = {"fake": "bold red", "real": "green"}.get(outcome, "yellow")
+        if verdict.sure is False:
+            outcome, style = f"{outcome}?", "yellow"
         probability = "" if verdict.fake_probability is None else f"{verdict.fake_probability:.4f}"
         clip = verdict.clip
         spread = f"{clip.low:.2f} to {clip.high:.2f}, {clip.frames} frames" if clip else ""
         face = str(verdict.face or "")
-        remarks = "; ".join(filter(None, (verdict.error or spread, verdict.warning)))
+        remarks = "; ".join(filter(None, (verdict.error or spread, verdict.reason, verdict.warning)))
         table.add_row(escape(image), face, f"[{style}]{outcome}", probability, escape(remarks))
     Console().print(table)
-    print(
-        f"{', '.join(f'{count:,} {outcome}' for outcome, count in counts.most_common())}; fake from {threshold:g} up."
-    )
+    found = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common())
+    print(f"{found}; {unsure:,} of the verdicts are not sure, marked by ?." if unsure else f"{found}.")
+    print(f"Fake from {detector.threshold:g} up. {describe_rates(detector.description, detector.threshold)}".rstrip())
 
 
 def _write_pictures(judged: Judged, folder: Path, names: set[str], threshold: float) -> None:

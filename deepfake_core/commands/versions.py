@@ -30,7 +30,8 @@ def list_versions(options: argparse.Namespace) -> int:
     table = Table("version", "created, data set", "on its test split", Column("decision", overflow="fold"))
     table.show_lines = True
     for version in found:
-        metrics = {name: version.metrics.get(f"test/{name}") for name in ("precision", "recall", "auc")}
+        shown = ("false_alarm_rate", "recall", "precision", "auc")
+        metrics = {name: version.metrics.get(f"test/{name}") for name in shown}
         table.add_row(
             "\n".join((version.version, *version.aliases)),
             f"{version.created}\n{version.dataset_version}",
@@ -81,11 +82,12 @@ def _tabulate_comparison(comparison: "Comparison", numbers: Sequence[str]) -> "T
     rows += [
         (f"{METRIC_TITLES[name]} on {source}", part.metrics, theirs.sources[source].metrics, name)
         for source, part in ours.sources.items()
-        for name in ("auc", "recall")
+        for name in ("false_alarm_rate", "recall", "auc")
     ]
     table = Table(Column("95 % intervals", overflow="fold"), *(f"version {number}" for number in numbers))
     for title, mine, other, name in rows:
-        table.add_row(title, str(mine.get(name, "-")), str(other.get(name, "-")))
+        if name in mine or name in other:
+            table.add_row(title, str(mine.get(name, "-")), str(other.get(name, "-")))
     return table
 
 

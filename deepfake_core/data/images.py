@@ -13,8 +13,10 @@ import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.decoding import open_header
 from deepfake_core.detector import open_image, resize_image
 from deepfake_core.errors import ConfigurationError
+from deepfake_core.input_gate import Measures, read_jpeg_quality
 from deepfake_core.storage.files import hash_file, require_space, write_beside
 from deepfake_core.storage.progress import Progress
 
@@ -105,6 +107,16 @@ def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path,
             if on_progress and (done % 500 == 0 or done == len(paths)):
                 on_progress(done, len(paths))
     pixels.flush()
+
+
+def measure_files(images: Images, folder: Path) -> list[Measures]:
+    """Measure images, whose files lie in a data set's folder; of the files, only headers are read."""
+
+    def measure(position: int) -> Measures:
+        with open_header((folder / images.rows["path"].iloc[position]).read_bytes()) as header:
+            return Measures.take(header, images.pixels[position], read_jpeg_quality(header))
+
+    return [measure(position) for position in range(len(images))]
 
 
 def load_seen(

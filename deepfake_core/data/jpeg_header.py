@@ -9,9 +9,7 @@ from typing import NamedTuple
 from PIL.JpegImagePlugin import zigzag_index
 
 from deepfake_core.decoding import MAX_PIXELS, MAX_SIDE, JpegFile
-
-LUMA_SUM = 3688
-"""Of ITU-T T.81 (JPEG), table K.1, which libjpeg scales to a quality."""
+from deepfake_core.input_gate import estimate_jpeg_quality
 
 MAX_REMEMBERED_BYTES = 4096
 """Longer headers hold Exif or a colour profile, and are hardly ever the same."""
@@ -68,12 +66,8 @@ def _name_tables(tables: tuple[tuple[int, ...], ...]) -> str:
         tables: of each, its number and 64 values in natural order.
     """
     digest = hashlib.sha256(b"".join(_encode_table(number, values) for number, *values in tables)).hexdigest()[:6]
-    first = tables[0][1:]
-    if max(first) > 255:
-        return digest
-    percent = 100 * sum(first) / LUMA_SUM
-    quality = (200 - percent) / 2 if percent <= 100 else 5000 / percent
-    return f"q{quality:.0f}-{digest}"
+    quality = estimate_jpeg_quality(tables[0][1:])
+    return digest if quality is None else f"q{quality:.0f}-{digest}"
 
 
 def _encode_table(number: int, values: list[int]) -> bytes:

@@ -1,6 +1,6 @@
 """Scores and labels become metrics, each with an interval. Positive means fake."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,65 +8,12 @@ import numpy as np
 
 from deepfake_core.detector import Detector
 from deepfake_core.evaluation.bootstrap import METRIC_TITLES, compute_metrics, draw_resamples, resample_metrics
+from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.evaluation.parts import Rows, find_parts
+from deepfake_core.input_gate import Measures
 
 if TYPE_CHECKING:
     from deepfake_core.data.images import Images
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """The four counts at a threshold; every rate is derived from them, so that none can disagree."""
-
-    true_positives: int
-    false_positives: int
-    true_negatives: int
-    false_negatives: int
-
-    @classmethod
-    def count(cls, labels: np.ndarray, scores: np.ndarray, threshold: float) -> "Confusion":
-        """Count; a score at or above the threshold means fake."""
-        fake, called_fake = np.asarray(labels) == 1, np.asarray(scores) >= threshold
-        return cls(
-            true_positives=int((fake & called_fake).sum()),
-            false_positives=int((~fake & called_fake).sum()),
-            true_negatives=int((~fake & ~called_fake).sum()),
-            false_negatives=int((fake & ~called_fake).sum()),
-        )
-
-    @property
-    def fakes(self) -> int:
-        return self.true_positives + self.false_negatives
-
-    @property
-    def reals(self) -> int:
-        return self.true_negatives + self.false_positives
-
-    @property
-    def total(self) -> int:
-        return self.fakes + self.reals
-
-    @property
-    def accuracy(self) -> float:
-        return _divide(self.true_positives + self.true_negatives, self.total)
-
-    @property
-    def precision(self) -> float:
-        """Share of the images called fake that are; 0 if none was called so."""
-        return _divide(self.true_positives, self.true_positives + self.false_positives)
-
-    @property
-    def recall(self) -> float:
-        """Share of the fakes that were called fake."""
-        return _divide(self.true_positives, self.fakes)
-
-    @property
-    def f1(self) -> float:
-        return _divide(2 * self.true_positives, 2 * self.true_positives + self.false_positives + self.false_negatives)
-
-
-def _divide(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +37,12 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def per_100(rate: Estimate) -> str:
+    """Return a share as a number of 100, with its interval: `about 7 (4 to 11)`."""
+    value, low, high = (f"{100 * one:.{1 if 0 < one < 0.0095 else 0}f}" for one in (rate.value, rate.low, rate.high))
+    return f"about {value} ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -120,6 +73,14 @@ class Evaluation:
     @property
     def sources(self) -> "Mapping[str, Evaluation]":
         return self.parts.get("source", {})
+
+    @property
+    def in_words(self) -> str:
+        """False alarms and recall, as a person would say them, with their intervals."""
+        rates = {name: self.metrics.get(name) for name in ("false_alarm_rate", "recall")}
+        texts = {"false_alarm_rate": "real images {} are called fake", "recall": "fakes {} are found"}
+        found = [f"of 100 {texts[name].format(per_100(rate))}" for name, rate in rates.items() if rate]
+        return ", ".join(found)
 
     def flatten(self, prefix: str) -> dict[str, float]:
         """Return MLflow's names and values: `test/auc`, `test/auc_low`, `test/auc_high`, `test/<source>/auc`, …
@@ -166,6 +127,7 @@ def evaluate_scores(
     rows: "Rows | None" = None,
     weights: np.ndarray | None = None,
     resampled: Mapping[str, np.ndarray] | None = None,
+    sure: np.ndarray | None = None,
 ) -> Evaluation:
     """Evaluate scores, overall and for the parts that `find_parts` finds.
 
@@ -177,14 +139,21 @@ def evaluate_scores(
             there are no parts and each image is its own group.
         weights: from `draw_resamples`; None draws them.
         resampled: from `resample_metrics` with these weights; None computes them.
+        sure: mask of shape (n,) of the verdicts that are sure; None leaves their metrics out.
     """
     labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
     if weights is None:
         weights = draw_resamples(np.arange(len(labels)) if rows is None else np.asarray(rows["group"]))
     if resampled is None:
-        resampled = resample_metrics(labels, scores, threshold, weights)
+        resampled = resample_metrics(labels, scores, threshold, weights, sure)
+    reals, fakes, known = (
+        int(one.sum()) for one in (labels == 0, labels == 1, sure if sure is not None else labels < 0)
+    )
+    counts = {"false_alarm_rate": reals, "recall": fakes, "error_when_sure": known}
+    counts |= {"reals_surely_fake": reals, "fakes_surely_real": fakes}
     whole = Evaluation(
-        Confusion.count(labels, scores, threshold), estimate_metrics(labels, scores, threshold, resampled)
+        Confusion.count(labels, scores, threshold),
+        estimate_metrics(compute_metrics(labels, scores, threshold, sure), resampled, counts),
     )
     if rows is None:
         return whole
@@ -192,31 +161,55 @@ def evaluate_scores(
     def evaluate_part(part: np.ndarray) -> Evaluation:
         if part.all():
             return whole
-        return evaluate_scores(labels[part], scores[part], threshold, weights=weights[:, part])
+        known = None if sure is None else sure[part]
+        return evaluate_scores(labels[part], scores[part], threshold, weights=weights[:, part], sure=known)
 
     kinds = find_parts(labels, rows)
     parts = {kind: {name: evaluate_part(part) for name, part in named.items()} for kind, named in kinds.items()}
     return replace(whole, parts=parts)
 
 
-def evaluate_detector(detector: Detector, images: "Images") -> tuple[Evaluation, np.ndarray]:
+def evaluate_detector(
+    detector: Detector, images: "Images", measured: Sequence[Measures] = ()
+) -> tuple[Evaluation, np.ndarray]:
     """Score a split with what will be served, and evaluate it at the detector's own threshold.
+
+    Args:
+        measured: of each image; none leaves out which verdicts are sure.
 
     Returns:
         The evaluation, and P(fake) per image as float32 of shape (n,).
     """
     scores = detector.score(images.pixels)
-    return evaluate_scores(images.labels, scores, detector.threshold, images.rows), scores
+    sure = find_sure(detector, scores, measured) if measured else None
+    return evaluate_scores(images.labels, scores, detector.threshold, images.rows, sure=sure), scores
+
+
+def find_sure(detector: Detector, scores: np.ndarray, measured: Sequence[Measures]) -> np.ndarray | None:
+    """Return a mask of shape (n,) of the verdicts that are sure; None if the detector has no bounds."""
+    judged = [detector.judge(float(score), one).sure for score, one in zip(scores, measured, strict=True)]
+    return None if None in judged else np.array(judged, bool)
 
 
 def estimate_metrics(
-    labels: np.ndarray, scores: np.ndarray, threshold: float, resampled: Mapping[str, np.ndarray]
+    values: Mapping[str, float], resampled: Mapping[str, np.ndarray], counts: Mapping[str, int]
 ) -> dict[str, Estimate]:
-    """Compute each metric that exists on all images, and its interval over the resamples."""
-    values = compute_metrics(labels, scores, threshold)
-    return {
-        name: Estimate.summarise(values[name], resampled[name]) for name in METRIC_TITLES if not np.isnan(values[name])
-    }
+    """Return each metric that exists, with its interval.
+
+    Args:
+        counts: images that a metric is a share of. No resample leaves a share of 0 or 1, so that such a one gets the
+            interval of Clopper and Pearson, Biometrika 26, 1934.
+    """
+    estimates = {}
+    for name in METRIC_TITLES:
+        value = values[name]
+        if np.isnan(value):
+            continue
+        estimates[name] = Estimate.summarise(value, resampled[name])
+        if value in (0, 1) and counts.get(name):
+            edge = 0.025 ** (1 / counts[name])
+            estimates[name] = Estimate(0.0, 0.0, 1 - edge) if value == 0 else Estimate(1.0, edge, 1.0)
+    return estimates
 
 
 def cross_sources(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray) -> dict[str, dict[str, float]]:

@@ -155,6 +155,15 @@ def decide_promotion(
             f"recall {reached.recall:.4f}, floor {parameters.min_recall:.4f}",
         ),
     ]
+    checks += [
+        (
+            part.metrics["false_alarm_rate"].low <= parameters.max_false_alarm_rate,
+            f"false alarms on {source} {part.metrics['false_alarm_rate']}, ceiling {parameters.max_false_alarm_rate:g} "
+            "for the interval's lower end",
+        )
+        for source, part in challenger.sources.items()
+        if "false_alarm_rate" in part.metrics
+    ]
     if parameters.max_latency is not None:
         text = f"{cost.latency:.1f} ms an image, ceiling {parameters.max_latency:g} ms"
         checks.append((cost.latency <= parameters.max_latency, text))
@@ -186,8 +195,15 @@ def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -
         )
     ]
     for source, part in comparison.challenger.sources.items():
-        if "recall" in part.metrics:
-            lowest = comparison.production.sources[source].metrics["recall"].low - parameters.max_recall_drop
-            recall = part.metrics["recall"].value
-            checks.append((recall >= lowest, f"recall on {source} {recall:.4f}, at least {lowest:.4f} is needed"))
+        if "recall" not in part.metrics:
+            continue
+        recall, other = part.metrics["recall"].value, comparison.production.sources[source].metrics
+        accused = other.get("false_alarm_rate")
+        if accused and accused.low > parameters.max_false_alarm_rate:
+            checks.append(
+                (True, f"recall on {source} {recall:.4f}; production's was bought by false alarms, {accused}")
+            )
+            continue
+        lowest = other["recall"].low - parameters.max_recall_drop
+        checks.append((recall >= lowest, f"recall on {source} {recall:.4f}, at least {lowest:.4f} is needed"))
     return checks

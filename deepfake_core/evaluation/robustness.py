@@ -107,9 +107,9 @@ def measure_robustness(
 
     Returns:
         One row per change and strength: `change`, `strength`, `images`, `auc`, `auc_lost` against the same images
-        unchanged, `recall`, `precision`.
+        unchanged, `false_alarm_rate`, `recall`, `precision`.
     """
-    columns = ["change", "strength", "images", "auc", "auc_lost", "recall", "precision"]
+    columns = ["change", "strength", "images", "auc", "auc_lost", "false_alarm_rate", "recall", "precision"]
     chosen = np.sort(np.random.default_rng(0).permutation(len(measured.images))[:max_images])
     labels, rows = measured.images.labels[chosen], measured.images.rows.iloc[chosen]
     if len(np.unique(labels)) < 2:
@@ -118,7 +118,7 @@ def measure_robustness(
 
     def measure(scores: np.ndarray) -> dict[str, float]:
         metrics = compute_metrics(labels, scores, measured.threshold)
-        return {name: metrics[name] for name in ("auc", "recall", "precision")}
+        return {name: metrics[name] for name in columns[3:] if name != "auc_lost"}
 
     clean = measure(measured.scores[chosen])
     table = pd.DataFrame(

@@ -4,16 +4,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from deepfake_core.config import SPLITS
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.images import Images, load_images, load_seen
+from deepfake_core.data.images import Images, load_images, load_seen, measure_files
 from deepfake_core.data.shortcuts import score_file_facts
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation.metrics import Evaluation, cross_sources, evaluate_detector, evaluate_scores
+from deepfake_core.evaluation.confusion import Confusion
+from deepfake_core.evaluation.metrics import Evaluation, cross_sources, evaluate_detector, evaluate_scores, find_sure
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,31 @@ class Measured:
         return (self.file_facts.auc or 0) >= MIN_AUC_STRONG_FACTS
 
 
+def tabulate_rates(measured: Measured, drawn: bool) -> dict[str, Any]:
+    """Return the false alarms and the recall on the test split at each threshold, which `detector.json` then holds.
+
+    Args:
+        drawn: whether the images are drawn, so that the rates say nothing about real faces.
+
+    Returns:
+        `drawn`, and `parts`: first all images, with an empty `name`, then each source where there are several. Each
+        has its number of `reals` and `fakes`, and a `table` of rows: threshold, false alarm rate, recall.
+    """
+    labels, sources = measured.images.labels, measured.images.rows["source"].to_numpy()
+    thresholds = sorted({*np.round(np.arange(0.01, 1, 0.01), 2).tolist(), measured.threshold})
+    names = sorted(set(sources)) if len(set(sources)) > 1 else []
+    parts = []
+    for name in ("", *names):
+        chosen = sources == name if name else np.ones(len(labels), bool)
+        counts = [Confusion.count(labels[chosen], measured.scores[chosen], one) for one in thresholds]
+        table = [
+            [threshold, round(one.false_alarm_rate, 4), round(one.recall, 4)]
+            for threshold, one in zip(thresholds, counts, strict=True)
+        ]
+        parts.append({"name": name, "reals": counts[0].reals, "fakes": counts[0].fakes, "table": table})
+    return {"drawn": drawn, "parts": parts}
+
+
 def evaluate_unseen(detector: Detector, dataset: Dataset, source: str) -> Evaluation:
     """Evaluate all images of a source that was held out, except those with a near copy in another source."""
     manifest = dataset.manifest[dataset.manifest["kept"]]
@@ -63,8 +90,9 @@ def evaluate_unseen(detector: Detector, dataset: Dataset, source: str) -> Evalua
         for one in ([part.labels for part in parts], [detector.score(part.pixels) for part in parts])
     )
     rows = pd.concat([part.rows for part in parts], ignore_index=True)
-    evaluation = evaluate_scores(labels, scores, detector.threshold, rows)
-    log.info("%s was never trained on: AUC %s on its %d images", source, evaluation.metrics.get("auc"), len(labels))
+    sure = find_sure(detector, scores, [one for part in parts for one in measure_files(part, dataset.path)])
+    evaluation = evaluate_scores(labels, scores, detector.threshold, rows, sure=sure)
+    log.info("%s was never trained on: on its %d images, %s", source, len(labels), evaluation.in_words)
     return evaluation
 
 
@@ -76,7 +104,7 @@ def evaluate_on_test(folder: Path, dataset: Dataset, holdout: Sequence[str] = ()
     """
     detector = Detector(folder)
     test = load_seen(dataset, "test", detector.image_size, holdout)
-    evaluation, scores = evaluate_detector(detector, test)
+    evaluation, scores = evaluate_detector(detector, test, measure_files(test, dataset.path))
     train = load_seen(dataset, "train", detector.image_size, holdout)
     return Measured(
         images=test,

@@ -12,6 +12,7 @@ import pandas as pd
 from deepfake_core.config import PromotionParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import Images, load_same
+from deepfake_core.description import DESCRIPTION, read_description
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.evaluation.metrics import Evaluation, evaluate_detector
@@ -25,13 +26,14 @@ from deepfake_core.evaluation.promotion import (
     decide_promotion,
     measure_cost,
 )
-from deepfake_core.evaluation.test_split import Measured
+from deepfake_core.evaluation.test_split import Measured, tabulate_rates
 from deepfake_core.registry import names
 from deepfake_core.registry.detectors import pull_detector, register_detector
 from deepfake_core.registry.probe import log_probe
 from deepfake_core.registry.production import complete_move, find_previous, find_production, move_production
 from deepfake_core.registry.runs import log_file, log_metrics, log_parameters, log_text, read_manifest
 from deepfake_core.registry.versions import ModelVersion, read_version, tag_version
+from deepfake_core.storage.files import write_json
 from deepfake_core.training.checkpoints import CHECKPOINT
 from deepfake_core.training.export import check_parity
 from deepfake_core.training.fit import Candidate
@@ -120,6 +122,9 @@ def register_challenger(
         ModelError: if what would be served scores otherwise than what was trained.
     """
     difference = check_parity(best.candidate.folder, measured.images)
+    description = best.candidate.folder / DESCRIPTION
+    rates = tabulate_rates(measured, dataset.is_drawn)
+    write_json(description, read_description(description) | {"rates": rates})
     log_metrics(best.run_id, {"parity_difference": difference})
     example = dataset.path / dataset.split("val")["path"].iloc[0]
     own = {

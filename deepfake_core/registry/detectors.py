@@ -23,6 +23,9 @@ from deepfake_core.registry.versions import require_files
 
 log = logging.getLogger(__name__)
 
+OWN_CODE = ("decoding", "description", "input_gate")
+"""The model's own code besides `detector`, side by side."""
+
 
 def register_detector(run_id: str, folder: Path, model_name: str, example: bytes, tags: Mapping[str, str]) -> str:
     """Log a detector's folder as a pyfunc model of the run and register it, sealed; return the version.
@@ -33,9 +36,15 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
     """
     import pandas as pd  # neither it nor what signatures need is part of the base install
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    optional = {"label": "string", "fake_probability": "double", "error": "string"}
+    optional = {
+        "label": "string",
+        "fake_probability": "double",
+        "sure": "boolean",
+        "reason": "string",
+        "error": "string",
+    }
     signature = ModelSignature(
         inputs=Schema([ColSpec("string", "image")]),  # base64, or bytes, which MLflow lets through
         outputs=Schema(
@@ -44,17 +53,18 @@ def register_detector(run_id: str, folder: Path, model_name: str, example: bytes
                 ColSpec("double", "threshold"),
             ]
         ),
+        params=ParamSchema([ParamSpec("threshold", "double", None)]),
     )
     code = Path(deepfake_core.detector.__file__)  # the model's own code is side by side
     with tempfile.TemporaryDirectory() as temporary:
         detector = Path(temporary) / names.DETECTOR
-        shutil.copytree(folder, detector)
+        shutil.copytree(folder, detector, ignore=shutil.ignore_patterns("__pycache__"))
         ours = {f"artifacts/{names.DETECTOR}/{name}": digest for name, digest in hash_files(detector).items()}
         with set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"), mlflow.start_run(run_id=run_id):
             model = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(code.with_name("pyfunc_model.py")),
-                code_paths=[str(code), str(code.with_name("decoding.py"))],
+                code_paths=[str(code), *(str(code.with_name(f"{name}.py")) for name in OWN_CODE)],
                 artifacts={names.DETECTOR: str(detector)},
                 signature=signature,
                 input_example=pd.DataFrame({"image": [example]}),

@@ -8,6 +8,7 @@ import pandas as pd
 
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+from deepfake_core.evaluation.metrics import Evaluation, per_100
 from deepfake_core.evaluation.promotion import Cost, Decision
 from deepfake_core.evaluation.test_split import Measured
 
@@ -20,6 +21,7 @@ class ModelFacts:
     """What identifies a registered version and how to make it again.
 
     Attributes:
+        bounds: `lower`, `upper` and `max_error`, as `detector.json` has them; None if it has none.
         candidates: one row per candidate trained, as `tabulate_candidates` makes it.
         settings: dotted names and values of the winner's parameters.
     """
@@ -31,6 +33,7 @@ class ModelFacts:
     commit: str
     seed: int
     temperature: float
+    bounds: Mapping[str, float] | None
     cost: Cost
     candidates: pd.DataFrame
     settings: Mapping[str, Any]
@@ -45,8 +48,9 @@ def write_model_card(
         f"| {METRIC_TITLES[name]} | {estimate} |" for name, estimate in measured.evaluation.metrics.items()
     )
     sources = "\n".join(
-        f"| {name} | {part.confusion.total} | {part.metrics.get('auc', 'one class')} |"
-        for name, part in measured.evaluation.sources.items()
+        f"| {name} | {part.confusion.total} | {_show_rate(part, 'false_alarm_rate')} | {_show_rate(part, 'recall')} | "
+        f"{part.metrics.get('auc', 'one class')} |"
+        for name, part in [*measured.evaluation.sources.items(), *_name_unseen(measured)]
     )
     worst = robustness.sort_values("auc_lost", ascending=False)[:3].itertuples()
     weak = "; ".join(f"{row.change} {row.strength:g}: AUC {row.auc:.3f}" for row in worst)
@@ -55,15 +59,33 @@ def write_model_card(
         f"**{facts.architecture}**, distinguishes fake faces (1) from real ones (0). Input: one face, resized to "
         f"{measured.images.pixels.shape[1]} x {measured.images.pixels.shape[1]} pixels. Fake from P(fake) = "
         f"{measured.threshold:.4f} up; scores are calibrated with temperature {facts.temperature:.3f}.\n\n"
+        f"**At this threshold**: {measured.evaluation.in_words}.{_describe_sure(measured)}\n\n"
         f"**Decision**: {'promoted' if decision.promoted else 'not promoted'}. {decision.text}\n\n"
         f"**Trained on** data set {dataset.version}: {', '.join(dataset.source_names)}.\n\n"
         f"**On the {len(measured.images)} test images**, with 95 % intervals:\n\n| metric | value |\n|---|---|\n"
-        f"{metrics}\n\n| source | images | AUC |\n|---|---|---|\n{sources}\n\n"
+        f"{metrics}\n\n| source | images | of 100 reals called fake | of 100 fakes found | AUC |\n"
+        f"|---|---|---|---|---|\n{sources}\n\n"
         f"**Changes of the image that cost most**: {weak or 'not measured'}.\n\n**Warnings**\n\n{warnings}\n\n"
         "**Not for**: deciding about a person without a person's review; faces, edits and generators of other kinds "
         "than the sources hold.\n\n"
         f"**Made** by run {facts.run}, commit {facts.commit}, seed {facts.seed}.\n"
     )
+
+
+def _name_unseen(measured: Measured) -> list[tuple[str, Evaluation]]:
+    return [(f"{name}, never trained on", evaluation) for name, evaluation in measured.unseen.items()]
+
+
+def _show_rate(evaluation: Evaluation, name: str) -> str:
+    return per_100(evaluation.metrics[name]) if name in evaluation.metrics else "no image"
+
+
+def _describe_sure(measured: Measured) -> str:
+    metrics = measured.evaluation.metrics
+    if "sure_share" not in metrics:
+        return ""
+    wrong = f", of 100 of which {per_100(metrics['error_when_sure'])} are wrong" if "error_when_sure" in metrics else ""
+    return f" Of 100 verdicts {per_100(metrics['sure_share'])} are sure{wrong}."
 
 
 def list_warnings(dataset: Dataset, measured: Measured) -> list[str]:

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from deepfake_core.config import CLASS_NAMES, SPLITS
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+from deepfake_core.evaluation.bootstrap import METRIC_TITLES, SURE_METRICS
+from deepfake_core.evaluation.metrics import per_100
 from deepfake_core.evaluation.promotion import Comparison
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry.challenge import Outcome, TrainedCandidate
@@ -19,7 +20,10 @@ from deepfake_core.reports import plots
 from deepfake_core.reports.model_card import ModelFacts, list_warnings, write_model_card
 from deepfake_core.reports.pages import encode_figure, render_page
 
-HEADLINE = {name: METRIC_TITLES[name] for name in ("precision", "recall", "auc", "recall_at_5_percent_fpr", "ece")}
+HEADLINE = {
+    name: METRIC_TITLES[name]
+    for name in ("false_alarm_rate", "recall", "sure_share", "error_when_sure", "precision", "auc", "ece")
+}
 
 TITLES = {
     "confusion_matrix": "Verdicts at the threshold",
@@ -69,6 +73,7 @@ def build_report(
         commit=commit,
         seed=int(settings["training.seed"]),
         temperature=detector.temperature,
+        bounds=detector.description.get("bounds"),
         cost=outcome.cost,
         candidates=tabulate_candidates(trained),
         settings=settings,
@@ -98,9 +103,10 @@ def tabulate_candidates(trained: Sequence[TrainedCandidate]) -> pd.DataFrame:
         [
             {
                 "candidate": one.candidate.architecture,
-                "AUC": str(one.validation.metrics.get("auc", "-")),
-                "precision": str(one.validation.metrics["precision"]),
-                "recall": str(one.validation.metrics["recall"]),
+                **{
+                    METRIC_TITLES[name]: str(one.validation.metrics.get(name, "-"))
+                    for name in ("false_alarm_rate", "recall", "precision", "auc")
+                },
                 "best epoch": f"{one.candidate.best_epoch} of {len(one.candidate.history)}",
                 "minutes": f"{one.candidate.history['seconds'].sum() / 60:.1f}",
             }
@@ -154,7 +160,10 @@ def render_report(
         measured=measured,
         warnings=list_warnings(dataset, measured),
         rows=_list_parts(measured),
-        metric_titles=METRIC_TITLES,
+        metric_titles={name: title for name, title in METRIC_TITLES.items() if name not in SURE_METRICS},
+        sure_titles={name: METRIC_TITLES[name] for name in SURE_METRICS},
+        sources=_list_sources(measured),
+        bounds=facts.bounds,
         decision=outcome.decision,
         comparison=outcome.comparison,
         production=outcome.production,
@@ -165,6 +174,22 @@ def render_report(
         photographs={title: encode_figure(figure, photographs=True) for title, figure in photographs.items()},
         torn=int((manifest[manifest["kept"]].groupby("group")["split"].nunique() > 1).sum()),
     )
+
+
+def _list_sources(measured: Measured) -> list[dict[str, Any]]:
+    """Return a row for all test images, for each source and for each that was held out: of 100 reals and fakes."""
+    named = {"all": measured.evaluation, **measured.evaluation.sources}
+    named |= {f"{name}, never trained on": evaluation for name, evaluation in measured.unseen.items()}
+    return [
+        {
+            "name": name,
+            "reals": one.confusion.reals,
+            "fakes": one.confusion.fakes,
+            "estimates": one.metrics,
+            "rates": {key: per_100(one.metrics[key]) for key in ("false_alarm_rate", "recall") if key in one.metrics},
+        }
+        for name, one in named.items()
+    ]
 
 
 def _list_parts(measured: Measured) -> list[dict[str, Any]]:
@@ -178,9 +203,13 @@ def _list_compared(comparison: Comparison | None) -> list[tuple[str, Any, Any]]:
     if comparison is None:
         return []
     ours, theirs = comparison.challenger, comparison.production
-    rows = [(title, ours.metrics.get(name), theirs.metrics.get(name)) for name, title in METRIC_TITLES.items()]
+    rows = [
+        (title, ours.metrics.get(name), theirs.metrics.get(name))
+        for name, title in METRIC_TITLES.items()
+        if name not in SURE_METRICS
+    ]
     for source in ours.sources:
-        for name in ("auc", "recall", "precision"):
+        for name in ("false_alarm_rate", "recall", "precision", "auc"):
             sides = (ours.sources[source].metrics.get(name), theirs.sources[source].metrics.get(name))
             rows.append((f"{METRIC_TITLES[name]} on {source}", *sides))
     return rows

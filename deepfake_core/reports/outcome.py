@@ -2,12 +2,15 @@
 
 import os
 import textwrap
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 
 from deepfake_core.config import CLASS_NAMES, SPLITS
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+from deepfake_core.evaluation.metrics import Evaluation, per_100
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry import challenge, names
 from deepfake_core.registry.connection import DEFAULT_TRACKING_URI
@@ -20,9 +23,11 @@ DRAWN_WARNING = "These images are drawn: the metrics say nothing about real face
 
 def describe_challenge(outcome: challenge.Outcome, model_name: str, version: str, measured: Measured) -> str:
     """Return as Markdown whether a challenger was promoted, why, and its metrics."""
-    headline = "\n".join(f"- {title}: {measured.evaluation.metrics[key]}" for key, title in HEADLINE.items())
+    metrics = measured.evaluation.metrics
+    headline = "\n".join(f"- {title}: {metrics[key]}" for key, title in HEADLINE.items() if key in metrics)
     decision = outcome.decision.describe(model_name, version, outcome.production)
-    return f"{decision}\nOn {len(measured.images)} test images:\n\n{headline}\n"
+    words = measured.evaluation.in_words
+    return f"{decision}\nOn {len(measured.images)} test images, {words}.\n\n{headline}\n"
 
 
 def describe_retrain(dataset: Dataset, version: ModelVersion) -> str:
@@ -41,6 +46,24 @@ def describe_retrain(dataset: Dataset, version: ModelVersion) -> str:
     )
 
 
+def list_left_out(found: Mapping[str, tuple[Evaluation, Evaluation]]) -> list[dict[str, str]]:
+    """Return a row per source that was left out of training, as text.
+
+    Args:
+        found: by source: on the test split of the others, and on it.
+    """
+    return [
+        {
+            "left out": source,
+            "AUC on the others": str(seen.metrics["auc"]),
+            "AUC on it": str(own.metrics["auc"]),
+            "of it, at the threshold": own.in_words,
+            "wrong where sure": str(own.metrics.get("error_when_sure", "-")),
+        }
+        for source, (seen, own) in found.items()
+    ]
+
+
 def print_outcome(dataset: Dataset, version: ModelVersion) -> None:
     """Print what a retrain found, reached and decided."""
     console = Console()
@@ -51,9 +74,12 @@ def print_outcome(dataset: Dataset, version: ModelVersion) -> None:
     console.print(splits)
 
     result = Table("", "on the test split (95 % interval)", title=f"{version.name} version {version.version}")
-    for name, title in {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "auc": "AUC"}.items():
+    for name, title in {"false_alarm_rate": "of 100 reals called fake", "recall": "of 100 fakes found"}.items():
         if estimate := version.estimate(name):
-            result.add_row(title, f"{estimate.value:.4f} ({estimate.low:.3f} to {estimate.high:.3f})")
+            result.add_row(title, per_100(estimate))
+    for name in ("sure_share", "error_when_sure", "accuracy", "precision", "auc"):
+        if estimate := version.estimate(name):
+            result.add_row(METRIC_TITLES[name], f"{estimate.value:.4f} ({estimate.low:.3f} to {estimate.high:.3f})")
     result.add_section()
     result.add_row(version.decision, "\n".join(version.reasons))
     console.print(result)

@@ -13,7 +13,7 @@ from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay, average_pre
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, Recipe
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import Images, load_images
-from deepfake_core.evaluation.metrics import Confusion
+from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.training.batches import Batches
 from deepfake_core.training.fit import Training

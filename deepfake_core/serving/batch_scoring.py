@@ -34,6 +34,8 @@ SCHEMA = pyarrow.schema(
         ("label", pyarrow.string()),
         ("fake_probability", pyarrow.float64()),
         ("threshold", pyarrow.float64()),
+        ("sure", pyarrow.bool_()),
+        ("reason", pyarrow.string()),
         ("error", pyarrow.string()),
     ]
 )
@@ -59,7 +61,8 @@ def score_images(predictor: Predictor, images: Path, output: Path, on_progress: 
     Args:
         images: a folder, or a Parquet file with a column `image` of encoded bytes, and `name` if they have names.
         output: the Parquet file to write, which appears when it is whole: `image`, `sha256`, `face` (1 for the largest,
-            null where the whole image was judged), `box`, `label`, `fake_probability`, `threshold`, `error`.
+            null where the whole image was judged), `box`, `label`, `fake_probability`, `threshold`, `sure`, `reason`,
+            `error`.
 
     Raises:
         ConfigurationError: if `images` is neither.

@@ -1,5 +1,6 @@
 """Pictures that explain verdicts, drawn with Pillow alone: the base install has no matplotlib."""
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from deepfake_core.serving.faces import Box
 
 MAX_SIDE_PIXELS = 800
 LINE_PIXELS = 22
+CHARACTER_PIXELS = 8
 MIN_WIDTH_PIXELS = 480
 INFERNO = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)
 """Colours of matplotlib's map of the name, at equal distances."""
@@ -30,12 +32,14 @@ def draw_heat(
         boxes: what was judged, in the image's pixels.
         maps: per box, float array of shape (height, width), 0 to 1.
         fakes: per box, whether the verdict is fake.
-        lines: of text.
+        lines: of text; long ones are broken.
 
     Returns:
         RGB image.
     """
     width, height = image.size
+    most = max(width, MIN_WIDTH_PIXELS) // CHARACTER_PIXELS
+    lines = [part for line in lines for part in textwrap.wrap(line, most, subsequent_indent="    ")]
     page = Image.new("RGB", (max(width, MIN_WIDTH_PIXELS), height + LINE_PIXELS * len(lines) + 8), "white")
     page.paste(image)
     draw = ImageDraw.Draw(page)

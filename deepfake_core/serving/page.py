@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from deepfake_core.description import describe_rates
+from deepfake_core.detector import Detector
 from deepfake_core.errors import DeepfakeError, ModelError
 from deepfake_core.registry import connection, detectors
 from deepfake_core.serving.file_kinds import is_clip
@@ -104,19 +106,25 @@ def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | No
             timeline = plot_timeline(judged, predictor.detector.threshold, file.name)
     else:
         judged = next(predictor.judge([(file.name, file)], explain=predictor.detector.explains))
-    return _write_verdict(judged.verdicts, version, predictor.detector.threshold), judged.picture, timeline
+    return _write_verdict(judged.verdicts, version, predictor.detector), judged.picture, timeline
 
 
-def _write_verdict(verdicts: list[Verdict], version: str, threshold: float) -> str:
+def _write_verdict(verdicts: list[Verdict], version: str, detector: Detector) -> str:
     fakes = sum(verdict.label == "fake" for verdict in verdicts)
     if verdicts[0].label is None:
         headline = f"No verdict: {verdicts[0].describe()}"
     elif len(verdicts) == 1:
-        headline = f"{str(verdicts[0].label).capitalize()}, P(fake) = {verdicts[0].fake_probability:.2f}"
+        sure = {None: "", True: "", False: "Not sure: perhaps "}[verdicts[0].sure]
+        headline = f"{sure}{verdicts[0].label}, P(fake) = {verdicts[0].fake_probability:.2f}"
+        headline = headline[0].upper() + headline[1:]
     else:
         headline = f"{fakes or 'None'} of {len(verdicts)} faces {'is' if fakes == 1 else 'are'} judged fake"
-    lines = "".join(f"<li>{html.escape(one.describe())}</li>" for one in verdicts if len(verdicts) > 1 or one.clip)
-    answered = html.escape(f"Judged by {version}, which calls a face fake from {threshold:.2f} up.")
+    listed = [one for one in verdicts if len(verdicts) > 1 or one.clip or one.reason]
+    lines = "".join(f"<li>{html.escape(one.describe())}</li>" for one in listed if one.label)
+    answered = html.escape(
+        f"Judged by {version}, which calls a face fake from {detector.threshold:.2f} up. "
+        f"{describe_rates(detector.description, detector.threshold)}"
+    )
     return f"<h2>{html.escape(headline)}</h2><ul>{lines}</ul><p>{answered}</p>"
 
 

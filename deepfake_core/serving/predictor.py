@@ -22,6 +22,7 @@ from deepfake_core.detector import (
     resize_image,
 )
 from deepfake_core.errors import ModelError
+from deepfake_core.input_gate import Measures, read_jpeg_quality
 from deepfake_core.serving.explained import draw_heat, shrink
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
 from deepfake_core.serving.verdict import Judged, Verdict
@@ -36,10 +37,23 @@ Encoded = Path | bytes
 
 
 @dataclass(frozen=True)
+class Crop:
+    """A part of an image that is judged.
+
+    Attributes:
+        box: where it is, in pixels of the upright image.
+        pixels: uint8 array of shape (image_size, image_size, 3), as the network takes it.
+    """
+
+    box: Box
+    pixels: np.ndarray
+    measured: Measures
+
+
+@dataclass(frozen=True)
 class _Prepared:
     name: str
-    boxes: list[Box] = field(default_factory=list)
-    crops: list[np.ndarray] = field(default_factory=list)
+    crops: list[Crop] = field(default_factory=list)
     error: str | None = None
     unreadable: bool = False
     width: int = 0
@@ -108,22 +122,20 @@ class Predictor:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def cut_faces(self, image: Image.Image) -> list[tuple[Box, np.ndarray]]:
-        """Return what is to be scored of an image: around each face, largest first, or all of it without detection.
-
-        Returns:
-            Boxes, and uint8 arrays of shape (image_size, image_size, 3).
-        """
+    def cut_faces(self, image: Image.Image) -> list[Crop]:
+        """Return what is to be judged of an image: around each face, largest first, or all of it without detection."""
         whole = Box(0, 0, *image.size)
         boxes = [whole]
         if self._find:
             with self._finding:
                 faces = self._find(image)
             boxes = [fit_crop(face, *image.size) for face in faces]
+        quality = read_jpeg_quality(image)
         crops = []
         for box in boxes:
             part = image if box == whole else image.crop((box.left, box.top, box.right, box.bottom))
-            crops.append((box, resize_image(part, self.detector.image_size)))
+            pixels = resize_image(part, self.detector.image_size)
+            crops.append(Crop(box, pixels, Measures.take(part, pixels, quality)))
         return crops
 
     def _prepare(self, name: str, image: Encoded, explain: bool) -> _Prepared:
@@ -132,11 +144,9 @@ class Predictor:
             data = _read(image)
             sha256 = hashlib.sha256(data).hexdigest()
             with open_image(data) as decoded:
-                cut = self.cut_faces(decoded)
                 return _Prepared(
                     name,
-                    boxes=[box for box, _ in cut],
-                    crops=[crop for _, crop in cut],
+                    self.cut_faces(decoded),
                     width=decoded.width,
                     sha256=sha256,
                     preview=shrink(decoded) if explain else None,
@@ -147,7 +157,7 @@ class Predictor:
             return _Prepared(name, error=f"can't be read ({exc.strerror})", unreadable=True)
 
     def _score(self, batch: list[_Prepared]) -> Iterator[Judged]:
-        crops = [crop for one in batch for crop in one.crops]
+        crops = [crop.pixels for one in batch for crop in one.crops]
         explain = any(one.preview for one in batch)
         heat = None
         if not crops:
@@ -161,8 +171,8 @@ class Predictor:
             mine = slice(start, start + len(one.crops))
             start = mine.stop
             verdicts = [
-                self._judge(one.name, face if self.detects else None, box, score)
-                for face, (box, score) in enumerate(zip(one.boxes, scores[mine], strict=True), 1)
+                self._judge(one.name, face if self.detects else None, crop, float(score))
+                for face, (crop, score) in enumerate(zip(one.crops, scores[mine], strict=True), 1)
             ]
             if not verdicts:
                 error = one.error or NO_FACE
@@ -172,20 +182,16 @@ class Predictor:
             picture = None
             if one.preview:
                 scale = one.preview.width / one.width
-                boxes = [box.scale(scale) for box in one.boxes]
+                boxes = [crop.box.scale(scale) for crop in one.crops]
                 fakes = [verdict.label == "fake" for verdict in verdicts if verdict.box]
                 lines = [verdict.describe() for verdict in verdicts]
                 picture = draw_heat(one.preview, boxes, [] if heat is None else list(heat[mine]), fakes, lines)
             yield Judged(one.name, verdicts, picture, one.sha256)
 
-    def _judge(self, name: str, face: int | None, box: Box, score: float) -> Verdict:
+    def _judge(self, name: str, face: int | None, crop: Crop, score: float) -> Verdict:
+        judged = self.detector.judge(score, crop.measured)
         return Verdict(
-            image=name,
-            face=face,
-            box=box.corners,
-            label=self.detector.label(score),
-            fake_probability=float(score),
-            threshold=self.detector.threshold,
+            name, face, crop.box.corners, judged.label, score, self.detector.threshold, judged.sure, judged.reason
         )
 
 

@@ -37,6 +37,8 @@ class Verdict:
         box: left, top, right and bottom, in pixels of the upright image, of what was scored.
         label: `real` or `fake`; None where `error` says why there is none.
         fake_probability: 0 to 1; of a clip, from the trimmed mean of its frames' logits.
+        sure: whether the label keeps the model's stated error; None where there is no label, or the model does not say.
+        reason: why it is not sure.
         unreadable: True if the image could not be read, as opposed to showing no face.
         clip: None for an image.
         warning: what of a clip was not seen, though there is a verdict; None if nothing.
@@ -48,6 +50,8 @@ class Verdict:
     label: str | None
     fake_probability: float | None
     threshold: float
+    sure: bool | None = None
+    reason: str | None = None
     error: str | None = None
     unreadable: bool = False
     clip: Clip | None = None
@@ -58,7 +62,7 @@ class Verdict:
         cls, image: str, threshold: float, error: str, *, unreadable: bool = False, warning: str | None = None
     ) -> "Verdict":
         """Return that there is no verdict, and why."""
-        return cls(image, None, None, None, None, threshold, error, unreadable, warning=warning)
+        return cls(image, None, None, None, None, threshold, error=error, unreadable=unreadable, warning=warning)
 
     @property
     def outcome(self) -> str:
@@ -78,7 +82,8 @@ class Verdict:
             return f"{self.error}{warning}"
         face = f"face {self.face}: " if self.face else ""
         spread = f" ({self.clip.low:.2f} to {self.clip.high:.2f} over {self.clip.frames} frames)" if self.clip else ""
-        return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}{warning}"
+        unsure = f"; not sure: {self.reason}" if self.reason else ""
+        return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}{unsure}{warning}"
 
 
 COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name != "clip")

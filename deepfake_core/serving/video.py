@@ -11,10 +11,11 @@ from PIL import Image
 
 from deepfake_core.config import CLASS_COLOURS
 from deepfake_core.detector import BATCH_SIZE, UnreadableImageError
+from deepfake_core.input_gate import Measures
 from deepfake_core.serving.explained import draw_heat
 from deepfake_core.serving.faces import Box
 from deepfake_core.serving.frames import ClipFrames
-from deepfake_core.serving.predictor import Predictor
+from deepfake_core.serving.predictor import Crop, Predictor
 from deepfake_core.serving.verdict import Clip, Judged, Verdict
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ MIN_IOU_SAME_TRACK = 0.3
 TRIMMED_SHARE = 0.1
 """Share of a face's logits that is left out at each end of their mean."""
 
+MIN_SURE_FRAMES = 8
+"""A verdict on a face seen in fewer frames is not sure."""
+
+SPREAD = (0.1, 0.9)
+"""Quantiles of a face's scores that are stated, and that must be beyond the bound where the verdict is sure."""
+
 MIN_TRACK_FRAMES = 3
 """A face seen in fewer frames decides about the clip only where there is no other."""
 
@@ -39,6 +46,7 @@ class _Track:
 
     seconds: list[float] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
+    measured: list[Measures] = field(default_factory=list)
     crops: list[np.ndarray] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     shown: np.ndarray | None = None
@@ -104,11 +112,11 @@ def average_scores(scores: list[float]) -> float:
     return float(1 / (1 + np.exp(-np.mean(np.log(kept) - np.log1p(-kept)))))
 
 
-def _follow(tracks: list[_Track], second: float, cut: list[tuple[Box, np.ndarray]]) -> None:
+def _follow(tracks: list[_Track], second: float, crops: list[Crop]) -> None:
     """Add each face to the track whose last box it overlaps most, or to a new one."""
     free = list(tracks)
-    for box, crop in cut:
-        overlaps = [track.boxes[-1].overlap(box) for track in free]
+    for crop in crops:
+        overlaps = [track.boxes[-1].overlap(crop.box) for track in free]
         best = int(np.argmax(overlaps)) if overlaps else 0
         if overlaps and overlaps[best] >= MIN_IOU_SAME_TRACK:
             track = free.pop(best)
@@ -116,8 +124,9 @@ def _follow(tracks: list[_Track], second: float, cut: list[tuple[Box, np.ndarray
             track = _Track()
             tracks.append(track)
         track.seconds.append(second)
-        track.boxes.append(box)
-        track.crops.append(crop)
+        track.boxes.append(crop.box)
+        track.measured.append(crop.measured)
+        track.crops.append(crop.pixels)
 
 
 def _score(tracks: list[_Track], predictor: Predictor) -> None:
@@ -136,20 +145,29 @@ def _score(tracks: list[_Track], predictor: Predictor) -> None:
 
 
 def _judge(predictor: Predictor, clip: ClipFrames, name: str, face: int | None, track: _Track) -> Verdict:
-    probability = average_scores(track.scores)
-    low, high = np.quantile(track.scores, (0.1, 0.9))
-    box = track.boxes[len(track.boxes) // 2]
+    """Judge a face of a clip, which is sure where most of its frames are: the middle of their scores is beyond the
+    bound, their median is as large and sharp as the model was calibrated on, and there are enough of them."""
+    detector, probability = predictor.detector, average_scores(track.scores)
+    low, high = (float(value) for value in np.quantile(track.scores, SPREAD))
+    sides, sharpness = zip(*((one.side, one.sharpness) for one in track.measured), strict=True)
+    middle = Measures(float(np.median(sides)), float(np.median(sharpness)))  # a frame has no JPEG quality
+    judged = detector.judge(probability, middle, low, high)
+    sure, reason = judged.sure, judged.reason
+    if sure and len(track.scores) < MIN_SURE_FRAMES:
+        sure, reason = False, f"the face is in {len(track.scores)} frames; {MIN_SURE_FRAMES} are needed to be sure"
     return Verdict(
         image=name,
         face=face,
-        box=box.corners,
-        label=predictor.detector.label(probability),
+        box=track.boxes[len(track.boxes) // 2].corners,
+        label=judged.label,
         fake_probability=probability,
-        threshold=predictor.detector.threshold,
+        threshold=detector.threshold,
+        sure=sure,
+        reason=reason,
         clip=Clip(
             frames=len(track.scores),
-            low=float(low),
-            high=float(high),
+            low=low,
+            high=high,
             first_second=track.seconds[0],
             last_second=track.seconds[-1],
             frames_seen=clip.seen,

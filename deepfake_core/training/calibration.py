@@ -1,7 +1,9 @@
-"""What a score means: the temperature and the threshold, both fitted on validation images."""
+"""What a score means, fitted on validation images: temperature, threshold, and where a verdict is sure."""
 
 import json
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from scipy.optimize import minimize_scalar
 from deepfake_core.config import EvaluationParameters, ThresholdRule
 from deepfake_core.data.images import Images
 from deepfake_core.detector import DESCRIPTION, Detector, apply_temperature
+from deepfake_core.input_gate import Measures, fit_limits
 from deepfake_core.storage.files import write_json
 
 log = logging.getLogger(__name__)
@@ -17,17 +20,47 @@ log = logging.getLogger(__name__)
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
-def calibrate_detector(folder: Path, val: Images, parameters: EvaluationParameters) -> None:
-    """Fit a detector's temperature and threshold, and store both in its `detector.json`."""
+MIN_SOURCE_REALS = 50
+"""Real validation images from which on a source's own share of false alarms is kept; below, chance decides it."""
+
+
+def calibrate_detector(
+    folder: Path, val: Images, parameters: EvaluationParameters, measured: Sequence[Measures] = ()
+) -> None:
+    """Fit what gives a detector's scores a meaning, and store it in its `detector.json`: the temperature, the
+    threshold, the bounds beyond which a verdict is sure, and the limits of the images that all this was fitted on.
+
+    Args:
+        measured: of each image of `val`; none sets no limits.
+    """
     file = folder / DESCRIPTION
     description = json.loads(file.read_text()) | {"temperature": 1.0}
     write_json(file, description)
     raw = Detector(folder).score(val.pixels)
     temperature = fit_temperature(val.labels, raw)
     scores = apply_temperature(raw, temperature)
-    threshold = choose_threshold(val.labels, scores, parameters.threshold, parameters.false_alarm_rate)
-    write_json(file, description | {"temperature": temperature, "threshold": threshold})
-    log.info("calibrated on %d validation images: temperature %.3f, threshold %.3f", len(val), temperature, threshold)
+    threshold = choose_threshold(
+        val.labels, scores, val.rows["source"].to_numpy(), parameters.threshold, parameters.false_alarm_rate
+    )
+    lower, upper = fit_bounds(val.labels, scores, parameters.max_error)
+    write_json(
+        file,
+        description
+        | {
+            "temperature": temperature,
+            "threshold": threshold,
+            "bounds": {"lower": lower, "upper": upper, "max_error": parameters.max_error},
+            "limits": fit_limits(measured),
+        },
+    )
+    log.info(
+        "calibrated on %d validation images: temperature %.3f, threshold %.3f, sure below %.3f and above %.3f",
+        len(val),
+        temperature,
+        threshold,
+        lower,
+        upper,
+    )
 
 
 def fit_temperature(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -47,21 +80,73 @@ def fit_temperature(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(measure_loss, bounds=bounds, method="bounded").x))
 
 
-def choose_threshold(labels: np.ndarray, scores: np.ndarray, rule: ThresholdRule, false_alarm_rate: float) -> float:
+def choose_threshold(
+    labels: np.ndarray, scores: np.ndarray, sources: np.ndarray, rule: ThresholdRule, false_alarm_rate: float
+) -> float:
     """Choose the threshold between two neighbouring scores that serves the rule best.
 
     Args:
-        rule: `best_f1`, or `false_alarm_rate`: the most fakes found with at most this share of reals called fake.
+        labels: int array of shape (n,): 0 real, 1 fake.
+        scores: float array of shape (n,): P(fake).
+        sources: name of the source of each image, shape (n,).
+        rule: `best_f1`, `balanced_accuracy`, or `false_alarm_rate`: the highest balanced accuracy at which no source
+            has more of its reals called fake than the rate allows. One real image to come counts as called fake, so
+            that the rate holds for it too (see `fit_bounds`). Sources of fewer than `MIN_SOURCE_REALS` are taken
+            together with all others.
     """
     order = np.argsort(-scores, kind="stable")
-    labels, scores = np.asarray(labels)[order] == 1, np.asarray(scores, np.float64)[order]
+    labels, scores, sources = np.asarray(labels)[order] == 1, np.asarray(scores, np.float64)[order], sources[order]
     ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # of each run of equal scores
-    hits, alarms = labels.cumsum()[ends], (~labels).cumsum()[ends]
-    if rule == "best_f1":
-        best = int(np.argmax(2 * hits / (hits + alarms + labels.sum())))
-    else:
-        best = int((alarms <= false_alarm_rate * (~labels).sum()).sum()) - 1
-    if best < 0:
+    hits, alarms = (np.append(0, one.cumsum()[ends]) for one in (labels, ~labels))  # from none called fake to all
+    fakes, reals = max(1, labels.sum()), max(1, (~labels).sum())
+    allowed = np.ones(len(hits), bool)
+    if rule == "false_alarm_rate":
+        for name, group in group_reals(~labels, sources).items():
+            allowed &= np.append(0, group.cumsum()[ends]) <= count_allowed(group.sum(), false_alarm_rate)
+            log.info("false alarms are held to %g on the %d reals of %s", false_alarm_rate, group.sum(), name)
+    value = 2 * hits / (hits + alarms + fakes) if rule == "best_f1" else hits / fakes - alarms / reals
+    best = int(np.argmax(np.where(allowed, value, -2)))
+    if best == 0:
         return float(np.nextafter(scores[0], 1.0)) if scores[0] < 1 else 1.0
-    lower = scores[ends[best] + 1] if best + 1 < len(ends) else 0.0
-    return float((scores[ends[best]] + lower) / 2)
+    lower = scores[ends[best - 1] + 1] if best < len(ends) else 0.0
+    return float((scores[ends[best - 1]] + lower) / 2)
+
+
+def group_reals(real: np.ndarray, sources: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the reals on which false alarms are held down: each source's, and all together where one has too few.
+
+    Args:
+        real: mask of shape (n,).
+
+    Returns:
+        By name, masks of shape (n,).
+    """
+    by_source = {str(name): real & (sources == name) for name in np.unique(sources)}
+    enough = {name: group for name, group in by_source.items() if group.sum() >= MIN_SOURCE_REALS}
+    few = [name for name in by_source if name not in enough]
+    return enough | ({f"all sources, as {', '.join(few)} has fewer than {MIN_SOURCE_REALS}": real} if few else {})
+
+
+def count_allowed(images: int, rate: float) -> int:
+    """Return how many of n images may be wrong so that one more, as likely to be as they, is with at most this rate."""
+    return max(0, math.floor(rate * (images + 1) + 1e-9) - 1)
+
+
+def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tuple[float, float]:
+    """Find the bounds beyond which a verdict is sure: of fakes at most a share lies below the lower, of reals above the
+    upper.
+
+    Split-conformal prediction for each class: Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML
+    2012, section 2. Of n images, the k-th most extreme score bounds one to come with a chance of at most k / (n + 1).
+
+    Args:
+        labels: int array of shape (n,): 0 real, 1 fake.
+        scores: float array of shape (n,): P(fake), of images that the network was not trained on.
+
+    Returns:
+        Lower and upper, 0 and 1 where there are too few images for any bound. The lower may be above the upper.
+    """
+    fakes, reals = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])[::-1]
+    below, above = (math.floor(max_error * (len(one) + 1) + 1e-9) for one in (fakes, reals))
+    lower = float(fakes[below - 1]) if below else 0.0
+    return lower, float(reals[above - 1]) if above else 1.0

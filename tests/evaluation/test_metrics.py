@@ -10,7 +10,8 @@ from deepfake_core.evaluation.bootstrap import (
     draw_resamples,
     resample_metrics,
 )
-from deepfake_core.evaluation.metrics import Confusion, cross_sources, evaluate_scores
+from deepfake_core.evaluation.confusion import Confusion
+from deepfake_core.evaluation.metrics import Estimate, cross_sources, evaluate_scores, per_100
 from deepfake_core.evaluation.parts import find_parts
 from tests.builders import draw_scores
 
@@ -42,6 +43,44 @@ def test_rates_exist_when_nothing_was_called_fake():
 def test_auc_counts_the_pairs_in_the_right_order():
     pairs = [fake > real for fake in SCORES[LABELS == 1] for real in SCORES[LABELS == 0]]
     assert evaluate_scores(LABELS, SCORES, 0.5).auc == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_sure_is_counted_alike_in_resamples(seed):
+    labels, scores = draw_scores(80, seed)
+    random = np.random.default_rng(seed)
+    sure, weights = random.random(80) < 0.6, draw_resamples(np.arange(80), count=20, seed=seed)
+    ours = resample_metrics(labels, scores, 0.5, weights, sure)
+    for position, weight in enumerate(weights):
+        drawn = np.repeat(np.arange(80), weight)
+        wrong, known, fake = (scores[drawn] >= 0.5) != (labels[drawn] == 1), sure[drawn], labels[drawn] == 1
+        expected = {
+            "sure_share": known.mean(),
+            "error_when_sure": wrong[known].mean(),
+            "reals_surely_fake": (wrong & known)[~fake].mean(),
+            "fakes_surely_real": (wrong & known)[fake].mean(),
+            "false_alarm_rate": wrong[~fake].mean(),
+        }
+        for name, value in expected.items():
+            assert ours[name][position] == pytest.approx(value), name
+    assert np.isnan(resample_metrics(labels, scores, 0.5, weights)["sure_share"]).all()
+
+
+def test_a_rate_of_none_or_all_still_has_an_interval():
+    """Of n images none, of all such images at most 1 - 0.025 ** (1 / n), by Clopper and Pearson."""
+    metrics = evaluate_scores(np.repeat([0, 1], 30), np.repeat([0.1, 0.9], 30), 0.5, sure=np.arange(60) < 10).metrics
+    none, everything = metrics["false_alarm_rate"], metrics["recall"]
+    assert (none.value, none.low, none.high) == (0, 0, pytest.approx(0.1157, abs=1e-4))
+    assert (everything.value, everything.low, everything.high) == (1, pytest.approx(0.8843, abs=1e-4), 1)
+    assert metrics["error_when_sure"].high == pytest.approx(0.3085, abs=1e-4)
+
+
+def test_rates_are_said_as_a_person_would():
+    said = evaluate_scores(LABELS, SCORES, 0.5).in_words
+    assert said.startswith("of 100 real images about 50 (")
+    assert "are called fake, of 100 fakes about 67 (" in said
+    assert per_100(Estimate(0.004, 0.0, 0.0123)) == "about 0.4 (0 to 1)"
+    assert evaluate_scores(LABELS[:3], SCORES[:3], 0.5).in_words.startswith("of 100 fakes about 67 (")
 
 
 @pytest.mark.parametrize("seed", range(5))

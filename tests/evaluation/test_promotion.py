@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 
 from deepfake_core.config import PromotionParameters
-from deepfake_core.evaluation.metrics import Confusion, Estimate, Evaluation
+from deepfake_core.evaluation.confusion import Confusion
+from deepfake_core.evaluation.metrics import Estimate, Evaluation
 from deepfake_core.evaluation.promotion import Comparison, Cost, Scored, compare_scores, decide_promotion
 
 FLOORS = PromotionParameters(min_precision=0.8, min_recall=0.7)
-NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0)
+NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0, max_false_alarm_rate=1)
 CHEAP = Cost(latency=5, size=10)
 GOOD = Confusion(true_positives=80, false_positives=20, true_negatives=80, false_negatives=20)
 IMPRECISE = Confusion(true_positives=79, false_positives=21, true_negatives=80, false_negatives=20)
@@ -16,6 +17,18 @@ FORGETFUL = Confusion(true_positives=69, false_positives=1, true_negatives=99, f
 def evaluation(confusion: Confusion = GOOD, auc: float = 0.9, recall: float = 0.8) -> Evaluation:
     source = Evaluation(confusion, {"recall": Estimate(recall, recall - 0.1, recall + 0.1)})
     return Evaluation(confusion, {"auc": Estimate(auc, auc - 0.02, auc + 0.02)}, {"source": {"a": source}})
+
+
+def accuse(low: float) -> Evaluation:
+    source = Evaluation(GOOD, {"false_alarm_rate": Estimate(0.2, low, 0.3)})
+    return Evaluation(GOOD, {}, {"source": {"a": source}})
+
+
+def bought(low: float) -> Comparison:
+    """Compare with a production of much higher recall, and false alarms from `low` up."""
+    theirs = {"recall": Estimate(0.95, 0.9, 1.0), "false_alarm_rate": Estimate(0.3, low, 0.4)}
+    production = Evaluation(GOOD, evaluation().metrics, {"source": {"a": Evaluation(GOOD, theirs)}})
+    return Comparison(evaluation(), production, "auc", Estimate(0.1, 0.01, 0.2), 1.0)
 
 
 def comparison(probability: float, auc: float = 0.9, other: float = 0.85, recall: float = 0.8) -> Comparison:
@@ -63,6 +76,20 @@ NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
             "NOT met: precision 0.7900",
             id="better, but misses a floor",
         ),
+        pytest.param(
+            {"challenger": accuse(0.121)},
+            False,
+            "NOT met: false alarms on a 0.200 (0.121 to 0.300), ceiling 0.12",
+            id="accuses too many of a source",
+        ),
+        pytest.param({"challenger": accuse(0.12)}, True, "met: false alarms on a 0.200", id="perhaps accuses too many"),
+        pytest.param(
+            {"compared": bought(0.121)},
+            True,
+            "recall on a 0.8000; production's was bought by false alarms, 0.300 (0.121 to 0.400)",
+            id="production accuses too many",
+        ),
+        pytest.param({"compared": bought(0.12)}, False, "NOT met: recall on a 0.8000", id="production accuses few"),
         # production's recall on the source is 0.8 (0.7 to 0.9): 0.65 is the least
         pytest.param(
             {"compared": comparison(1.0, recall=0.651)},

@@ -260,7 +260,9 @@ def make_report(dataset, folder):
     labels, rows = result.images.labels, result.images.rows
     compared = compare_scores(labels, rows, Scored(result.scores, 0.5), Scored(1 - result.scores, 0.5))
     cost = measure_cost(Detector(folder))
-    decision = decide_promotion(result.evaluation, compared, cost, PromotionParameters(min_precision=0, min_recall=0))
+    decision = decide_promotion(
+        result.evaluation, compared, cost, PromotionParameters(min_precision=0, min_recall=0, max_false_alarm_rate=1)
+    )
     facts = ModelFacts(
         name="deepfake-detector",
         version="7",
@@ -269,6 +271,7 @@ def make_report(dataset, folder):
         commit="c1",
         seed=3,
         temperature=1.5,
+        bounds=None,
         cost=cost,
         candidates=pd.DataFrame([{"candidate": "cnn", "AUC": "0.9"}]),
         settings={"training.epochs": "<script>alert(1)</script>"},

@@ -52,7 +52,7 @@ def client(tracking, five_versions, monkeypatch):
 def register(client: mlflow.MlflowClient, name: str = NAME) -> None:
     """Register a version that has figures, but no model files: moves need none."""
     with runs.open_run("retrain") as parent, runs.open_run("cnn", parent) as run_id:
-        runs.log_metrics(run_id, {"test/precision": 0.8765})
+        runs.log_metrics(run_id, {"test/recall": 0.8765})
     tags = {"decision": "promoted", "reasons": "met: a", "dataset_version": "0123456789abcdef", "flow_run_id": run_id}
     client.create_model_version(name, "file:///nowhere", run_id, tags=tags)
 

@@ -25,7 +25,9 @@ STORED = (
     "artifacts/detector/detector.json",
     "artifacts/detector/model.onnx",
     "code/decoding.py",
+    "code/description.py",
     "code/detector.py",
+    "code/input_gate.py",
     "conda.yaml",
     "input_example.json",
     "pyfunc_model.py",
@@ -35,7 +37,7 @@ STORED = (
 )
 ADDED = ("artifacts/detector/model.onnx.data", "code/numpy.py")
 CASES = [(how, file) for file in STORED for how in ("has changed", "is missing")]
-CASES += [("was added", file) for file in ADDED]  # 26: each of the 12 stored files twice, and two more
+CASES += [("was added", file) for file in ADDED]  # 30: each of the 14 stored files twice, and two more
 FEW = [CASES[4], CASES[9], CASES[-1]]  # detector.json has changed, the code is missing, a module was added
 
 
@@ -90,7 +92,7 @@ def test_every_stored_file_is_part_of_the_seal(stored):
     assert set(sealed) == set(STORED)
     assert sealed["artifacts/detector/model.onnx"] == hash_files(FORMER)["model.onnx"]
     assert len(read_version(NAME, "1").tags[names.SEAL]) < 5000  # what MLflow's databases have held ever since
-    assert len(CASES) == 26
+    assert len(CASES) == 30
 
 
 @pytest.mark.parametrize(("how", "file"), CASES)

@@ -1,6 +1,7 @@
 """Every form in which users post images to `mlflow models serve`: judged, or an answer that says what to send."""
 
 import base64
+import json
 import os
 import re
 import signal
@@ -52,6 +53,9 @@ def address(put_mlflow, tmp_path_factory):
     """Serve a version with MLflow; return where it takes images."""
     folder = tmp_path_factory.mktemp("served")
     copy_former(folder / "detector")
+    file = folder / "detector" / "detector.json"
+    bounds = {"lower": 0.0, "upper": 1.0, "max_error": 0.05}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bounds": bounds, "limits": {}}))
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         put_mlflow(patch, folder)
@@ -81,6 +85,17 @@ def check_judged(answer: requests.Response, images: list[bytes]) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_images_are_judged_in_every_form(address, form):
     check_judged(requests.post(address, json=FORMS[form]), IMAGES)
+
+
+def test_a_threshold_may_be_given_and_what_is_not_sure_says_why(address):
+    body = {"inputs": TEXTS, "params": {"threshold": 0.0}}
+    for row in requests.post(address, json=body).json()["predictions"]:
+        assert (row["label"], row["threshold"]) == ("fake", 0.0)
+        assert row["sure"] is False
+        assert "must be above 1.00 to be sure" in row["reason"]
+    refused = requests.post(address, json={"inputs": TEXTS, "params": {"threshold": 7}})
+    assert refused.status_code == 400
+    assert "threshold must be a number from 0 to 1" in refused.text
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

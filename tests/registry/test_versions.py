@@ -49,7 +49,7 @@ def test_pyfunc_model_answers_bytes_alone_and_harms_no_row(registered, tmp_path)
     (file := tmp_path / "face.jpg").write_bytes(jpeg(3))
     rows = [jpeg(1), b"no image", encode(draw_image(2), "PNG"), str(file), file.as_uri(), None]
     out = model.predict(pd.DataFrame({"image": rows}))
-    assert list(out.columns) == ["label", "fake_probability", "threshold", "error"]
+    assert list(out.columns) == ["label", "fake_probability", "threshold", "sure", "reason", "error"]
     assert out["label"].isna().tolist() == [False, True, False, True, True, True]
     assert out.loc[1, "error"] == "must be a JPEG, PNG or WebP image"
     assert (

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -210,7 +211,52 @@ def test_the_table_names_an_image_once_and_counts_outcomes(candidate, folder, ca
     assert out.count("scene.png") == 1
     assert "no face was found" in out
     assert "1 no face" in out
-    assert "fake from 0.5 up" in out
+    assert "Fake from 0.5 up." in out
+    assert "not sure" not in out  # a model without bounds does not say
+
+
+@pytest.fixture
+def bounded(candidate, tmp_path):
+    """Return a model that says where it is sure and what its threshold meant; of images from 100 pixels up."""
+    model = Path(shutil.copytree(candidate.folder, tmp_path / "bounded"))
+    description = json.loads((model / "detector.json").read_text())
+    description |= {"bounds": {"lower": 0.5, "upper": 0.5, "max_error": 0.05}, "limits": {"side": 100}}
+    table = [[0.01, 0.9, 1.0], [0.5, 0.07, 0.71], [0.9, 0.01, 0.3]]
+    description["rates"] = {"drawn": False, "parts": [{"name": "", "reals": 100, "fakes": 100, "table": table}]}
+    (model / "detector.json").write_text(json.dumps(description))
+    return model
+
+
+def test_what_is_not_sure_says_why(bounded, folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for number, (image, name) in enumerate(zip(stripes(2, 5).pixels, ("dark", "bright"), strict=True)):
+        Image.fromarray(image).resize((100 - number, 100)).save(folder / f"{name}.png")
+    files = [str(folder / f"{name}.png") for name in ("dark", "bright")]
+    options = ["--model", str(bounded), "--no-detect"]
+    assert main(["predict", *files, *options, "--json"]) == 0
+    dark, bright = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (dark["label"], dark["sure"], dark["reason"]) == ("real", True, None)
+    assert (bright["label"], bright["sure"]) == ("fake", False)
+    assert "99 pixels wide; calibrated on 100 and more" in bright["reason"]
+    assert main(["predict", *files, *options]) == 0
+    out = capsys.readouterr().out
+    assert "fake?" in out
+    assert "1 of the verdicts are not sure" in out
+    assert "of 100 real ones about 7 (3 to 14) were called fake, and of 100 fakes about 71 (61 to 79) were found" in out
+    assert main(["predict", *files, *options, "--fail-on", "unsure"]) == 1
+    assert main(["predict", files[0], *options, "--fail-on", "unsure", "--fail-on", "fake"]) == 0
+
+
+def test_another_threshold_says_what_it_meant(bounded, folder, capsys):
+    options = ["--model", str(bounded), "--no-detect", str(folder / "scene.png")]
+    assert main(["predict", *options, "--threshold", "0"]) == 0
+    assert "1 fake" in capsys.readouterr().out
+    assert main(["predict", *options, "--threshold", "0.95"]) == 0
+    assert "of 100 real ones about 1 (0 to 5) were called fake, and of 100 fakes about 30 (" in capsys.readouterr().out
+    assert main(["predict", *options, "--threshold", "0.95", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["threshold"] == 0.95
+    assert main(["predict", *options, "--threshold", "1.5"]) == 2
+    assert "--threshold must be a number from 0 to 1. Received: 1.5" in capsys.readouterr().err
 
 
 def test_names_are_shown_as_they_are(candidate, tmp_path, capsys, monkeypatch):

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector, apply_temperature
-from deepfake_core.evaluation.metrics import Confusion, evaluate_scores
-from deepfake_core.training.calibration import calibrate_detector, choose_threshold, fit_temperature
+from deepfake_core.evaluation.confusion import Confusion
+from deepfake_core.evaluation.metrics import evaluate_scores
+from deepfake_core.input_gate import Measures
+from deepfake_core.training.calibration import calibrate_detector, choose_threshold, fit_bounds, fit_temperature
 from tests.builders import draw_scores, stripes
 
 
@@ -43,33 +45,93 @@ def test_a_temperature_keeps_the_order_and_the_half(scores, temperature):
     assert apply_temperature(np.array([0.5], np.float32), temperature)[0] == 0.5
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_no_threshold_has_a_better_f1(seed):
+ONE = np.full(1000, "one")
+"""Names of a single source."""
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("rule", "measure"),
+    [("best_f1", lambda found: found.f1), ("balanced_accuracy", lambda found: found.recall - found.false_alarm_rate)],
+)
+def test_no_threshold_is_better_by_the_rule(rule, measure, seed):
     labels, scores = draw_scores(40, seed)
     scores = np.round(scores, 1 + seed % 3)
-    chosen = choose_threshold(labels, scores, "best_f1", 0.05)
-    best = max(Confusion.count(labels, scores, threshold).f1 for threshold in np.unique(scores))
-    assert Confusion.count(labels, scores, chosen).f1 == pytest.approx(best)
+    chosen = choose_threshold(labels, scores, ONE[:40], rule, 0.0)
+    best = max(measure(Confusion.count(labels, scores, threshold)) for threshold in [*np.unique(scores), 1.01])
+    assert measure(Confusion.count(labels, scores, chosen)) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.2, 1.0])
 @pytest.mark.parametrize("seed", range(5))
-def test_the_false_alarm_rate_is_kept_and_used_up(seed, rate):
-    labels, scores = draw_scores(60, seed)
+def test_the_false_alarm_rate_is_kept_on_every_source_at_the_best_balanced_accuracy(seed, rate):
+    labels, scores = draw_scores(400, seed)
     scores = np.round(scores, 2)
-    chosen = choose_threshold(labels, scores, "false_alarm_rate", rate)
-    reals = (labels == 0).sum()
-    within = [
-        Confusion.count(labels, scores, threshold).recall
-        for threshold in [*np.unique(scores), 1.01]
-        if Confusion.count(labels, scores, threshold).false_positives <= rate * reals
-    ]
-    reached = Confusion.count(labels, scores, chosen)
-    assert reached.false_positives <= rate * reals
-    assert reached.recall == pytest.approx(max(within))
+    sources = np.array(["first", "second"])[np.random.default_rng(seed).integers(0, 2, 400)]
+    scores[sources == "second"] **= 0.7  # whose reals look more like fakes
+
+    def count(threshold):
+        parts = (
+            Confusion.count(labels[part], scores[part], threshold) for part in (sources == "first", sources == "second")
+        )
+        kept = all(one.false_positives <= max(0, rate * (one.reals + 1) - 1) for one in parts)
+        whole = Confusion.count(labels, scores, threshold)
+        return kept, whole.recall - whole.false_alarm_rate
+
+    chosen = choose_threshold(labels, scores, sources, "false_alarm_rate", rate)
+    kept, reached = count(chosen)
+    assert kept
+    assert reached == pytest.approx(max(value for kept, value in map(count, [*np.unique(scores), 1.01]) if kept))
 
 
-def test_both_are_stored_with_the_detector_and_used(candidate, tmp_path):
+def test_the_worst_source_decides_and_one_of_few_reals_is_taken_with_the_others(caplog):
+    scores = np.concatenate([np.linspace(0, 0.4, 100), np.linspace(0, 0.8, 60), np.linspace(0.9, 1, 50)])
+    labels, sources = np.repeat([0, 1], [160, 50]), np.repeat(["easy", "hard", "easy"], [100, 60, 50])
+    caplog.set_level("INFO")
+    assert 0.7 < choose_threshold(labels, scores, sources, "false_alarm_rate", 0.1) <= 0.9
+    fakes_lower = np.where(labels == 1, scores - 0.5, scores)
+    strict = choose_threshold(labels, fakes_lower, sources, "false_alarm_rate", 0.1)
+    assert Confusion.count(labels[sources == "hard"], fakes_lower[sources == "hard"], strict).false_positives <= 5
+    assert "the 60 reals of hard" in caplog.text
+    few = np.where(np.arange(210) < 120, "easy", sources)  # 40 are left of the hard one
+    caplog.clear()
+    choose_threshold(labels, fakes_lower, few, "false_alarm_rate", 0.1)
+    assert "the 160 reals of all sources, as hard has fewer than 50" in caplog.text
+
+
+@pytest.mark.slow
+def test_in_1000_draws_the_next_image_keeps_every_stated_rate():
+    """Images to come are as likely wrong as stated, on average over draws, whatever the scores' distribution."""
+    random, wrong = np.random.default_rng(0), []
+    labels, new_labels = (np.repeat([0, 1], count) for count in (79, 200))
+    for _ in range(1000):
+        shape = random.uniform(0.5, 4)
+        draw = lambda count, shape=shape: np.concatenate([random.beta(1, shape, count), random.beta(shape, 1, count)])  # noqa: E731
+        scores, new = draw(79), draw(200)
+        threshold = choose_threshold(labels, scores, np.full(158, "one"), "false_alarm_rate", 0.1)
+        lower, upper = fit_bounds(labels, scores, 0.05)
+        fakes, reals = new[new_labels == 1], new[new_labels == 0]
+        wrong.append([(reals >= threshold).mean(), (fakes < lower).mean(), (reals > upper).mean()])
+    mean, error = np.mean(wrong, axis=0), np.std(wrong, axis=0) / 1000**0.5
+    assert (mean <= np.array([0.1, 0.05, 0.05]) + 3 * error).all(), mean
+    assert (mean[1:] >= 0.05 - 1 / 80 - 3 * error[1:]).all(), (
+        mean
+    )  # and hardly less: the bounds are no wider than need be
+
+
+@given(st.lists(st.floats(0, 1, width=32), max_size=60), st.lists(st.floats(0, 1, width=32), max_size=60))
+def test_of_each_class_at_most_the_stated_share_lies_beyond_the_bound(reals, fakes):
+    labels, scores = np.repeat([0, 1], [len(reals), len(fakes)]), np.array([*reals, *fakes])
+    lower, upper = fit_bounds(labels, scores, 0.05)
+    assert (scores[labels == 1] < lower).sum() <= max(0, 0.05 * (len(fakes) + 1) - 1)
+    assert (scores[labels == 0] > upper).sum() <= max(0, 0.05 * (len(reals) + 1) - 1)
+    if len(fakes) < 19:
+        assert lower == 0
+    if len(reals) < 19:
+        assert upper == 1
+
+
+def test_all_is_stored_with_the_detector_and_used(candidate, tmp_path):
     folder = shutil.copytree(candidate.folder, tmp_path / "detector")
     val = stripes(64, 5)
     calibrate_detector(folder, val, EvaluationParameters())
@@ -80,6 +142,7 @@ def test_both_are_stored_with_the_detector_and_used(candidate, tmp_path):
     assert detector.threshold == first["threshold"]
     raw = Detector(candidate.folder).score(val.pixels)
     assert np.allclose(detector.score(val.pixels), apply_temperature(raw, first["temperature"]), atol=1e-6)
-    strict = EvaluationParameters(threshold="false_alarm_rate", false_alarm_rate=0)
-    calibrate_detector(folder, val, strict)
+    measured = [Measures(32, 0.1 + 0.01 * number, 90 - number) for number in range(64)]
+    calibrate_detector(folder, val, EvaluationParameters(false_alarm_rate=0), measured)
+    assert Detector(folder).description["limits"] == {"side": 32, "sharpness": 0.1, "jpeg_quality": 27}
     assert Confusion.count(val.labels, detector.score(val.pixels), Detector(folder).threshold).false_positives == 0
