@@ -18,8 +18,8 @@ demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no
 test: .venv/installed  ## run the whole test suite but the sweeps
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not sweep"
 
-sweep: .venv/installed  ## run the tests that take long, such as a kill at each of 40 points of a retrain
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m sweep
+sweep: .venv/installed  ## run the tests that take long, such as many kills of a retrain; FILES=... limits them
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m sweep $(FILES)
 
 test-fast: .venv/installed  ## run the tests that take a moment and start no process: for the edit loop
 	$(BIN)/python -m pytest -n 0 -m "not slow and not process and not browser and not sweep" --durations 3 \
