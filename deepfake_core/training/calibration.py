@@ -133,11 +133,14 @@ def count_allowed(images: int, rate: float) -> int:
 
 
 def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tuple[float, float]:
-    """Find the bounds beyond which a verdict is sure: of fakes at most a share lies below the lower, of reals above the
-    upper.
+    """Find the bounds beyond which a verdict is sure: the nearest ones that keep the stated error in two ways.
 
-    Split-conformal prediction for each class: Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML
+    Of each class, at most a share gets a sure verdict that is wrong. This holds for any mix of reals and fakes:
+    split-conformal prediction for each class, Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML
     2012, section 2. Of n images, the k-th most extreme score bounds one to come with a chance of at most k / (n + 1).
+
+    Of the verdicts beyond each bound, at most the same share is wrong. This holds for the mix of these images. One
+    verdict to come counts as wrong.
 
     Args:
         labels: int array of shape (n,): 0 real, 1 fake.
@@ -149,4 +152,17 @@ def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tupl
     fakes, reals = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])[::-1]
     below, above = (math.floor(max_error * (len(one) + 1) + 1e-9) for one in (fakes, reals))
     lower = float(fakes[below - 1]) if below else 0.0
-    return lower, float(reals[above - 1]) if above else 1.0
+    upper = float(reals[above - 1]) if above else 1.0
+    return (
+        min(lower, -_find_bound(-scores, labels == 1, max_error, 0.0)),
+        max(upper, _find_bound(scores, labels == 0, max_error, 1.0)),
+    )
+
+
+def _find_bound(scores: np.ndarray, wrong: np.ndarray, max_error: float, none: float) -> float:
+    """Return the lowest score such that of the scores above it at most a share is wrong, `none` if there is no such."""
+    order = np.argsort(-scores, kind="stable")
+    scores, wrong = scores[order], wrong[order]
+    ends = np.flatnonzero(np.diff(scores))  # of each run of equal scores but the last, above which lie all others
+    kept = np.flatnonzero(wrong.cumsum()[ends] + 1 <= max_error * (ends + 2) + 1e-9)
+    return float(scores[ends[kept[-1]] + 1]) if len(kept) else none
