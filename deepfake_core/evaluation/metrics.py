@@ -75,6 +75,12 @@ class Evaluation:
         return self.parts.get("source", {})
 
     @property
+    def mean_source_auc(self) -> float | None:
+        """The mean AUC of the sources that have both classes, so that a large source outweighs no small one."""
+        found = [one.auc for one in self.sources.values() if one.auc is not None]
+        return sum(found) / len(found) if found else self.auc
+
+    @property
     def in_words(self) -> str:
         """False alarms and recall, as a person would say them, with their intervals."""
         rates = {name: self.metrics.get(name) for name in ("false_alarm_rate", "recall")}
@@ -97,14 +103,17 @@ class Evaluation:
 
     @classmethod
     def unflatten(cls, prefix: str, flat: Mapping[str, float]) -> "Evaluation":
-        """Make the whole's evaluation, without parts, of what `flatten` returned."""
+        """Make the evaluation of the whole and of each source of what `flatten` returned."""
         confusion = Confusion(**{one.name: int(flat[f"{prefix}/{one.name}"]) for one in fields(Confusion)})
         metrics = {
             name: Estimate(*(flat[f"{prefix}/{name}{end}"] for end in ("", "_low", "_high")))
             for name in METRIC_TITLES
             if f"{prefix}/{name}" in flat
         }
-        return cls(confusion, metrics)
+        start, end = f"{prefix}/", f"/{fields(Confusion)[0].name}"
+        names = [key[len(start) : -len(end)] for key in flat if key.startswith(start) and key.endswith(end)]
+        sources = {name: cls.unflatten(start + name, flat) for name in names if name}
+        return cls(confusion, metrics, {"source": sources} if sources else {})
 
     def list_rows(self, kind: str = "all", name: str = "all") -> Iterator[dict[str, Any]]:
         """Yield a row for the whole and for each part: `kind`, `name`, counts, and each metric with low and high."""

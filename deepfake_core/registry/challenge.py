@@ -83,8 +83,8 @@ def log_candidate(run_id: str, candidate: Candidate, val: Images, dataset: Datas
 
 
 def choose_best(trained: Sequence[TrainedCandidate]) -> TrainedCandidate:
-    """Return the candidate with the highest AUC on validation; the first of equals."""
-    return max(trained, key=lambda one: one.validation.auc or 0.0)
+    """Return the candidate with the highest AUC on validation, the mean of its sources'; the first of equals."""
+    return max(trained, key=lambda one: one.validation.mean_source_auc or 0.0)
 
 
 def log_measured(best: TrainedCandidate, parent_run: str, measured: Measured) -> None:

@@ -11,7 +11,7 @@ from deepfake_core.evaluation.bootstrap import (
     resample_metrics,
 )
 from deepfake_core.evaluation.confusion import Confusion
-from deepfake_core.evaluation.metrics import Estimate, cross_sources, evaluate_scores, per_100
+from deepfake_core.evaluation.metrics import Estimate, Evaluation, cross_sources, evaluate_scores, per_100
 from deepfake_core.evaluation.parts import find_parts
 from tests.builders import draw_scores
 
@@ -148,12 +148,15 @@ def test_near_copies_widen_the_interval():
 
 
 def test_metrics_are_named_by_source():
-    flat = evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "a", "b", "a", "a", "c", "c"])).flatten("test")
+    evaluation = evaluate_scores(LABELS, SCORES, 0.5, rows(["a", "a", "b", "a", "a", "c", "c"]))
+    flat = evaluation.flatten("test")
     assert flat["test/precision"] == 0.5
     assert flat["test/a/auc"] == 0.75
     assert flat["test/auc_low"] <= flat["test/auc"] <= flat["test/auc_high"]
     assert flat["test/c/false_positives"] == 0
     assert "test/c/auc" not in flat  # a source with one class has none
+    assert Evaluation.unflatten("test", flat).flatten("test") == flat
+    assert Evaluation.unflatten("test", flat).mean_source_auc == evaluation.mean_source_auc == 0.75
 
 
 def test_sources_add_up_to_the_whole():

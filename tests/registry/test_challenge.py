@@ -3,6 +3,7 @@
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from deepfake_core.config import PromotionParameters
@@ -58,6 +59,18 @@ def test_the_candidate_with_the_best_auc_on_validation_is_chosen():
     ]
     assert choose_best(found).run_id == "strong"
     assert choose_best([found[0], dataclasses.replace(found[0], run_id="equal")]).run_id == "weak"
+
+
+def test_a_small_source_counts_as_much_as_a_large_one_when_a_candidate_is_chosen():
+    found = []
+    for name, gains in (("large", (3.0, 0.0)), ("both", (2.0, 2.0))):
+        labels, scores = (
+            np.concatenate(one) for one in zip(draw_scores(400, 1, gains[0]), draw_scores(40, 2, gains[1]), strict=True)
+        )
+        rows = {"source": np.repeat(["large", "small"], [400, 40]), "member": np.full(440, ""), "group": np.arange(440)}
+        found.append(TrainedCandidate(SimpleNamespace(), name, evaluate_scores(labels, scores, 0.5, rows)))
+    assert found[0].validation.auc > found[1].validation.auc
+    assert choose_best(found).run_id == "both"
 
 
 @pytest.mark.slow
