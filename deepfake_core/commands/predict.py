@@ -68,9 +68,10 @@ def run(options: argparse.Namespace) -> int:
         raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
     detector = load_model(options.model)
     if options.threshold is not None:
-        if not 0 <= options.threshold <= 1:
-            raise ModelError(f"--threshold must be a number from 0 to 1. Received: {options.threshold:g}.")
-        detector = detector.at(options.threshold)
+        try:
+            detector = detector.at(options.threshold)
+        except ValueError as exc:
+            raise ModelError(f"--{exc}.") from exc
     predictor = Predictor(detector, detect=not options.no_detect)
     if options.explain and not detector.explains:
         raise ModelError(

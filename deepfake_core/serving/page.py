@@ -76,7 +76,7 @@ class ModelKeeper:
                 except DeepfakeError:
                     if self._predictor is None:
                         raise
-                    log.exception("still serving %s: the registry can't be reached", self._version)
+                    log.exception("still serving %s: the newer version can't be loaded", self._version)
                 self._looked = time.monotonic()
             assert self._predictor
             return self._predictor, self._version

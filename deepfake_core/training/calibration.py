@@ -124,7 +124,8 @@ def group_reals(real: np.ndarray, sources: np.ndarray) -> dict[str, np.ndarray]:
     by_source = {str(name): real & (sources == name) for name in np.unique(sources)}
     enough = {name: group for name, group in by_source.items() if group.sum() >= MIN_SOURCE_REALS}
     few = [name for name in by_source if name not in enough]
-    return enough | ({f"all sources, as {', '.join(few)} has fewer than {MIN_SOURCE_REALS}": real} if few else {})
+    have = f"{' and '.join(few)} {'has' if len(few) == 1 else 'have'}"
+    return enough | ({f"all sources, as {have} fewer than {MIN_SOURCE_REALS}": real} if few else {})
 
 
 def count_allowed(images: int, rate: float) -> int:
