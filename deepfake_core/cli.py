@@ -75,15 +75,19 @@ def build_parser() -> argparse.ArgumentParser:
     promote = commands.add_parser("promote", help="put a version into production")
     promote.add_argument("version", metavar="N", help="number of the version")
     promote.add_argument("--force", action="store_true", help="even if it failed the promotion rule")
+    refuse = commands.add_parser("refuse", help="refuse a version that waits for approval")
+    refuse.add_argument("version", metavar="N", help="number of the version")
     rollback = commands.add_parser("rollback", help="put the version that production replaced back")
-    for command in (promote, rollback):
+    for command in (promote, refuse, rollback):
         command.add_argument("--reason", required=True, help="why; recorded with the version")
     seal = commands.add_parser("seal", help="record the SHA-256 of each file of a version that has no such record")
     seal.add_argument("version", metavar="N", help="number of the version")
     for command, run in ((promote, production.promote), (rollback, production.roll_back), (seal, production.seal)):
         command.add_argument("--yes", action="store_true", help="don't ask for confirmation")
-        command.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
         command.set_defaults(run=run)
+    refuse.set_defaults(run=production.refuse)
+    for command in (promote, refuse, rollback, seal):
+        command.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
 
     pull = commands.add_parser("pull", help="copy a model out of the registry")
     pull.add_argument("folder", type=Path, metavar="DIR", help="folder to write, empty or new")

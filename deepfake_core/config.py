@@ -26,6 +26,9 @@ SPLITS = ("train", "val", "test")
 DEFAULT_MODEL = "deepfake-detector"
 """Name in MLflow's model registry."""
 
+PROMOTED, NOT_PROMOTED, WAITS = "promoted", "not promoted", "waits for approval"
+"""What can be decided about a version; a person decides about the last."""
+
 PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
 """Where the production model is in the registry."""
 
@@ -40,6 +43,7 @@ Normalisation = Literal["none", "reencode"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 ThresholdRule = Literal["false_alarm_rate", "balanced_accuracy", "best_f1"]
+Approval = Literal["never", "borderline", "always"]
 PrimaryMetric = Literal[
     "auc", "average_precision", "accuracy", "f1", "recall_at_1_percent_fpr", "recall_at_5_percent_fpr"
 ]
@@ -413,3 +417,11 @@ class PromotionParameters(Parameters):
         default=None, gt=0, description="Milliseconds for one image, at most, on the CPU of the machine that evaluates."
     )
     max_size: float | None = Field(default=None, gt=0, description="Largest model.onnx, in megabytes (10^6 bytes).")
+    approval: Annotated[Approval, WithJsonSchema({"type": "string", "enum": list(get_args(Approval))})] = Field(
+        default="never",
+        description="When a person decides. never: the rule does. borderline: where all is met but the probability, "
+        "which is 0.8 at least. always: before any version goes into production.",
+    )
+    approval_hours: float = Field(
+        default=72, gt=0, le=8760, description="How long a version waits for a person; then it is not promoted."
+    )

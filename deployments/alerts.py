@@ -21,7 +21,9 @@ LATE = timedelta(minutes=10)
 SILENT = timedelta(minutes=10)
 """Three heartbeats of a flow run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY is 180 s), and some."""
 
-ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Suspended")}
+"""One that is suspended, as it waits for approval, has no process either."""
+
 RUN = "{{ flow.name }} run {{ flow_run.name }}"
 PAGE = "Its page: {{ flow_run|ui_url }}"
 SECRET = "'KGAT_' in word or ('?' in word and '=' in word) or ('://' in word and '@' in word)"

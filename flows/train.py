@@ -20,6 +20,7 @@ from tasks.model import (
     state_hardware,
     train_architecture,
 )
+from tasks.remote import ask_for_approval
 
 
 @flow(name="train")
@@ -62,5 +63,7 @@ def train(
         version = begun.version if begun else register(best, measured, published, name, fingerprint, flow_run.id)
         outcome = promote(version, best, measured, published, promotion)
         report_on_model(version, trained, best, published, measured, robustness, outcome, name)
+        if outcome.decision.waits:
+            ask_for_approval(name, version)
     discard_trainings(published, training, evaluation)
     return version

@@ -1,16 +1,16 @@
 """Events about the production model, which automations listen to (deployments/alerts.py)."""
 
-from typing import Literal
-
 from prefect.events import emit_event
 
-Announcement = Literal["promoted", "not-promoted", "rolled-back"]
 
+def announce(outcome: str, model: str, version: str, text: str) -> None:
+    """Emit `deepfake.version.<outcome>`; the text says what was decided and why.
 
-def announce(outcome: Announcement, model: str, version: str, text: str) -> None:
-    """Emit `deepfake.version.<outcome>`; the text says what was decided and why."""
+    Args:
+        outcome: promoted, not promoted, waits for approval, or rolled back.
+    """
     emit_event(
-        f"deepfake.version.{outcome}",
+        f"deepfake.version.{outcome.replace(' ', '-')}",
         resource={"prefect.resource.id": f"deepfake.version.{model}.{version}", "prefect.resource.name": model},
         payload={"model": model, "version": version, "text": text},
     )

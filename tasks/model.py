@@ -138,7 +138,7 @@ def promote(
     found = challenge.promote_challenger(version, best, measured, dataset, parameters)
     name = parameters.model_name
     text = found.decision.describe(name, version, found.production)
-    announce("promoted" if found.decision.promoted else "not-promoted", name, version, text)
+    announce(found.decision.name, name, version, text)
     create_markdown_artifact(
         outcome.describe_challenge(found, name, version, measured),
         key="promotion",

@@ -1,14 +1,21 @@
-"""Training on another machine, through a deployment."""
+"""Runs of other deployments: training on another machine, and the question whether a version is promoted."""
 
 from typing import cast
 
+from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled
 
-from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.config import DEFAULT_MODEL, WAITS, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import ConfigurationError, ServiceError
+from deepfake_core.registry.versions import read_version
+
+APPROVE = "approve/manual"
+"""The deployment that asks a person."""
 
 
 def check_deployment(name: str) -> None:
@@ -62,3 +69,28 @@ def run_remotely(
             "unless its log says so; open that run's page for its log, then run again: the data set is kept."
         )
     return str(run.id)
+
+
+def ask_for_approval(model_name: str, version: str) -> None:
+    """Start the run that asks a person whether a version is promoted; without its deployment, log how to answer."""
+    parameters = {"version": int(version), "model_name": model_name}
+    key = f"{APPROVE}-{model_name}-{version}"
+    try:
+        run_deployment(APPROVE, parameters=parameters, timeout=0, as_subflow=False, idempotency_key=key)
+    except (ObjectNotFound, ValueError):
+        get_run_logger().warning(
+            "version %s of %s waits for approval: `deepfake promote %s` or `deepfake refuse %s` answers. "
+            "`make deploy` creates the deployment %s, which asks in Prefect",
+            *(version, model_name, version, version, APPROVE),
+        )
+
+
+def close_questions() -> None:
+    """Cancel the runs that still ask about a version about which was decided elsewhere."""
+    flow, suspended = FlowFilter(name={"any_": ["approve"]}), FlowRunFilter(state={"name": {"any_": ["Suspended"]}})
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_filter=flow, flow_run_filter=suspended):
+            asked = read_version(run.parameters.get("model_name", DEFAULT_MODEL), str(run.parameters["version"]))
+            if asked.decision != WAITS:
+                message = f"It was decided elsewhere: {asked.decision}, {asked.reasons[-1]}"
+                client.set_flow_run_state(run.id, Cancelled(message=message), force=True)

@@ -32,6 +32,7 @@ def test_the_deployments_and_two_pools_are_there():
         "prepare/manual": "cpu",
         "train/gpu": "gpu",
         "promote/manual": "cpu",
+        "approve/manual": "cpu",
         "rollback/manual": "cpu",
         "production.health/hourly": "cpu",
         "leave-one-out/manual": "gpu",

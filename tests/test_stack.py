@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 
-from deepfake_core.registry import fingerprint, versions
+from deepfake_core.registry import fingerprint, production, versions
 from deployments import alerts
 from deployments.stack import control, make_environment
 from tasks.announcement import announce
@@ -327,6 +327,43 @@ def test_the_command_line_retrains_on_two_workers(stack):
     logged = mlflow.MlflowClient().get_run(newest.run_id).data.params
     assert logged["training.augmentation.zoom"] == "0.2"  # what was set reached the other worker, and nothing else did
     assert logged["training.augmentation.rotation"] == "20.0"
+
+
+@pytest.mark.browser
+def test_a_person_approves_in_the_browser(stack, chromium):
+    """A version that waits is asked about by a run that holds no worker; the answer moves production."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    client = mlflow.MlflowClient()
+    first, before = client.get_model_version(NAME, "1"), production.find_production(NAME)
+    soon = (datetime.now(UTC) + timedelta(hours=1)).isoformat(timespec="seconds")
+    waits = {
+        "decision": "waits for approval",
+        "reasons": "NOT met: AUC 0.9",
+        "compared_with": before,
+        "answer_until": soon,
+    }
+    asked = client.create_model_version(NAME, first.source, first.run_id, tags=waits).version
+    with get_client(sync_client=True) as prefect:
+        deployment = prefect.read_deployment_by_name("approve/manual")
+        run = prefect.create_flow_run_from_deployment(deployment.id, parameters={"version": int(asked)})
+    wait_until(lambda: find_runs("approve/manual")[0].state.name == "Suspended")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(0)
+        page.goto(f"{stack.prefect}/runs/flow-run/{run.id}")
+        page.get_by_role("button", name="Resume").first.click()
+        page.get_by_text(f"Shall {NAME} version {asked} go into production?").wait_for()
+        page.locator(".schema-form-property", has=page.get_by_text("Reason")).locator("input, textarea").fill("seen")
+        page.locator(".schema-form-property", has=page.get_by_text("Approve")).locator("input").check()
+        take_picture(page, "approval")
+        page.get_by_role("button", name="Submit").click()
+        ended = wait_until(lambda: find_ended(run.id))
+        browser.close()
+    assert ended.state.is_completed(), ended.state
+    assert production.find_production(NAME) == asked
+    assert versions.read_version(NAME, asked).reasons[-1] == "approved: seen"
+    wait_until(lambda: stack.was_told(f"Version {asked} of {NAME} is promoted, as a person decided: seen"))
 
 
 def test_no_secret_is_left_behind(stack):

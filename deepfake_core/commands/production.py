@@ -1,4 +1,4 @@
-"""What changes production, seals versions or frees their disk: `promote`, `rollback`, `seal`, `gc`."""
+"""What changes production, seals versions or frees their disk: `promote`, `refuse`, `rollback`, `seal`, `gc`."""
 
 import argparse
 import json
@@ -19,6 +19,16 @@ def promote(options: argparse.Namespace) -> int:
         return 1
     former = production.promote_by_hand(options.model_name, options.version, options.reason, options.force)
     print(f"Version {options.version} is in production instead of {former or 'none'}. `deepfake rollback` undoes it.")
+    return 0
+
+
+def refuse(options: argparse.Namespace) -> int:
+    from deepfake_core.registry import approval
+    from deepfake_core.registry.connection import connect
+
+    connect()
+    approval.refuse(options.model_name, options.version, options.reason)
+    print(f"Version {options.version} is refused. `deepfake promote {options.version} --force` still promotes it.")
     return 0
 
 

@@ -4,10 +4,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from deepfake_core.config import PrimaryMetric, PromotionParameters
+from deepfake_core.config import NOT_PROMOTED, PROMOTED, WAITS, PrimaryMetric, PromotionParameters
 from deepfake_core.detector import Detector
 from deepfake_core.evaluation.bootstrap import METRIC_TITLES, draw_resamples, resample_metrics
 from deepfake_core.evaluation.metrics import Estimate, Evaluation, evaluate_scores
@@ -56,12 +57,37 @@ class Cost:
     size: float
 
 
+MIN_BORDERLINE_PROBABILITY = 0.8
+"""From this probability of being better on, a person may promote a challenger that the rule refuses."""
+
+
+class Check(NamedTuple):
+    """One condition of the rule.
+
+    Attributes:
+        is_close: whether a challenger that fails it may still be promoted by a person (`promotion.approval`).
+    """
+
+    passed: bool
+    text: str
+    is_close: bool = False
+
+
 @dataclass(frozen=True)
 class Decision:
-    """Promote or not, and every reason, readable on its own."""
+    """Promote or not, and every reason, readable on its own.
+
+    Attributes:
+        waits: whether a person decides; it is not promoted until then.
+    """
 
     promoted: bool
     reasons: tuple[str, ...]
+    waits: bool = False
+
+    @property
+    def name(self) -> str:
+        return WAITS if self.waits else PROMOTED if self.promoted else NOT_PROMOTED
 
     @property
     def text(self) -> str:
@@ -69,7 +95,7 @@ class Decision:
 
     def describe(self, model_name: str, version: str, production: str | None) -> str:
         """Return the decision as Markdown."""
-        verdict = "is now in production" if self.promoted else "was not promoted"
+        verdict = {PROMOTED: "is now in production", NOT_PROMOTED: "was not promoted", WAITS: WAITS}[self.name]
         before = f"Version {production} was in production." if production else "There was no production model."
         reasons = "\n".join(f"- {reason}" for reason in self.reasons)
         return f"## {model_name} version {version} {verdict}\n\n{before}\n\n{reasons}\n"
@@ -145,18 +171,18 @@ def decide_promotion(
     """
     reached = challenger.confusion
     checks = [
-        *((False, blocker) for blocker in blockers),
-        (
+        *(Check(False, blocker) for blocker in blockers),
+        Check(
             reached.precision >= parameters.min_precision,
             f"precision {reached.precision:.4f}, floor {parameters.min_precision:.4f}",
         ),
-        (
+        Check(
             reached.recall >= parameters.min_recall,
             f"recall {reached.recall:.4f}, floor {parameters.min_recall:.4f}",
         ),
     ]
     checks += [
-        (
+        Check(
             part.metrics["false_alarm_rate"].low <= parameters.max_false_alarm_rate,
             f"false alarms on {source} {part.metrics['false_alarm_rate']}, ceiling {parameters.max_false_alarm_rate:g} "
             "for the interval's lower end",
@@ -166,32 +192,39 @@ def decide_promotion(
     ]
     if parameters.max_latency is not None:
         text = f"{cost.latency:.1f} ms an image, ceiling {parameters.max_latency:g} ms"
-        checks.append((cost.latency <= parameters.max_latency, text))
+        checks.append(Check(cost.latency <= parameters.max_latency, text))
     if parameters.max_size is not None:
         text = f"{cost.size:.1f} MB, ceiling {parameters.max_size:g} MB"
-        checks.append((cost.size <= parameters.max_size, text))
-    checks += [(True, "no production model yet")] if comparison is None else _check_comparison(comparison, parameters)
+        checks.append(Check(cost.size <= parameters.max_size, text))
+    checks += (
+        [Check(True, "no production model yet")] if comparison is None else _check_comparison(comparison, parameters)
+    )
+    passed = all(check.passed for check in checks)
+    close = not passed and all(check.passed or check.is_close for check in checks)
+    waits = {"never": False, "borderline": close, "always": close or passed}[parameters.approval]
     return Decision(
-        promoted=all(passed for passed, _ in checks),
-        reasons=tuple(f"{'met' if passed else NOT_MET}: {text}" for passed, text in checks),
+        promoted=passed and not waits,
+        reasons=tuple(f"{'met' if check.passed else NOT_MET}: {check.text}" for check in checks),
+        waits=waits,
     )
 
 
-def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -> list[tuple[bool, str]]:
+def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -> list[Check]:
     images = comparison.challenger.confusion.total
     if comparison.difference is None:
         return [
-            (
+            Check(
                 False,
                 f"{METRIC_TITLES[comparison.metric]} needs both classes among the {images} images new to production",
             )
         ]
     ours, theirs = (one.metrics[comparison.metric].value for one in (comparison.challenger, comparison.production))
     checks = [
-        (
+        Check(
             comparison.probability >= parameters.min_probability,
             f"{METRIC_TITLES[comparison.metric]} {ours:.4f}, production's {theirs:.4f} on the same {images} images, "
             f"better with probability {comparison.probability:.3f}, at least {parameters.min_probability:g} is needed",
+            is_close=comparison.probability >= MIN_BORDERLINE_PROBABILITY,
         )
     ]
     for source, part in comparison.challenger.sources.items():
@@ -201,9 +234,9 @@ def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -
         accused = other.get("false_alarm_rate")
         if accused and accused.low > parameters.max_false_alarm_rate:
             checks.append(
-                (True, f"recall on {source} {recall:.4f}; production's was bought by false alarms, {accused}")
+                Check(True, f"recall on {source} {recall:.4f}; production's was bought by false alarms, {accused}")
             )
             continue
         lowest = other["recall"].low - parameters.max_recall_drop
-        checks.append((recall >= lowest, f"recall on {source} {recall:.4f}, at least {lowest:.4f} is needed"))
+        checks.append(Check(recall >= lowest, f"recall on {source} {recall:.4f}, at least {lowest:.4f} is needed"))
     return checks

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ def promote_challenger(
                 move_production(name, version, expected=current, reason=decision.text)
         except ProductionMovedError:
             continue
-        _record_decision(name, version, decision)
+        _record_decision(name, version, decision, parameters.approval_hours)
         return outcome
     raise ProductionMovedError(
         f"Production of {name} must stay long enough to be compared with. Received: {MAX_COMPARISONS} moves "
@@ -183,8 +184,10 @@ def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome
     tag_version(model_name, version, compared | {names.REASONS: outcome.decision.text})
 
 
-def _record_decision(model_name: str, version: str, decision: Decision) -> None:
-    tag_version(model_name, version, {names.DECISION: names.PROMOTED if decision.promoted else names.NOT_PROMOTED})
+def _record_decision(model_name: str, version: str, decision: Decision, approval_hours: float) -> None:
+    until = datetime.now(UTC) + timedelta(hours=approval_hours)
+    waits = {names.ANSWER_UNTIL: until.isoformat(timespec="seconds")} if decision.waits else {}
+    tag_version(model_name, version, waits | {names.DECISION: decision.name})
 
 
 def _recall_outcome(
@@ -196,8 +199,10 @@ def _recall_outcome(
         with suppress(ModelError):
             comparison, _ = _compare_with(other, measured, dataset, parameters)
     met = not any(reason.startswith(NOT_MET) for reason in version.reasons)
-    decision = Decision(version.decision == names.PROMOTED if version.decision else met, tuple(version.reasons))
-    _record_decision(version.name, version.version, decision)
+    promoted = version.decision == names.PROMOTED if version.decision else met
+    decision = Decision(promoted, tuple(version.reasons), waits=version.decision == names.WAITS)
+    if not version.decision:
+        _record_decision(version.name, version.version, decision, parameters.approval_hours)
     return Outcome(decision, comparison, None if other == names.NO_VERSION else other, cost)
 
 

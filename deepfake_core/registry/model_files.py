@@ -63,8 +63,8 @@ def find_needed_datasets(model_name: str) -> set[str]:
 def find_unneeded_files(model_name: str, keep: int) -> list[ModelFiles]:
     """Return the model files that neither production, a rollback nor a run in progress needs, oldest first.
 
-    These are the files of versions that have no alias and are not among the newest, and the checkpoints of candidates
-    that did not win. A run that serves a version of another name as well is left as it is.
+    These are the files of versions that have no alias, wait for no approval and are not among the newest, and the
+    checkpoints of candidates that did not win. A run that serves a version of another name as well is left as it is.
 
     Args:
         keep: number of newest versions whose files stay.
@@ -72,7 +72,12 @@ def find_unneeded_files(model_name: str, keep: int) -> list[ModelFiles]:
     client = mlflow.MlflowClient()
     versions = list_all(client.search_model_versions)
     mine = sorted((version for version in versions if version.name == model_name), key=lambda one: int(one.version))
-    kept = {str(one.version) for one in mine[-keep:]} | _find_needed_versions(client.get_registered_model(model_name))
+    waiting = {str(one.version) for one in mine if one.tags.get(names.DECISION) == names.WAITS}
+    kept = (
+        {str(one.version) for one in mine[-keep:]}
+        | waiting
+        | _find_needed_versions(client.get_registered_model(model_name))
+    )
     needed = {version.run_id for version in versions if version.name != model_name or str(version.version) in kept}
     runs = {run.info.run_id: run for run in search_runs()}
     found = []

@@ -1,5 +1,9 @@
 """The names that this project uses in MLflow."""
 
+from deepfake_core.config import NOT_PROMOTED as NOT_PROMOTED
+from deepfake_core.config import PROMOTED as PROMOTED
+from deepfake_core.config import WAITS as WAITS
+
 EXPERIMENT = "deepfake-detection"
 
 # Aliases of versions
@@ -33,6 +37,9 @@ FLOW_RUN_ID = "flow_run_id"
 FINGERPRINT = "fingerprint"
 TEST_AUC = "test_auc"
 DECISION = "decision"
+"""`PROMOTED`, `NOT_PROMOTED` or `WAITS`."""
+ANSWER_UNTIL = "answer_until"
+"""When a version that waits for approval is refused, as ISO 8601 in UTC."""
 REASONS = "reasons"
 COMPARED_WITH = "compared_with"
 MOVE = "move_to_production"
@@ -46,6 +53,3 @@ PRODUCTION_SINCE = "production_since"
 PRODUCTION_UNTIL = "production_until"
 PRODUCTION_BY = "production_by"
 PRODUCTION_BECAUSE = "production_because"
-
-PROMOTED, NOT_PROMOTED = "promoted", "not promoted"
-"""Values of `DECISION`."""

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.evaluation.promotion import NOT_MET, REASON_SEPARATOR
 from deepfake_core.registry import names
-from deepfake_core.registry.versions import ModelVersion, read_version, require_files, tag_version
+from deepfake_core.registry.versions import ModelVersion, read_version, record_answer, require_files, tag_version
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,8 @@ def promote_by_hand(model_name: str, version: str, reason: str, force: bool = Fa
         )
     forced = f" (forced, though {REASON_SEPARATOR.join(objections)})" if objections else ""
     move_production(model_name, version, current, f"by hand: {reason}{forced}")
+    if chosen.decision == names.WAITS:
+        record_answer(chosen, names.PROMOTED, f"approved: {reason}{forced}")
     return current
 
 
@@ -217,7 +219,11 @@ def explain_passed(model_name: str) -> str:
 def find_objections(version: ModelVersion, production: ModelVersion | None) -> list[str]:
     """Return the objections to putting a version into production."""
     objections = []
-    if version.decision != names.PROMOTED:
+    if version.decision == names.WAITS:
+        now, compared = production.version if production else names.NO_VERSION, version.tags[names.COMPARED_WITH]
+        if now != compared:
+            objections.append(f"it was compared with version {compared}, and {now} is in production now")
+    elif version.decision != names.PROMOTED:
         failed = [reason for reason in version.reasons if reason.startswith(NOT_MET)]
         objections.append(", ".join(failed) or "it was never compared with production")
     if version.is_drawn and production and not production.is_drawn:

@@ -40,7 +40,7 @@ class ModelVersion:
 
     @property
     def decision(self) -> str:
-        """`promoted` or `not promoted`; empty if it was never compared with production."""
+        """`promoted`, `not promoted` or `waits for approval`; empty if it was never compared with production."""
         return self.tags.get(names.DECISION, "")
 
     @property
@@ -115,6 +115,14 @@ def describe_version(model_name: str, version: str, card: str) -> None:
 def tag_version(model_name: str, version: str, tags: Mapping[str, str]) -> None:
     for name, value in tags.items():
         mlflow.MlflowClient().set_model_version_tag(model_name, version, name, value)
+
+
+def record_answer(version: ModelVersion, decision: str, answer: str) -> None:
+    """Record what became of a version that waited for approval: the answer is its last reason."""
+    reasons = REASON_SEPARATOR.join([*version.reasons, answer.replace(REASON_SEPARATOR, ", ")])
+    card = version.card.replace(f"**Decision**: {names.WAITS}.", f"**Decision**: {decision}, {answer}.")
+    describe_version(version.name, version.version, card)
+    tag_version(version.name, version.version, {names.REASONS: reasons, names.DECISION: decision})
 
 
 def list_versions(model_name: str) -> list[ModelVersion]:

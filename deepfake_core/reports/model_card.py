@@ -60,7 +60,7 @@ def write_model_card(
         f"{measured.images.pixels.shape[1]} x {measured.images.pixels.shape[1]} pixels. Fake from P(fake) = "
         f"{measured.threshold:.4f} up; scores are calibrated with temperature {facts.temperature:.3f}.\n\n"
         f"**At this threshold**: {measured.evaluation.in_words}.{_describe_sure(measured)}\n\n"
-        f"**Decision**: {'promoted' if decision.promoted else 'not promoted'}. {decision.text}\n\n"
+        f"**Decision**: {decision.name}. {decision.text}\n\n"
         f"**Trained on** data set {dataset.version}: {', '.join(dataset.source_names)}.\n\n"
         f"**On the {len(measured.images)} test images**, with 95 % intervals:\n\n| metric | value |\n|---|---|\n"
         f"{metrics}\n\n| source | images | of 100 reals called fake | of 100 fakes found | AUC |\n"

@@ -191,3 +191,32 @@ def test_each_is_judged_at_its_own_threshold():
     compared = compare_scores(labels, columns, ours, Scored(ours.scores, 0.9))
     assert compared.challenger.confusion == Confusion.count(labels, ours.scores, 0.5)
     assert compared.production.confusion == Confusion.count(labels, ours.scores, 0.9)
+
+
+CLOSE, FAR = comparison(0.94), comparison(0.79)
+
+
+@pytest.mark.parametrize(
+    ("approval", "case", "expected"),
+    [
+        ("never", {"comparison": CLOSE}, "not promoted"),
+        ("borderline", {"comparison": CLOSE}, "waits for approval"),
+        ("borderline", {"comparison": FAR}, "not promoted"),
+        ("borderline", {"comparison": CLOSE, "blockers": ["drawn images"]}, "not promoted"),
+        ("borderline", {"challenger": evaluation(IMPRECISE), "comparison": CLOSE}, "not promoted"),
+        ("borderline", {"comparison": comparison(0.99)}, "promoted"),
+        ("borderline", {"comparison": None}, "promoted"),
+        ("always", {"comparison": None}, "waits for approval"),
+        ("always", {"comparison": comparison(0.99)}, "waits for approval"),
+        ("always", {"comparison": CLOSE}, "waits for approval"),
+        ("always", {"comparison": FAR}, "not promoted"),
+        ("always", {"comparison": NO_CLASS}, "not promoted"),
+    ],
+)
+def test_a_person_decides_about_what_is_close_or_about_all_that_would_be_promoted(approval, case, expected):
+    parameters = FLOORS.model_copy(update={"approval": approval})
+    decision = decide_promotion(**({"challenger": evaluation(), "cost": CHEAP, "parameters": parameters} | case))
+    assert decision.name == expected
+    assert decision.promoted == (expected == "promoted")
+    text = decision.describe("m", "2", "1")
+    assert text.startswith(f"## m version 2 {'is now in production' if decision.promoted else ''}")

@@ -1,0 +1,82 @@
+"""A version that waits for approval: what a person is asked, and what becomes of it if nobody answers."""
+
+import logging
+from datetime import UTC, datetime
+
+from deepfake_core.errors import ModelError
+from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+from deepfake_core.registry import names
+from deepfake_core.registry.production import find_production
+from deepfake_core.registry.versions import (
+    ModelVersion,
+    find_pages,
+    list_versions,
+    read_version,
+    record_answer,
+)
+
+log = logging.getLogger(__name__)
+
+SECONDS_TO_REFUSE = 2 * 3600
+"""In which `production.health`, which runs hourly, refuses a version that nobody approved."""
+
+
+def describe_question(version: ModelVersion) -> str:
+    """Return as Markdown what a person needs to know to approve or refuse a version."""
+    metrics = "\n".join(
+        f"| {title} | {estimate} |" for name, title in METRIC_TITLES.items() if (estimate := version.estimate(name))
+    )
+    reasons = "\n".join(f"- {reason}" for reason in version.reasons)
+    pages = " · ".join(f"[{title}]({address})" for title, address in find_pages(version).items())
+    drawn = (
+        "\n**It was trained on drawn images: the metrics say nothing about real faces.**\n" if version.is_drawn else ""
+    )
+    return (
+        f"## Shall {version.name} version {version.version} go into production?\n\n"
+        f"It was compared with version {version.tags.get(names.COMPARED_WITH, names.NO_VERSION)}. "
+        f"Without an answer until {version.tags[names.ANSWER_UNTIL]} it is refused.\n\n{reasons}\n{drawn}\n"
+        f"| on the test split | 95 % interval |\n| --- | --- |\n{metrics}\n\n{pages}\n"
+    )
+
+
+def limit_seconds(version: ModelVersion) -> int:
+    """Return for how long to wait for an answer: longer than until `refuse_unanswered` has refused the version."""
+    left = _read_limit(version) - datetime.now(UTC)
+    return max(0, round(left.total_seconds())) + SECONDS_TO_REFUSE
+
+
+def _read_limit(version: ModelVersion) -> datetime:
+    return datetime.fromisoformat(version.tags[names.ANSWER_UNTIL])
+
+
+def refuse(model_name: str, version: str, reason: str) -> None:
+    """Refuse a version that waits for approval; the reason is recorded with it.
+
+    Raises:
+        ModelError: if it does not wait, or is in production.
+    """
+    waiting = read_version(model_name, version)
+    if waiting.decision != names.WAITS or find_production(model_name) == version:
+        raise ModelError(
+            f"Only a version that waits for approval can be refused. Received: version {version} of {model_name}, "
+            f"which is {waiting.decision or 'not decided yet'}. `deepfake rollback` takes one out of production."
+        )
+    record_answer(waiting, names.NOT_PROMOTED, f"refused: {reason}")
+    log.info("%s: version %s is refused: %s", model_name, version, reason)
+
+
+def refuse_unanswered(model_name: str) -> list[str]:
+    """Refuse the versions whose time for an answer is over; return them.
+
+    One that is in production was approved by a process that was killed before it could record so: it does now.
+    """
+    refused = []
+    for waiting in list_versions(model_name):
+        if waiting.decision != names.WAITS:
+            continue
+        if find_production(model_name) == waiting.version:
+            record_answer(waiting, names.PROMOTED, waiting.tags.get(names.PRODUCTION_BECAUSE, "approved"))
+        elif datetime.now(UTC) > _read_limit(waiting):
+            refuse(model_name, waiting.version, f"nobody approved it until {waiting.tags[names.ANSWER_UNTIL]}")
+            refused.append(waiting.version)
+    return refused
