@@ -251,6 +251,7 @@ def test_the_gpu_pool_takes_the_template_and_keeps_its_type():
             apply_pool(client, "gpu-of-a-cluster", "process")
 
 
+@pytest.mark.sweep
 @pytest.mark.process
 @pytest.mark.slow
 def test_the_image_has_the_files_that_deploying_and_every_flow_need(tmp_path):

@@ -220,6 +220,7 @@ def test_retrain_on_real_images(tracking):
     assert "test/real-and-fake-face-detection/auc" in metrics
 
 
+@pytest.mark.sweep
 def test_a_retrain_that_failed_late_continues_with_what_was_trained(tracking, two_zips, monkeypatch):
     data = parameters(tracking, two_zips[0])
     with monkeypatch.context() as broken:
@@ -238,6 +239,7 @@ def test_a_retrain_that_failed_late_continues_with_what_was_trained(tracking, tw
     assert production.find_production(NAME) is None
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_leave_one_out_tests_on_what_it_never_saw_and_registers_nothing(tracking):
     zips = [write_zip(tracking / f"{name}.zip", faces(40, start)) for name, start in (("one", 0), ("two", 500))]

@@ -129,6 +129,7 @@ print(json.dumps([[name for name in absent if importlib.util.find_spec(name)], r
 """
 
 
+@pytest.mark.sweep
 @pytest.mark.process
 @pytest.mark.slow
 def test_the_registered_model_stands_alone_and_is_served(candidate, tmp_path, monkeypatch):

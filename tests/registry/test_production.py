@@ -109,6 +109,7 @@ def race(version: str, ready, results) -> None:
         results.put(None)
 
 
+@pytest.mark.sweep
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.usefixtures("versions")

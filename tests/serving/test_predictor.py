@@ -57,6 +57,7 @@ def test_large_photographs_are_searched_too():
     assert Box(1500, 900, 1900, 1300).intersect(face) == face
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_the_search_keeps_no_image():
     find, scene, process = load_face_finder(), draw_scene({(100, 100): draw_portrait(1)}, 1024, 1024), psutil.Process()

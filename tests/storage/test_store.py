@@ -339,6 +339,7 @@ def test_a_store_that_can_not_be_used_is_said_before_any_work(url, endpoint, tmp
     assert list_visible(tmp_path) == []
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api", "tracking")
 def test_one_machine_prepares_and_another_trains(url, go_to, kaggle):

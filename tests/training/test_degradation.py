@@ -92,7 +92,7 @@ def compiled(function):
 
 
 CHILD = "import sys, numpy; from tests.training.test_degradation import compute; numpy.savez(sys.argv[1], **compute())"
-JAX = pytest.param("jax", marks=[pytest.mark.process, needs_jax])
+JAX = pytest.param("jax", marks=[pytest.mark.process, pytest.mark.sweep, needs_jax])
 
 
 @pytest.fixture(scope="module", params=["tensorflow", JAX])

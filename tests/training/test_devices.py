@@ -71,6 +71,7 @@ train_candidate(Training("cnn", recipe), stripes(60, 0), stripes(16, 1), Path(sy
 """
 
 
+@pytest.mark.sweep
 @pytest.mark.process
 @pytest.mark.slow
 @needs_jax

@@ -403,6 +403,7 @@ def die_between_weights_and_epoch(epoch):
     keras.callbacks.BackupAndRestore._save_model = save
 
 
+@pytest.mark.sweep
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_as_an_uninterrupted_one(tmp_path):
