@@ -32,7 +32,7 @@ def prepare(data: DataParameters = DataParameters()) -> str:
     with lock_folder(store.folder, holder=f"flow run {runtime.flow_run.name}"):
         archives = download.map(data.sources, unmapped(store)).result()
         indexes = index_archive.map(archives, unmapped(store)).result()
-        links = find_near_copies(indexes)
+        links = find_near_copies(indexes, store)
         rows = split(deduplicate(indexes, links), links, store, data)
         dataset = merge(rows, archives, store, data)
         report_on_data(dataset, links, archives)

@@ -63,9 +63,9 @@ def index_archive(archive: Archive, store: Store) -> pd.DataFrame:
 
 
 @task(name="find near copies", **CPU)
-def find_near_copies(indexes: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def find_near_copies(indexes: Sequence[pd.DataFrame], store: Store) -> pd.DataFrame:
     """Find the pairs of pictures that are copies, edits or neighbours of each other."""
-    return duplicates.find_links(pd.concat(indexes))
+    return duplicates.find_or_read_links(pd.concat(indexes), store)
 
 
 @task(name="deduplicate", **CPU)

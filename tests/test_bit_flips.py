@@ -81,7 +81,7 @@ def find_row(tmp_path_factory) -> Callable[[str, int], pd.Series]:
         folder = tmp_path_factory.mktemp(kind)
         members = {f"real/{number:02}.jpg": flip(kind, number) for number in range(FLIPS)}
         members["real/whole.jpg"] = make(kind)  # of PNGs with their checksums, no flipped one can be used
-        archive = open_local(Source(name=str(write_zip(folder / "a.zip", members))))
+        archive = open_local(Source(name=str(write_zip(folder / "a.zip", members))), open_store(folder / "data"))
         started = time.process_time()
         rows = build_index(archive, open_store(folder / "data")).set_index("member")
         assert time.process_time() - started < MAX_SECONDS * FLIPS

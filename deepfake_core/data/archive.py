@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import zipfile
 import zlib
@@ -15,7 +16,8 @@ from deepfake_core.config import Source
 from deepfake_core.data.members import Member, list_folder, list_zip
 from deepfake_core.decoding import MAX_BYTES
 from deepfake_core.errors import ArchiveError, SourceError
-from deepfake_core.storage.files import hash_file
+from deepfake_core.storage.files import hash_file, write_json
+from deepfake_core.storage.store import Store
 
 MAX_EXPANSION_FACTOR = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
@@ -52,8 +54,10 @@ class Archive:
         }
 
 
-def open_local(source: Source) -> Archive:
+def open_local(source: Source, store: Store) -> Archive:
     """Return the archive of a source that is a zip, which is verified, or a folder on this disk.
+
+    A zip is read whole once; after that, only if its size, its time of modification or its inode has changed.
 
     Raises:
         SourceError: if it does not exist.
@@ -70,8 +74,17 @@ def open_local(source: Source) -> Archive:
             f"A local source must be an existing zip or folder. Received: {source.name!r} "
             f"(looked at {path.absolute()}). Correct `data.sources`."
         )
+    found = path.stat()
+    state = {"size": found.st_size, "modified_ns": found.st_mtime_ns, "inode": found.st_ino}
+    known = store.local_archive(path.absolute())
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(known.read_text())
+        if kept["state"] == state:
+            return Archive(source, path.absolute(), str(kept["sha256"]), found.st_size)
     verify_zip(path)
-    return Archive(source, path.absolute(), hash_file(path), path.stat().st_size)
+    digest = hash_file(path)
+    write_json(known, {"path": str(path.absolute()), "state": state, "sha256": digest})
+    return Archive(source, path.absolute(), digest, found.st_size)
 
 
 def verify_zip(path: Path) -> None:

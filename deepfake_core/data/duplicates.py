@@ -1,5 +1,6 @@
 """Copies, edits and neighbours: which pictures belong together, and which copy is kept."""
 
+import hashlib
 import logging
 
 import numpy as np
@@ -11,6 +12,8 @@ from scipy.sparse.csgraph import connected_components
 from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
 from deepfake_core.data.likeness import measure_pairs
 from deepfake_core.data.neighbours import find_neighbours
+from deepfake_core.storage.files import write_beside
+from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,26 @@ MAX_GROUP_IMAGES, MAX_GROUP_SHARE = 50, 0.02
 """A group grows to 50 pictures or to this share of all, whichever is more: chains of likenesses must not swallow a
 class. The strongest links are taken first; copies of one picture are not limited."""
 
+LINKS_FORMAT = 1
+"""Part of the name under which links are kept: raise it when the same pictures would have other links."""
+
 LINK_COLUMNS = ["image", "other", "distance", "likeness", "difference", "same_picture"]
+
+
+def find_or_read_links(index: pd.DataFrame, store: Store) -> pd.DataFrame:
+    """Return what `find_links` does; read it from the store where the same pictures were searched before."""
+    distinct = index[index["reason"] == ""].drop_duplicates("sha256").sort_values("sha256")
+    searched = hashlib.sha256()
+    for column in ("sha256", "thumbnail", "hash"):
+        searched.update(b"".join(one.encode() if isinstance(one, str) else one for one in distinct[column]))
+    kept = store.indexes() / f"near copies-v{LINKS_FORMAT}-{searched.hexdigest()[:16]}.parquet"
+    if kept.exists():
+        log.info("%d pictures: unchanged, their near copies are on disk already", len(distinct))
+        return pd.read_parquet(kept)
+    links = find_links(index)
+    with write_beside(kept) as beside:
+        links.to_parquet(beside, index=False)
+    return links
 
 
 def find_links(index: pd.DataFrame) -> pd.DataFrame:

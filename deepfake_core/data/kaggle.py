@@ -37,7 +37,7 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
         DownloadError: the network failed; what has arrived is kept, and another call continues from there.
     """
     if source.is_local:
-        return open_local(source)
+        return open_local(source, store)
     if source.version and (here := _find_version(source, store, source.version, on_progress)):
         return here
 

@@ -57,8 +57,12 @@ class Store:
         return self.folder / "archives" / source
 
     def indexes(self) -> Path:
-        """Return the folder of image indexes, a Parquet file per archive: a cache."""
+        """Return the folder of image indexes, a Parquet file per archive, and of near copies: a cache."""
         return self.folder / "indexes"
+
+    def local_archive(self, path: Path) -> Path:
+        """Return the JSON file that remembers the SHA-256 of a zip that lies elsewhere on this disk: a cache."""
+        return self.indexes() / f"zip-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
 
     def splits(self, version: str = "") -> Path:
         """Return the folder of a data set; without a version, of all."""

@@ -397,7 +397,27 @@ def test_a_missing_local_source(tmp_path, data_dir):
 def test_a_local_zip_is_used_in_place(tmp_path, data_dir):
     path = write_zip(tmp_path / "faces.zip", faces(1))
     assert fetch_archive(Source(name=str(path)), open_store(data_dir)).path == path
-    assert not data_dir.exists()
+    assert not (data_dir / "archives").exists()
+
+
+def test_a_local_zip_is_read_again_only_if_it_may_have_changed(tmp_path, data_dir):
+    path, store = write_zip(tmp_path / "faces.zip", faces(1)), open_store(data_dir)
+    source = Source(name=str(path))
+    first = fetch_archive(source, store)
+    assert first.sha256 == hash_file(path)
+    before = path.stat()
+    path.write_bytes(bytes(first.bytes))  # the same size and inode
+    with pytest.raises(ArchiveError):
+        fetch_archive(source, store)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert fetch_archive(source, store) == first  # so it was not read
+    (kept,) = (data_dir / "indexes").glob("zip-*.json")
+    kept.write_text('{"state": 1}')
+    with pytest.raises(ArchiveError):
+        fetch_archive(source, store)
+    path.unlink()
+    write_zip(path, faces(2))
+    assert fetch_archive(source, store).sha256 == hash_file(path) != first.sha256
 
 
 @pytest.mark.usefixtures("kaggle")

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from deepfake_core.config import Source
-from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, mark_duplicates
+from deepfake_core.data import duplicates
+from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, find_or_read_links, mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.storage.store import open_store
@@ -94,6 +95,22 @@ def test_a_chain_does_not_swallow_a_class(monkeypatch, caplog):
 
 def index_of(path: Path) -> pd.DataFrame:
     return build_index(fetch_archive(Source(name=str(path)), open_store(path.parent)), open_store(path.parent / "data"))
+
+
+def test_pictures_that_were_searched_before_are_not_searched_again(tmp_path, monkeypatch):
+    store = open_store(tmp_path / "data")
+    picture = jpeg(1)
+    members = {"real/1.jpg": picture, "real/2.jpg": recode(picture), "fake/3.jpg": jpeg(2)}
+    source = Source(name=str(write_zip(tmp_path / "a.zip", members)))
+    index = build_index(fetch_archive(source, store), store)
+    first = find_or_read_links(index, store)
+    assert len(first) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(duplicates, "find_links", None)
+        pd.testing.assert_frame_equal(find_or_read_links(index.sample(frac=1, random_state=0), store), first)
+        with pytest.raises(TypeError):
+            find_or_read_links(index.iloc[1:], store)
+    pd.testing.assert_frame_equal(find_or_read_links(index, store), find_links(index))
 
 
 def test_copies_crops_and_edits_of_drawn_pictures_are_grouped(tmp_path):
