@@ -6,12 +6,11 @@ import pytest
 from PIL import Image
 
 from deepfake_core.config import Source
-from deepfake_core.data import duplicates
 from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, find_or_read_links, mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.storage.store import open_store
-from tests.builders import FACES, draw_image, encode, faces, jpeg, needs_faces, recode, write_zip
+from tests.builders import FACES, draw_image, encode, faces, forbid, jpeg, needs_faces, recode, write_zip
 
 
 def rows_of(*images: tuple[str, str, str, str, str]) -> pd.DataFrame:
@@ -106,9 +105,9 @@ def test_pictures_that_were_searched_before_are_not_searched_again(tmp_path, mon
     first = find_or_read_links(index, store)
     assert len(first) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(duplicates, "find_links", None)
+        forbid(patch, "deepfake_core.data.duplicates.find_links")
         pd.testing.assert_frame_equal(find_or_read_links(index.sample(frac=1, random_state=0), store), first)
-        with pytest.raises(TypeError):
+        with pytest.raises(AssertionError):
             find_or_read_links(index.iloc[1:], store)
     pd.testing.assert_frame_equal(find_or_read_links(index, store), find_links(index))
 
