@@ -21,9 +21,10 @@ LATE = timedelta(minutes=10)
 SILENT = timedelta(minutes=10)
 """Three heartbeats of a flow run (PREFECT_FLOWS_HEARTBEAT_FREQUENCY is 180 s), and some."""
 
-ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed", "Suspended")}
-"""One that is suspended, as it waits for approval, has no process either."""
+HAS_A_PROCESS = {"prefect.resource.role": "flow", "prefect.resource.name": "!approve"}
+"""A run of `approve` waits for a person, suspended; it sends no heartbeat then, and nothing is wrong."""
 
+ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 RUN = "{{ flow.name }} run {{ flow_run.name }}"
 PAGE = "Its page: {{ flow_run|ui_url }}"
 SECRET = "'KGAT_' in word or ('?' in word and '=' in word) or ('://' in word and '@' in word)"
@@ -56,7 +57,7 @@ def make_automations(
         name="deepfake: a run that fell silent is crashed",
         description="Its process or machine is gone. Set to Crashed, it no longer blocks the next run.",
         trigger=EventTrigger(
-            match_related=OURS,
+            match_related=[OURS, HAS_A_PROCESS],
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *ENDED},
             for_each={"prefect.resource.id"},

@@ -18,7 +18,7 @@ from tasks.remote import close_questions
 class Answer(RunInput):
     """What a person decides about a version that waits for approval."""
 
-    approve: bool = Field(description="Put the version into production. Otherwise it is refused.")
+    approve: bool = Field(default=False, description="Put the version into production. Otherwise it is refused.")
     reason: str = Field(min_length=1, description="Why; recorded with the version.")
     by: str = Field(default="", description="Who decides; recorded with the version.")
 
@@ -82,7 +82,7 @@ def approve(version: int, model_name: str = DEFAULT_MODEL) -> str:
     waiting = read_version(model_name, str(version))
     if waiting.decision != WAITS:
         return _report(f"Version {version} of {model_name} waits for no approval: it is {waiting.decision}.")
-    question = Answer.with_initial_data(description=approval.describe_question(waiting), approve=False)
+    question = Answer.with_initial_data(description=approval.describe_question(waiting))
     answer = suspend_flow_run(wait_for_input=question, timeout=approval.limit_seconds(waiting), key="answer")
     if answer.approve:
         production.promote_by_hand(model_name, str(version), answer.text)

@@ -29,11 +29,13 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Failed, Running
 
 from deepfake_core.registry import fingerprint, production, versions
+from deepfake_core.registry.detectors import register_detector
+from deepfake_core.registry.runs import open_run
 from deployments import alerts
 from deployments.stack import control, make_environment
 from tasks.announcement import announce
 from tasks.data import KAGGLE_BLOCK
-from tests.builders import NAME, faces, free_port, wait_until
+from tests.builders import NAME, copy_former, faces, free_port, jpeg, wait_until
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -217,7 +219,14 @@ def test_a_run_that_falls_silent_is_crashed_and_told(stack):
     emit_event(
         "prefect.flow-run.heartbeat",
         resource={"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
-        related=[alerts.OURS],
+        related=[
+            alerts.OURS,
+            {
+                "prefect.resource.id": f"prefect.flow.{run.flow_id}",
+                "prefect.resource.role": "flow",
+                "prefect.resource.name": "check-sources",
+            },
+        ],
     )
     crashed = wait_until(lambda: find_ended(run.id))
     apply_alerts()
@@ -339,21 +348,23 @@ def test_the_command_line_retrains_on_two_workers(stack):
 
 
 @pytest.mark.browser
-def test_a_person_approves_in_the_browser(stack, chromium):
+def test_a_person_approves_in_the_browser(stack, chromium, tmp_path):
     """A version that waits is asked about by a run that holds no worker; the answer moves production."""
-    client = mlflow.MlflowClient()
-    first, before = client.get_model_version(NAME, "1"), production.find_production(NAME)
+    name, detector = "asked", copy_former(tmp_path / "detector")
     soon = (datetime.now(UTC) + timedelta(hours=1)).isoformat(timespec="seconds")
     waits = {
         "decision": "waits for approval",
         "reasons": "NOT met: AUC 0.9",
-        "compared_with": before,
+        "compared_with": "1",
         "answer_until": soon,
     }
-    asked = client.create_model_version(NAME, first.source, first.run_id, tags=waits).version
+    for tags in ({"decision": "promoted"}, waits):
+        with open_run("cnn") as run_id:
+            register_detector(run_id, detector, name, jpeg(1), tags)
+    production.move_production(name, "1", None, "first")
     with get_client(sync_client=True) as prefect:
         deployment = prefect.read_deployment_by_name("approve/manual")
-        run = prefect.create_flow_run_from_deployment(deployment.id, parameters={"version": int(asked)})
+        run = prefect.create_flow_run_from_deployment(deployment.id, parameters={"version": 2, "model_name": name})
     wait_until(lambda: find_runs("approve/manual")[0].state.name == "Suspended")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -361,17 +372,19 @@ def test_a_person_approves_in_the_browser(stack, chromium):
         page.set_default_timeout(0)
         page.goto(f"{stack.prefect}/runs/flow-run/{run.id}")
         page.get_by_role("button", name="Resume").first.click()
-        page.get_by_text(f"Shall {NAME} version {asked} go into production?").wait_for()
-        page.locator(".schema-form-property", has=page.get_by_text("Reason")).locator("input, textarea").fill("seen")
-        page.locator(".schema-form-property", has=page.get_by_text("Approve")).locator("input").check()
+        page.get_by_text(f"Shall {name} version 2 go into production?").wait_for()
+        page.locator(".schema-form-property", has=page.get_by_text("Reason", exact=True)).locator("textarea").fill(
+            "seen"
+        )
+        page.get_by_role("switch").click()
         take_picture(page, "approval")
         submit(page)
         ended = wait_until(lambda: find_ended(run.id))
         browser.close()
     assert ended.state.is_completed(), ended.state
-    assert production.find_production(NAME) == asked
-    assert versions.read_version(NAME, asked).reasons[-1] == "approved: seen"
-    wait_until(lambda: stack.was_told(f"Version {asked} of {NAME} is promoted, as a person decided: seen"))
+    assert production.find_production(name) == "2"
+    assert versions.read_version(name, "2").reasons[-1] == "approved: seen"
+    wait_until(lambda: stack.was_told(f"Version 2 of {name} is promoted, as a person decided: seen"))
 
 
 def test_no_secret_is_left_behind(stack):

@@ -23,19 +23,17 @@ SECONDS_TO_REFUSE = 2 * 3600
 
 def describe_question(version: ModelVersion) -> str:
     """Return as Markdown what a person needs to know to approve or refuse a version."""
-    metrics = "\n".join(
-        f"| {title} | {estimate} |" for name, title in METRIC_TITLES.items() if (estimate := version.estimate(name))
-    )
+    rows = [(title, version.estimate(name)) for name, title in METRIC_TITLES.items()]
+    metrics = "\n".join(f"| {title} | {estimate} |" for title, estimate in rows if estimate)
     reasons = "\n".join(f"- {reason}" for reason in version.reasons)
     pages = " · ".join(f"[{title}]({address})" for title, address in find_pages(version).items())
-    drawn = (
-        "\n**It was trained on drawn images: the metrics say nothing about real faces.**\n" if version.is_drawn else ""
-    )
+    drawn = "It was trained on drawn images: the metrics say nothing about real faces.\n\n" if version.is_drawn else ""
     return (
         f"## Shall {version.name} version {version.version} go into production?\n\n"
         f"It was compared with version {version.tags.get(names.COMPARED_WITH, names.NO_VERSION)}. "
-        f"Without an answer until {version.tags[names.ANSWER_UNTIL]} it is refused.\n\n{reasons}\n{drawn}\n"
-        f"| on the test split | 95 % interval |\n| --- | --- |\n{metrics}\n\n{pages}\n"
+        f"Without an answer until {_read_limit(version):%Y-%m-%d %H:%M} UTC it is refused.\n\n{reasons}\n\n{drawn}"
+        + (f"| on the test split | 95 % interval |\n| --- | --- |\n{metrics}\n\n" if metrics else "")
+        + f"{pages}\n"
     )
 
 
