@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, AwareDatetime, Field, ValidationError, model_validator
 
 from deepfake_core.config import Parameters
 from deepfake_core.errors import ConfigurationError
@@ -27,13 +27,13 @@ MAX_RECORD_BYTES = 20_000
 """A report or a decision takes less, even if each character of its text is escaped."""
 
 
-def _clean(text: str) -> str:
+def _clean(text: object) -> object:
     """Replace what a terminal or a page would not show as a character; line breaks too."""
-    return "".join(one if one.isprintable() else " " for one in text).strip()
+    return "".join(one if one.isprintable() else " " for one in text).strip() if isinstance(text, str) else text
 
 
-Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_clean)]
-Name = Annotated[str, Field(max_length=200), AfterValidator(_clean)]
+Text = Annotated[str, Field(max_length=MAX_TEXT), BeforeValidator(_clean)]
+Name = Annotated[str, Field(max_length=200), BeforeValidator(_clean)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=2**31)]
 
