@@ -198,9 +198,8 @@ def _guard(page: Any, port: int) -> Any:
     from deepfake_core.serving.guard import RequestGuard
 
     form_bytes = 10_000  # around the file, in an upload's body
-    return Middleware(
-        RequestGuard, port=port, max_upload_bytes=MAX_UPLOAD_BYTES + form_bytes, functions=frozenset(page.fns)
-    )
+    functions = {number: str(function.api_name) for number, function in page.fns.items()}
+    return Middleware(RequestGuard, port=port, max_upload_bytes=MAX_UPLOAD_BYTES + form_bytes, functions=functions)
 
 
 def build_page(keeper: ModelKeeper, feedback: Feedback | None = None) -> Any:
