@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from deepfake_core.errors import ConfigurationError, ModelError
@@ -15,7 +16,7 @@ def promote(options: argparse.Namespace) -> int:
 
     connect()
     current = production.find_production(options.model_name)
-    if not _confirm(options, f"Put version {options.version} into production instead of {current or 'none'}?"):
+    if not confirm(options, f"Put version {options.version} into production instead of {current or 'none'}?"):
         return 1
     former = production.promote_by_hand(options.model_name, options.version, options.reason, options.force)
     print(f"Version {options.version} is in production instead of {former or 'none'}. `deepfake rollback` undoes it.")
@@ -39,7 +40,7 @@ def roll_back(options: argparse.Namespace) -> int:
     connect()
     current = production.find_production(options.model_name)
     previous = production.find_previous(options.model_name)
-    if previous and not _confirm(
+    if previous and not confirm(
         options, f"Put version {previous} back into production instead of {current or 'none'}?"
     ):
         return 1
@@ -67,7 +68,7 @@ def seal(options: argparse.Namespace) -> int:
     for name, digest in digests.items():
         print(f"{digest}  {name}")
     print(json.dumps(description, indent=2))
-    if not _confirm(options, f"Seal version {version.version} with these {len(digests)} files?"):
+    if not confirm(options, f"Seal version {version.version} with these {len(digests)} files?"):
         return 1
     seals.seal_version(version.name, version.version, digests)
     print(f"Version {version.version} is sealed: from now on, nothing is used of it if any of these files changes.")
@@ -89,7 +90,15 @@ def clean(options: argparse.Namespace) -> int:
     store = open_store(options.data_dir)
     if not store.folder.is_dir():
         raise ConfigurationError(f"--data-dir must be the data folder of a retrain. Received: {options.data_dir}")
-    removals = housekeeping.clean(store, options.model_name, options.keep, dry_run=True)
+    clean = partial(
+        housekeeping.clean,
+        store,
+        options.model_name,
+        options.keep,
+        feedback=options.feedback,
+        keep_rejected_days=options.keep_rejected_days,
+    )
+    removals = clean(dry_run=True)
     if not removals:
         print("Nothing to remove.")
         return 0
@@ -100,9 +109,9 @@ def clean(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"{_sum_up(removals)}; none was removed.")
         return 0
-    if not _confirm(options, f"Remove {_sum_up(removals)}?"):
+    if not confirm(options, f"Remove {_sum_up(removals)}?"):
         return 1
-    removed = housekeeping.clean(store, options.model_name, options.keep, agreed=removals)
+    removed = clean(agreed=removals)
     print(f"Removed: {_sum_up(removed)}.")
     return 0
 
@@ -111,7 +120,12 @@ def _sum_up(removals: list) -> str:
     return f"{len(removals)} items, {sum(removal.bytes for removal in removals) / 1e6:,.1f} MB"
 
 
-def _confirm(options: argparse.Namespace, question: str) -> bool:
+def confirm(options: argparse.Namespace, question: str) -> bool:
+    """Ask a person, unless `--yes` was given.
+
+    Raises:
+        ModelError: if nobody answers.
+    """
     if options.yes:
         return True
     try:

@@ -23,6 +23,8 @@ from deepfake_core.data.splits import assign_splits
 from deepfake_core.demo.archives import draw_archives
 from deepfake_core.detector import Detector
 from deepfake_core.errors import DiskError
+from deepfake_core.feedback.records import GivenVerdict
+from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.reports.data_report import write_report
 from deepfake_core.serving.batch_scoring import score_images
 from deepfake_core.serving.predictor import Predictor
@@ -205,6 +207,14 @@ def scores(folder, rows, fixture):
     for number, data in enumerate(faces(5).values()):
         (folder.parents[1] / "images" / f"{number}.jpg").write_bytes(data)
     return lambda: score_images(predictor, folder.parents[1] / "images", folder / "scores.parquet")
+
+
+@writer
+def feedback(folder, rows, fixture):
+    kept = open_feedback(folder / "feedback")
+    kept.create()
+    verdict = GivenVerdict(label="real", probability=0.1, sure=True, version="1")
+    return lambda: kept.add(encode(draw_portrait(1), "PNG"), verdict, "fake")
 
 
 @pytest.fixture
