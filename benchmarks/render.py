@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from deepfake_core.config import SPLITS
 from deepfake_core.evaluation.metrics import Estimate, per_100
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +81,7 @@ def show_of_100(metrics: dict[str, float], name: str) -> str:
 
 def show_splits(splits: dict[str, dict[str, int]]) -> str:
     """Write how many images each split has."""
-    return ", ".join(f"{split} {sum(splits[split].values()):,}" for split in SPLITS)
+    return ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in splits.items())
 
 
 # --- README.md

@@ -18,9 +18,9 @@ from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.evaluation import robustness
 from deepfake_core.evaluation.promotion import Scored, compare_scores, decide_promotion, measure_cost
 from deepfake_core.evaluation.robustness import measure_robustness
-from deepfake_core.evaluation.test_split import evaluate_on_test
+from deepfake_core.evaluation.test_split import evaluate_on_test, find_trained_on
 from deepfake_core.models import CANDIDATES
-from deepfake_core.registry.challenge import Outcome, find_trained_on
+from deepfake_core.registry.challenge import Outcome
 from deepfake_core.reports import plots
 from deepfake_core.reports.model_report import ModelFacts, list_warnings, render_report, write_model_card
 from deepfake_core.training.export import check_parity, load_network
