@@ -83,6 +83,10 @@ class Store:
         """Return the folder of an unfinished training's state, named as `batches` are; without a version, of all."""
         return self.folder / "training" / (f"{version}-{name}" if version else "")
 
+    def feedback(self) -> Path:
+        """Return the folder of reports on wrong verdicts; `deepfake_core.feedback` knows what is below it."""
+        return self.folder / "feedback"
+
     def sample(self) -> Path:
         """Return the folder of the archives that `--sample` draws."""
         return self.folder / "sample"
@@ -99,19 +103,7 @@ class Store:
 
     @cached_property
     def _place(self) -> tuple[Any, str]:
-        scheme = self.url.partition("://")[0]
-        options = {"max_concurrency": MAX_CONCURRENT_PARTS} if scheme in ("s3", "s3a") else {}
-        try:
-            return fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
-        except ImportError as exc:
-            raise ConfigurationError(
-                f"{self.url} needs a package that is not installed ({exc}). For s3://, install the extra `remote`: "
-                "pip install 'deepfake-retraining[remote]'."
-            ) from exc
-        except ValueError as exc:
-            raise ConfigurationError(
-                f"`data.data_dir` must be a folder, or a URL of a kind that fsspec knows. Received: {self.url} ({exc})."
-            ) from exc
+        return open_filesystem(self.url)
 
     def check(self) -> None:
         """Refuse a store that can't be used, before any work is done.
@@ -188,6 +180,26 @@ class Store:
             files.put_file(str(file), f"{root}/{self.name(path)}", callback=callback)
 
 
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """Return fsspec's filesystem of a URL, and the URL's path in it. Nothing is asked of the network yet.
+
+    Raises:
+        ConfigurationError: if fsspec does not know the URL's kind, or the package for it is not installed.
+    """
+    options = {"max_concurrency": MAX_CONCURRENT_PARTS} if url.partition("://")[0] in ("s3", "s3a") else {}
+    try:
+        return fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"{url} needs a package that is not installed ({exc}). For s3://, install the extra `remote`: "
+            "pip install 'deepfake-retraining[remote]'."
+        ) from exc
+    except ValueError as exc:
+        raise ConfigurationError(
+            f"An address must be a folder, or a URL of a kind that fsspec knows. Received: {url} ({exc})."
+        ) from exc
+
+
 def open_store(data_dir: str | Path) -> Store:
     """Return the store that `data.data_dir` names. A URL's cache is below the user's cache folder (XDG_CACHE_HOME).
 
@@ -199,7 +211,7 @@ def open_store(data_dir: str | Path) -> Store:
     address = str(data_dir)
     if not re.match(r"[\w+.:-]+:/", address):
         return Store(Path(address).expanduser().resolve())
-    rule = "`data.data_dir` must be a folder, or a URL such as s3://bucket/deepfake"
+    rule = "An address must be a folder, or a URL such as s3://bucket/deepfake"
     if "@" in address or "?" in address:
         shown = re.sub(r"/[^/].*@", "/...@", address).partition("?")[0]
         raise ConfigurationError(

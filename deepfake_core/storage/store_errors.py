@@ -30,8 +30,8 @@ def translate_errors(url: str) -> Iterator[None]:
         if "NoSuchBucket" not in str(exc.__cause__):
             raise
         raise ConfigurationError(
-            f"The bucket of `data.data_dir` must exist. Received: {url}{name_endpoint()} ({exc}). Create the "
-            "bucket, or correct `data.data_dir` or AWS_ENDPOINT_URL."
+            f"The bucket of a URL must exist. Received: {url}{name_endpoint()} ({exc}). Create the bucket, or correct "
+            "the URL or AWS_ENDPOINT_URL."
         ) from None
     except PermissionError as exc:
         if find_disk_failure(exc):
@@ -50,7 +50,7 @@ def translate_errors(url: str) -> Iterator[None]:
         if (isinstance(exc, OSError) and exc.errno == EINVAL) or "Validation" in kind:
             raise ConfigurationError(
                 f"The store must understand the request. {url}{name_endpoint()} answered: {exc}. "
-                "Correct `data.data_dir`, AWS_ENDPOINT_URL or AWS_DEFAULT_REGION."
+                "Correct the URL, AWS_ENDPOINT_URL or AWS_DEFAULT_REGION."
             ) from None
         raise DownloadError(
             f"The store must answer. {url}{name_endpoint()} failed ({kind}: {exc}). Check the network and "
