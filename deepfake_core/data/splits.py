@@ -10,6 +10,7 @@ import pandas as pd
 from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
 from deepfake_core.data.dataset import SUFFIXES
 from deepfake_core.data.duplicates import find_components, find_ends
+from deepfake_core.data.split_memory import name_pictures
 from deepfake_core.errors import DatasetError
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ def assign_splits(
     Raises:
         DatasetError: if a class has no image in train, val or test.
     """
+    sent = zip(rows["sha256"], name_pictures(rows), strict=True)
+    memory = {image: memory[name] for image, name in sent if name in memory} | dict(memory)
     rows = _resolve_conflicts(rows, links, memory)
     remembered = rows["sha256"].map(memory).groupby(rows["group"]).transform("first")
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in set(rows["group"])}
@@ -64,8 +67,8 @@ def assign_splits(
                 kept = rows.loc[rows["kept"], "label"].value_counts().to_dict()
                 raise DatasetError(
                     f"Each split but {REGRESSION} must hold images of both classes. Received: no {label} image in "
-                    f"{name}; kept images in all: {kept}, left out: {count_reasons(rows)}. Add a source with {label} images, "
-                    "or raise `data.test_fraction` or `data.val_fraction`."
+                    f"{name}; kept images in all: {kept}, left out: {count_reasons(rows)}. Add a source with {label} "
+                    "images, or raise `data.test_fraction` or `data.val_fraction`."
                 )
     return rows
 

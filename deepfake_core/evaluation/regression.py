@@ -3,10 +3,11 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
 
 import numpy as np
 
-from deepfake_core.config import REGRESSION
+from deepfake_core.config import FEEDBACK, REGRESSION
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_images
 from deepfake_core.detector import Detector
@@ -42,8 +43,8 @@ class ReportedImage:
 
     @property
     def name(self) -> str:
-        """The first digits of its SHA-256."""
-        return self.sha256[:PREFIX]
+        """The first digits of its SHA-256, or of that of the image that was sent."""
+        return (PurePosixPath(self.member).name if self.source == FEEDBACK else self.sha256)[:PREFIX]
 
     @property
     def change(self) -> int:
@@ -118,9 +119,8 @@ def score_regression(detector: Detector, dataset: Dataset) -> Regression:
     """Score the regression set of a data set with a challenger."""
     columns = ["sha256", "group", "source", "member", "label", "path"]
     rows = dataset.split(REGRESSION)[columns].itertuples(index=False, name=None)
-    return Regression(
-        tuple(ReportedImage(*row, *judged) for row, judged in zip(rows, _judge(detector, dataset), strict=True))
-    )
+    judged = zip(rows, _judge(detector, dataset), strict=True)
+    return Regression(tuple(ReportedImage(*(*row, score, wrong)) for row, (score, wrong) in judged))
 
 
 def add_production(regression: Regression, detector: Detector, dataset: Dataset, left_out: np.ndarray) -> Regression:

@@ -16,7 +16,7 @@ def image(number: int, after: bool, before: bool | None, group: int | None = Non
     """Make an image that the models have wrong or not."""
     sha256 = hashlib.sha256(str(number).encode()).hexdigest()
     group_name = str(number if group is None else group)
-    return ReportedImage(sha256, group_name, "feedback", "fake/a.jpg", "fake", "a", 0.5, after, 0.5, before)
+    return ReportedImage(sha256, group_name, "feedback", f"fake/{sha256}.jpg", "fake", "a", 0.5, after, 0.5, before)
 
 
 def count(worse: int, better: int, both: int = 0) -> Regression:
