@@ -1,6 +1,6 @@
 """The command `deepfake`: its parser and exit status. What each command does is in `deepfake_core.commands`.
 
-`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`, `seal`, `gc`.
+`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`, `seal`, `gc`, `feedback`.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepfake_core.commands import model, predict, production, versions
+from deepfake_core.commands import feedback, model, predict, production, versions
 from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL, PRODUCTION_URI
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.redaction import redact, redact_logs
@@ -55,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
     )
     serve.add_argument("--port", type=int, default=7860, help="default: 7860")
+    serve.add_argument(
+        "--feedback", metavar="DIR_OR_URL", help="take reports on wrong verdicts there (default: the page takes none)"
+    )
     serve.set_defaults(run=model.serve)
+
+    feedback.add_arguments(commands.add_parser("feedback", help="report wrong verdicts, and review the reports"))
 
     listing = commands.add_parser("versions", help="list the registered versions and why each was promoted")
     listing.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")

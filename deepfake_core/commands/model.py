@@ -7,6 +7,7 @@ from pathlib import Path
 from deepfake_core.config import PRODUCTION_URI
 from deepfake_core.detector import DESCRIPTION, Detector
 from deepfake_core.errors import ModelError
+from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.serving.predictor import load_detector
 
 MODEL_HELP = (
@@ -30,6 +31,22 @@ def load_model(model: str) -> Detector:
         return load_detector(pull_detector(model, Path(folder)))
 
 
+def load_version(model: str) -> tuple[Detector, str]:
+    """Load a model as `load_model` does; return it with its name, such as `deepfake-detector version 3`.
+
+    Of a folder, the last part of its path is the name.
+    """
+    check_model(model)
+    if not model.startswith("models:/"):
+        return load_model(model), Path(model).resolve().name
+    from deepfake_core.registry.connection import connect
+    from deepfake_core.registry.detectors import resolve
+
+    connect()
+    name, version = resolve(model)
+    return load_model(f"models:/{name}/{version}"), f"{name} version {version}"
+
+
 def check_model(model: str) -> None:
     """Refuse what is neither a registry URI nor the folder of a pulled model."""
     if not model.startswith("models:/") and not (Path(model) / DESCRIPTION).is_file():
@@ -50,5 +67,8 @@ def serve(options: argparse.Namespace) -> int:
     from deepfake_core.serving import page
 
     check_model(options.model)
-    page.serve(options.model, not options.no_detect, options.port)
+    feedback = open_feedback(options.feedback) if options.feedback else None
+    if feedback:
+        feedback.create()  # so that a folder that can't be written is said now
+    page.serve(options.model, not options.no_detect, options.port, feedback)
     return 0

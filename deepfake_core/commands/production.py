@@ -15,7 +15,7 @@ def promote(options: argparse.Namespace) -> int:
 
     connect()
     current = production.find_production(options.model_name)
-    if not _confirm(options, f"Put version {options.version} into production instead of {current or 'none'}?"):
+    if not confirm(options, f"Put version {options.version} into production instead of {current or 'none'}?"):
         return 1
     former = production.promote_by_hand(options.model_name, options.version, options.reason, options.force)
     print(f"Version {options.version} is in production instead of {former or 'none'}. `deepfake rollback` undoes it.")
@@ -29,7 +29,7 @@ def roll_back(options: argparse.Namespace) -> int:
     connect()
     current = production.find_production(options.model_name)
     previous = production.find_previous(options.model_name)
-    if previous and not _confirm(
+    if previous and not confirm(
         options, f"Put version {previous} back into production instead of {current or 'none'}?"
     ):
         return 1
@@ -57,7 +57,7 @@ def seal(options: argparse.Namespace) -> int:
     for name, digest in digests.items():
         print(f"{digest}  {name}")
     print(json.dumps(description, indent=2))
-    if not _confirm(options, f"Seal version {version.version} with these {len(digests)} files?"):
+    if not confirm(options, f"Seal version {version.version} with these {len(digests)} files?"):
         return 1
     seals.seal_version(version.name, version.version, digests)
     print(f"Version {version.version} is sealed: from now on, nothing is used of it if any of these files changes.")
@@ -90,7 +90,7 @@ def clean(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"{_sum_up(removals)}; none was removed.")
         return 0
-    if not _confirm(options, f"Remove {_sum_up(removals)}?"):
+    if not confirm(options, f"Remove {_sum_up(removals)}?"):
         return 1
     removed = housekeeping.clean(store, options.model_name, options.keep, agreed=removals)
     print(f"Removed: {_sum_up(removed)}.")
@@ -101,7 +101,12 @@ def _sum_up(removals: list) -> str:
     return f"{len(removals)} items, {sum(removal.bytes for removal in removals) / 1e6:,.1f} MB"
 
 
-def _confirm(options: argparse.Namespace, question: str) -> bool:
+def confirm(options: argparse.Namespace, question: str) -> bool:
+    """Ask a person, unless `--yes` was given.
+
+    Raises:
+        ModelError: if nobody answers.
+    """
     if options.yes:
         return True
     try:

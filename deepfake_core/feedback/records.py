@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Literal, Self, TypeVar, get_args
 
-from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, ValidationError, model_validator
 
 from deepfake_core.config import Parameters
 from deepfake_core.errors import ConfigurationError
@@ -27,13 +27,13 @@ MAX_RECORD_BYTES = 20_000
 """A report or a decision takes less, even if each character of its text is escaped."""
 
 
-def _clean(text: str) -> str:
+def _clean(text: object) -> object:
     """Replace what a terminal or a page would not show as a character; line breaks too."""
-    return "".join(one if one.isprintable() else " " for one in text).strip()
+    return "".join(one if one.isprintable() else " " for one in text).strip() if isinstance(text, str) else text
 
 
-Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(_clean)]
-Name = Annotated[str, Field(max_length=200), AfterValidator(_clean)]
+Text = Annotated[str, Field(max_length=MAX_TEXT), BeforeValidator(_clean)]
+Name = Annotated[str, Field(max_length=200), BeforeValidator(_clean)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=2**31)]
 
@@ -65,23 +65,27 @@ class GivenVerdict(Parameters):
         return f"{self.label}, P(fake) = {self.probability:.2f}{unsure}{of}, by {self.version}"
 
 
-class Report(Parameters):
+class Record(Parameters):
+    """What is kept in a file of its own."""
+
+    time: AwareDatetime
+
+
+class Report(Record):
     """What one sender said. Nothing is kept about the sender."""
 
     verdict: GivenVerdict
     label: Label = Field(description="What the image is, says the sender.")
     note: Text = ""
-    time: AwareDatetime
 
 
-class Decision(Parameters):
+class Decision(Record):
     """What a person decided about an image that was reported."""
 
     decision: Literal["confirmed", "rejected", "withdrawn"]
     label: Label | None = Field(default=None, description="What a confirmed image is.")
     by: Name
     why: Text = ""
-    time: AwareDatetime
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -122,6 +126,12 @@ class Entry:
     def label(self) -> Label | None:
         """What a confirmed image is; None of any other."""
         return self.decisions[-1].label if self.decisions else None
+
+    @property
+    def newest(self) -> datetime:
+        """When anything was said about it last."""
+        records: tuple[Record, ...] = (*self.reports, *self.decisions)
+        return max((one.time for one in records), default=datetime.min.replace(tzinfo=UTC))
 
     @property
     def claimed(self) -> list[Label]:
@@ -167,7 +177,7 @@ def make_record(kind: type[T], **values: object) -> T:
         ) from exc
 
 
-def name_record(record: Report | Decision) -> str:
+def name_record(record: Record) -> str:
     """Return the name of a record's file: names in order are records in order."""
     return f"{type(record).__name__.lower()}-{record.time.strftime(TIME)}-{uuid.uuid4().hex[:8]}.json"
 

@@ -27,6 +27,7 @@ from deepfake_core.feedback.records import (
     Decision,
     Entry,
     GivenVerdict,
+    Record,
     Report,
     make_entry,
     make_record,
@@ -209,7 +210,7 @@ class Feedback:
         self._write(entry.sha256, make_record(Decision, decision=decision, label=label, by=by, why=why, time=now))
         return self.read(entry.sha256)
 
-    def _write(self, sha256: str, record: Report | Decision) -> None:
+    def _write(self, sha256: str, record: Record) -> None:
         self._objects.write(f"{sha256}/{name_record(record)}", record.model_dump_json().encode())
 
     def _require_room(self, needed: int) -> None:

@@ -1,7 +1,8 @@
 """What the page's server refuses before Gradio sees it: other sites' requests, large bodies, addresses to fetch."""
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -12,6 +13,9 @@ MAX_JSON_BYTES = 1_000_000
 """A request other than an upload names uploaded files and holds no picture."""
 
 HOSTS = ("127.0.0.1", "localhost")
+
+CALL = re.compile(r".*/(?:api|call|call/v2|run)/([^/]+)/?")
+"""The path of a call; the function's name is the last part."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -27,10 +31,10 @@ class RequestGuard:
     Args:
         port: that the page is served on.
         max_upload_bytes: of the body of an upload.
-        functions: Gradio's numbers of the functions that may be called.
+        functions: Gradio's numbers of the functions that may be called, each with its name.
     """
 
-    def __init__(self, app: Any, port: int, max_upload_bytes: int, functions: frozenset[int]) -> None:
+    def __init__(self, app: Any, port: int, max_upload_bytes: int, functions: Mapping[int, str]) -> None:
         self._app, self._max_upload_bytes, self._functions = app, max_upload_bytes, functions
         self._hosts = {f"{host}:{port}" for host in HOSTS}
         self._origins = {f"http://{host}" for host in self._hosts}
@@ -66,10 +70,10 @@ class RequestGuard:
         if scope["method"] != "POST" or is_upload:
             return limited
         body = await read_body(limited)
-        self._check_call(body)
+        self._check_call(body, scope["path"])
         return replay_body(body, receive)
 
-    def _check_call(self, body: bytes) -> None:
+    def _check_call(self, body: bytes, path: str) -> None:
         try:
             call = json.loads(body or b"{}")
         except ValueError as exc:
@@ -79,6 +83,9 @@ class RequestGuard:
         function = call.get("fn_index")
         if function is not None and function not in self._functions:
             raise HTTPException(404, f"fn_index must be one of {sorted(self._functions)}. Received: {function!r}.")
+        name = CALL.fullmatch(path)
+        if function is None and name and name[1] not in self._functions.values():
+            raise HTTPException(404, f"There is no such function. Received: {name[1]!r}.")
         for text in list_strings(call):
             if "://" in text and not text.startswith(tuple(f"{origin}/" for origin in self._origins)):
                 raise HTTPException(400, "A request may not name an address: upload the file instead.")

@@ -18,11 +18,13 @@ from PIL import Image
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import Detector
 from deepfake_core.errors import DeepfakeError, ModelError
+from deepfake_core.feedback.reports import Feedback
 from deepfake_core.registry import connection, detectors
 from deepfake_core.serving.file_kinds import is_clip
 from deepfake_core.serving.predictor import Predictor, load_detector
 from deepfake_core.serving.verdict import Verdict
 from deepfake_core.serving.video import judge_clip, plot_timeline
+from deepfake_core.serving.wrong_verdict import Reporter, Shown, add_form, pick_verdict
 
 log = logging.getLogger(__name__)
 
@@ -96,17 +98,19 @@ class ModelKeeper:
             log.info("serving %s", found)
 
 
-def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any]:
-    """Return the verdict as HTML, the picture that explains it, and a clip's timeline."""
+def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any, Shown | None]:
+    """Return the verdict as HTML, the picture that explains it, a clip's timeline, and what an image's report keeps."""
     predictor, version = keeper.get()
-    timeline = None
+    timeline = shown = None
     if is_clip(file):
         judged = judge_clip(predictor, file, explain=predictor.detector.explains)
         if judged.timelines:
             timeline = plot_timeline(judged, predictor.detector.threshold, file.name)
     else:
         judged = next(predictor.judge([(file.name, file)], explain=predictor.detector.explains))
-    return _write_verdict(judged.verdicts, version, predictor.detector), judged.picture, timeline
+        if not judged.verdicts[0].unreadable:
+            shown = judged.sha256, pick_verdict(judged.verdicts, version)
+    return _write_verdict(judged.verdicts, version, predictor.detector), judged.picture, timeline, shown
 
 
 def _write_verdict(verdicts: list[Verdict], version: str, detector: Detector) -> str:
@@ -128,15 +132,18 @@ def _write_verdict(verdicts: list[Verdict], version: str, detector: Detector) ->
     return f"<h2>{html.escape(headline)}</h2><ul>{lines}</ul><p>{answered}</p>"
 
 
-def serve(model: str, detect: bool, port: int) -> None:
+def serve(model: str, detect: bool, port: int, feedback: Feedback | None = None) -> None:
     """Serve the page on loopback until interrupted.
+
+    Args:
+        feedback: keeps reports on wrong verdicts; None: the page takes none.
 
     Raises:
         ModelError: if Gradio is not installed, the port is taken, or there is no such model.
         ServiceError: if MLflow can't be reached.
     """
     with keep_uploads():
-        page = launch_page(ModelKeeper(model, detect), port)
+        page = launch_page(ModelKeeper(model, detect), port, feedback)
         print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         page.block_thread()
@@ -165,9 +172,9 @@ def _is_running(number: str) -> bool:
     return True
 
 
-def launch_page(keeper: ModelKeeper, port: int) -> Any:
+def launch_page(keeper: ModelKeeper, port: int, feedback: Feedback | None = None) -> Any:
     """Start the page's server and return the page."""
-    page = build_page(keeper)
+    page = build_page(keeper, feedback)
     try:
         page.launch(
             server_name=ADDRESS,
@@ -191,12 +198,11 @@ def _guard(page: Any, port: int) -> Any:
     from deepfake_core.serving.guard import RequestGuard
 
     form_bytes = 10_000  # around the file, in an upload's body
-    return Middleware(
-        RequestGuard, port=port, max_upload_bytes=MAX_UPLOAD_BYTES + form_bytes, functions=frozenset(page.fns)
-    )
+    functions = {number: str(function.api_name) for number, function in page.fns.items()}
+    return Middleware(RequestGuard, port=port, max_upload_bytes=MAX_UPLOAD_BYTES + form_bytes, functions=functions)
 
 
-def build_page(keeper: ModelKeeper) -> Any:
+def build_page(keeper: ModelKeeper, feedback: Feedback | None = None) -> Any:
     """Return the Gradio page.
 
     Raises:
@@ -210,9 +216,9 @@ def build_page(keeper: ModelKeeper) -> Any:
             "The page needs Gradio. Received: an installation without. Install deepfake-retraining[serve]."
         ) from exc
 
-    def answer(path: str | None) -> tuple[str, Image.Image | None, Any]:
-        text, picture, timeline = judge_upload(keeper, Path(path)) if path else ("", None, None)
-        return text, picture, gradio.update(value=timeline, visible=timeline is not None)
+    def answer(path: str | None) -> tuple[str, Image.Image | None, Any, Shown | None]:
+        text, picture, timeline, shown = judge_upload(keeper, Path(path)) if path else ("", None, None, None)
+        return text, picture, gradio.update(value=timeline, visible=timeline is not None), shown
 
     with gradio.Blocks(
         title="Fake or real?", analytics_enabled=False, delete_cache=(MAX_UPLOAD_AGE_SECONDS, MAX_UPLOAD_AGE_SECONDS)
@@ -228,7 +234,11 @@ def build_page(keeper: ModelKeeper) -> Any:
             buttons=["download", "fullscreen"],
         )
         timeline = gradio.Plot(label="Over time", visible=False)
-        upload.change(
-            answer, upload, [verdict, picture, timeline], api_name="judge", concurrency_limit=MAX_CALLS_AT_ONCE
+        shown = gradio.State()
+        judged = upload.change(
+            answer, upload, [verdict, picture, timeline, shown], api_name="judge", concurrency_limit=MAX_CALLS_AT_ONCE
         )
+        if feedback:
+            form = add_form(Reporter(feedback, keeper.get), upload, shown)
+            judged.then(lambda shown: gradio.update(visible=bool(shown)), shown, form, api_visibility="private")
     return page

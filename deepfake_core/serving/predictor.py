@@ -141,7 +141,7 @@ class Predictor:
     def _prepare(self, name: str, image: Encoded, explain: bool) -> _Prepared:
         sha256 = ""
         try:
-            data = _read(image)
+            data = read_image(image)
             sha256 = hashlib.sha256(data).hexdigest()
             with open_image(data) as decoded:
                 return _Prepared(
@@ -195,7 +195,12 @@ class Predictor:
         )
 
 
-def _read(image: Encoded) -> bytes:
+def read_image(image: Encoded) -> bytes:
+    """Return an image's bytes.
+
+    Raises:
+        UnreadableImageError: if there are more than `MAX_BYTES`.
+    """
     if isinstance(image, bytes):
         data = image
     else:

@@ -120,7 +120,7 @@ class RemoteObjects:
         with suppress(FileNotFoundError), translate_errors(self.address):
             size = self._files.info(path)["size"]
             _check_size(f"{self.address}/{name}", size, max_bytes)
-            return self._files.cat_file(path, 0, size) if size else b""
+            return self._files.cat_file(path, start=0, end=size) if size else b""
         return None
 
     def read_all(self, sizes: Mapping[str, int], max_bytes: int) -> dict[str, bytes | None]:

@@ -194,6 +194,13 @@ def test_a_call_of_nothing_is_the_callers_error(served, path, body):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("path", ["run/nothing", "api/nothing", "call/nothing", "call/v2/nothing", "call/nothing/"])
+def test_a_call_of_a_name_that_no_function_has_is_the_callers_error(served, path):
+    answer = requests.post(f"{served[0]}/gradio_api/{path}", json={"data": [None]})
+    assert (answer.status_code, answer.json()["detail"]) == (404, "There is no such function. Received: 'nothing'.")
+
+
+@pytest.mark.slow
 def test_a_slow_image_holds_no_other_up(served, tmp_path):
     draw_portrait(1).save(tmp_path / "small.png")
     Image.new("RGB", (7000, 7000)).resize((7000, 7000)).save(tmp_path / "large.webp", lossless=True, quality=0)

@@ -219,6 +219,14 @@ def scores(folder, rows, fixture):
     return lambda: score_images(predictor, folder.parents[1] / "images", folder / "scores.parquet")
 
 
+@writer
+def feedback(folder, rows, fixture):
+    kept = open_feedback(folder / "feedback")
+    kept.create()
+    verdict = GivenVerdict(label="real", probability=0.1, sure=True, version="1")
+    return lambda: kept.add(encode(draw_portrait(1), "PNG"), verdict, "fake")
+
+
 @pytest.fixture
 def write(request, disk, rows):
     folder = disk / "data"
