@@ -52,7 +52,7 @@ KEPT_SHARE, SHOWN_SHARE = 0.05, 0.5
 
 
 def divide(dataset: Dataset) -> dict[str, pd.DataFrame]:
-    """Divide the set's kept fakes without near copies elsewhere, whole groups together: `trained`, `shown`, `others`."""
+    """Divide the set's fakes that have no near copy elsewhere, by groups: `trained`, `shown` and `others`."""
     kept = dataset.manifest[dataset.manifest["kept"]]
     mine = (kept["source"] == SET) & (kept["label"] == "fake")
     fakes = kept[mine & ~kept["group"].isin(set(kept.loc[~mine, "group"]))]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ VERDICT = GivenVerdict(label="real", probability=0.5, sure=True, version="a mode
 
 def report(data_dir, label: str, *images: bytes, box: tuple[int, int, int, int] | None = None) -> list[str]:
     """Report images in a data folder and confirm them; return their SHA-256."""
-    feedback = open_feedback(open_store(data_dir).feedback())
+    feedback = open_feedback(f"{data_dir}/feedback")
     wrong = {"real": "fake", "fake": "real"}[label]
     verdict = GivenVerdict(label=wrong, probability=0.5, sure=True, version="a model version 1", box=box, faces=1)
     names = [feedback.add(image, verdict, label).sha256 for image in images]
@@ -231,6 +232,16 @@ def test_reports_can_be_elsewhere_or_left_out(tmp_path):
     assert len(list_files(store.confirmed())) == 1
     assert fetch_confirmed("none", store) == ()
     assert list_files(store.confirmed()) == {}
+
+
+def test_at_a_url_each_machine_makes_its_own_copy(tmp_path, monkeypatch):
+    url = f"memory://{tmp_path}/deepfake"
+    sent = report(url, "fake", jpeg(1))
+    for machine in ("a", "b"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        (source,) = fetch_confirmed("auto", open_store(url))
+        assert source.name.startswith(str(tmp_path / machine))
+        assert list_files(Path(source.name)) == {f"fake/{sent[0]}.jpg": jpeg(1)}
 
 
 def test_what_is_no_feedback_or_was_changed_stops_the_run(tmp_path):
