@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepfake_core.commands import feedback, model, predict, production, versions
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL, PRODUCTION_URI
+from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_REJECTED_DAYS, DEFAULT_MODEL, PRODUCTION_URI
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.redaction import redact, redact_logs
 from deepfake_core.storage.files import translate_disk_errors
@@ -95,7 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     pull.add_argument("--model", default=PRODUCTION_URI, help=model.MODEL_HELP)
     pull.set_defaults(run=model.pull)
 
-    gc = commands.add_parser("gc", help="remove old data sets, archives, caches and model files that nothing needs")
+    gc = commands.add_parser(
+        "gc", help="remove old data sets, archives, caches, rejected reports and model files that nothing needs"
+    )
     gc.add_argument(
         "--keep",
         type=int,
@@ -105,6 +107,16 @@ def build_parser() -> argparse.ArgumentParser:
         f"(default: {DEFAULT_KEEP})",
     )
     gc.add_argument("--data-dir", default="data", metavar="DIR", help="data folder, or its URL (default: data)")
+    gc.add_argument(
+        "--keep-rejected-days",
+        type=int,
+        default=DEFAULT_KEEP_REJECTED_DAYS,
+        metavar="N",
+        help=f"how long images and notes of rejected reports stay (default: {DEFAULT_KEEP_REJECTED_DAYS})",
+    )
+    gc.add_argument(
+        "--feedback", default="", metavar="DIR_OR_URL", help="where reports are (default: feedback in the data folder)"
+    )
     gc.add_argument("--dry-run", action="store_true", help="only list what would be removed, why, and how much")
     gc.add_argument("--yes", action="store_true", help="don't ask for confirmation")
     gc.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")

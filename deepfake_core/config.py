@@ -38,6 +38,9 @@ PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
 DEFAULT_KEEP = 3
 """Number of newest data sets, archives of each source, and versions' model files that housekeeping keeps."""
 
+DEFAULT_KEEP_REJECTED_DAYS = 30
+"""How long housekeeping keeps the image and the notes of a report that a person rejected."""
+
 Architecture = Literal["cnn", "efficientnet_lite0", "efficientnet_v2_b0", "hpf_cnn", "cgface"]
 Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(get_args(Architecture))})]
 """An architecture, which Prefect's form offers as a list to choose from."""
@@ -425,3 +428,18 @@ class PromotionParameters(Parameters):
         default=None, gt=0, description="Milliseconds for one image, at most, on the CPU of the machine that evaluates."
     )
     max_size: float | None = Field(default=None, gt=0, description="Largest model.onnx, in megabytes (10^6 bytes).")
+
+
+ReviewChoice = Literal["real", "fake", "reject", "withdraw"]
+
+
+class ReviewDecision(Parameters):
+    """What a person decided about an image that was reported."""
+
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{8,64}$", description="The image's SHA-256, or its first 8 or more characters."
+    )
+    decision: Annotated[ReviewChoice, WithJsonSchema({"type": "string", "enum": list(get_args(ReviewChoice))})] = Field(
+        description="What the image is; or reject: learn nothing from it; withdraw: take the last decision back."
+    )
+    why: str = Field(default="", max_length=1000, description="Recorded with the decision.")

@@ -10,11 +10,13 @@ import re
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL
+from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_REJECTED_DAYS, DEFAULT_MODEL
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.errors import ConfigurationError
+from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.model_files import (
     ModelFiles,
@@ -35,19 +37,23 @@ INDEX_NAME = re.compile(r"(?P<source>.+)-v\d+-[0-9a-f]{16}\.parquet")
 WRITTEN_BESIDE = re.compile(r"\..+\.\d+")
 """How `files.write_beside` names a file that is not whole yet; the number is its process."""
 
+MAX_DAYS = 36_500
+
 MAX_WRITING_SECONDS = 24 * 3600
 """Nobody writes to such a file for longer; its process may be on another machine."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What is removed together, why, and how many bytes that frees: paths below the data folder, or model files."""
+    """What is removed together, why, and how many bytes that frees: paths below the data folder, model files, or a
+    rejected report, which its SHA-256 names."""
 
     what: str
     why: str
     bytes: int
     paths: tuple[Path, ...] = ()
     model_files: ModelFiles | None = None
+    rejected: str = ""
 
 
 def clean(
@@ -56,28 +62,34 @@ def clean(
     keep: int = DEFAULT_KEEP,
     dry_run: bool = False,
     agreed: Sequence[Removal] | None = None,
+    feedback: str = "",
+    keep_rejected_days: int = DEFAULT_KEEP_REJECTED_DAYS,
 ) -> list[Removal]:
     """Remove what is not needed any more; return what was removed.
 
     Killed half way, it leaves nothing that looks whole, and the next call removes the rest.
 
     Args:
-        store: of one at a URL, this machine's cache is cleaned; nothing is removed at the URL.
+        store: of one at a URL, this machine's cache is cleaned; at the URL only rejected reports are removed.
         keep: number of newest data sets, archives and indexes per source, and versions' model files, that stay.
         dry_run: remove nothing; return what would be removed.
         agreed: from an earlier call; nothing else is removed.
+        feedback: folder or URL that keeps reports; by default that in the data folder, or at its URL.
+        keep_rejected_days: how long the image and the notes of a rejected report stay.
 
     Raises:
-        ConfigurationError: if `keep` is less than 1.
+        ConfigurationError: if `keep` is less than 1, `keep_rejected_days` is out of range, or `feedback` holds other
+            things.
         LockedError: if a run holds the data folder.
         ServiceError: if MLflow or its artifacts can't be reached.
     """
     with lock_folder(store.folder, "housekeeping", remedy="stop that process"):
-        removals = plan_removals(store, model_name, keep)
+        reports = open_feedback(feedback or store.address_of(store.feedback()))
+        removals = [*plan_removals(store, model_name, keep), *_plan_rejected(reports, keep_rejected_days)]
         if agreed is not None:
             removals = [removal for removal in removals if removal in agreed]
         if not dry_run:
-            removals = [removal for removal in removals if _remove(removal, model_name)]
+            removals = [removal for removal in removals if _remove(removal, model_name, reports)]
             log.info("%d items removed, %.1f MB", len(removals), sum(removal.bytes for removal in removals) / 1e6)
     return removals
 
@@ -202,7 +214,19 @@ def _measure(path: Path) -> int:
     return sum((Path(parent) / file).stat().st_size for parent, _, files in os.walk(path) for file in files)
 
 
-def _remove(removal: Removal, model_name: str) -> bool:
+def _plan_rejected(feedback: Feedback, days: int) -> Iterator[Removal]:
+    if not 0 <= days <= MAX_DAYS:
+        raise ConfigurationError(f"keep_rejected_days must be from 0 to {MAX_DAYS:,}. Received: {days}")
+    for entry in feedback.list_entries("rejected"):
+        if (entry.size or entry.count) and entry.decisions[-1].time <= datetime.now(UTC) - timedelta(days=days):
+            why = f"rejected {days} days ago or more; its hash and the decision stay"
+            yield Removal(f"report {entry.sha256[:12]}", why, entry.size, rejected=entry.sha256)
+
+
+def _remove(removal: Removal, model_name: str, feedback: Feedback) -> bool:
+    if removal.rejected and not feedback.expire(removal.rejected):
+        log.info("%s: kept, since it is rejected no more", removal.what)
+        return False
     if removal.model_files and not remove_model_files(model_name, removal.model_files):
         log.info("%s: kept, since it has an alias by now", removal.what)
         return False

@@ -19,6 +19,7 @@ from deepfake_core.config import (
     DataParameters,
     EvaluationParameters,
     PromotionParameters,
+    ReviewDecision,
     Source,
     TrainingParameters,
 )
@@ -33,6 +34,7 @@ GROUPS = {
     "training.augmentation": AugmentationParameters,
     "evaluation": EvaluationParameters,
     "promotion": PromotionParameters,
+    "decisions": ReviewDecision,
 }
 
 
@@ -76,8 +78,7 @@ def write_parameters() -> str:
 def write_command_line() -> str:
     """Show every command's own help text."""
     parser = build_parser()
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    parsers = {"deepfake": parser, **{f"deepfake {name}": one for name, one in commands.choices.items()}}
+    parsers = list_parsers("deepfake", parser)
     parsers["python -m flows.retrain"] = CliSettingsSource(RetrainSettings).root_parser
     targets = re.findall(r"^([a-z-]+):.*## (.*)", (ROOT / "Makefile").read_text(), re.M)
     lines = ["# Command line", "", "In a checkout, `deepfake` is `.venv/bin/deepfake`.", ""]
@@ -94,6 +95,13 @@ def write_command_line() -> str:
         *(f"| `make {name}` | {escape(text)} |" for name, text in targets),
     ]
     return "\n".join(lines) + "\n"
+
+
+def list_parsers(name: str, parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return a command's parser, and those of the commands below it, by their names."""
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    commands = {f"{name} {choice}": one for action in below for choice, one in action.choices.items()}
+    return {name: parser} | {k: v for each, one in commands.items() for k, v in list_parsers(each, one).items()}
 
 
 def write_flows() -> str:

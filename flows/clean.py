@@ -3,7 +3,7 @@
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL
+from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_REJECTED_DAYS, DEFAULT_MODEL
 from deepfake_core.storage.store import open_store
 from tasks.data import remove_unneeded
 
@@ -14,19 +14,25 @@ def clean(
     data_dir: str = "data",
     model_name: str = DEFAULT_MODEL,
     dry_run: bool = False,
+    feedback: str = "",
+    keep_rejected_days: int = DEFAULT_KEEP_REJECTED_DAYS,
 ) -> str:
     """Remove old data sets, archives, caches and model files, never what production, a rollback or a run needs.
+
+    Of reports on wrong verdicts that were rejected long ago, images and notes are removed.
 
     Args:
         keep: Number of newest data sets, archives of each source, and versions' model files that stay (at least 1).
         data_dir: Folder that holds archives, image indexes and split folders; of a URL, this machine's cache.
         model_name: Name in MLflow's model registry.
         dry_run: Only list what would be removed.
+        feedback: Folder or URL that keeps reports on wrong verdicts. Empty: that in the data folder, or at its URL.
+        keep_rejected_days: How long images and notes of rejected reports stay (at least 0).
 
     Returns:
         What was done, as a sentence.
     """
-    removals = remove_unneeded(open_store(data_dir), model_name, keep, dry_run)
+    removals = remove_unneeded(open_store(data_dir), model_name, keep, dry_run, feedback, keep_rejected_days)
     size = sum(removal.bytes for removal in removals) / 1e6
     done = f"{len(removals)} items, {size:,.1f} MB, {'would be removed' if dry_run else 'removed'}"
     get_run_logger().info(done)

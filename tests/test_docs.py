@@ -294,7 +294,7 @@ def test_the_reference_names_every_parameter_command_and_flow(site, flows):
     for name in [*names, *CANDIDATES]:
         assert f"<code>{name}</code>" in parameters, name
     commands = (site / "reference" / "command-line.html").read_text()
-    for name in ("predict", "serve", "versions", "compare", "promote", "rollback", "seal", "pull"):
+    for name in ("predict", "serve", "versions", "compare", "promote", "rollback", "seal", "pull", "feedback add"):
         assert f"usage: deepfake {name} " in commands
     assert "--training.epochs" in commands
     for target in TARGETS:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import mlflow
@@ -24,6 +25,8 @@ from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.split_memory import read_memory
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.errors import ConfigurationError, LockedError, ModelError, ServiceError
+from deepfake_core.feedback.records import Decision, GivenVerdict, name_record
+from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.housekeeping import clean
 from deepfake_core.registry import connection, detectors, model_files, names, production, runs
 from deepfake_core.registry.versions import read_version, tag_version
@@ -304,6 +307,56 @@ def test_nothing_goes_where_it_cannot_be_told_what_production_needs(years, caplo
         assert clean(open_store(data_dir), keep=1) == []
     assert "what is needed is unknown, nothing is removed" in caplog.text
     assert len(list_datasets(data_dir)) == 5
+
+
+def reject(feedback: Feedback, image: bytes, days_ago: int) -> str:
+    """Report an image, and leave behind a decision of days ago."""
+    sha256 = feedback.add(
+        image, GivenVerdict(label="real", probability=0.1, sure=True, version="1"), "fake", "x"
+    ).sha256
+    time = datetime.now(UTC) - timedelta(days=days_ago)
+    decision = Decision(decision="rejected", by="someone", why="it is real", time=time)
+    (Path(feedback.address) / sha256 / name_record(decision)).write_text(decision.model_dump_json())
+    return sha256
+
+
+@pytest.mark.usefixtures("tracking")
+def test_of_a_report_that_was_rejected_long_ago_hash_and_decision_stay(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    feedback = open_feedback(tmp_path / "data" / "feedback")
+    old, new = reject(feedback, jpeg(1), 31), reject(feedback, jpeg(2), 29)
+    confirmed = reject(feedback, jpeg(3), 31)
+    feedback.confirm(confirmed, "fake", by="someone")
+    (removed,) = clean(open_store(tmp_path / "data"))
+    assert (removed.what, removed.bytes) == (f"report {old[:12]}", len(jpeg(1)))
+    assert (feedback.read(old).size, feedback.read(old).count) == (0, 0)
+    assert feedback.read(old).decisions[0].why == "it is real"
+    assert feedback.read_image(new) == jpeg(2)
+    assert feedback.read_image(confirmed) == jpeg(3)
+    assert feedback.add(jpeg(1), feedback.read(new).reports[0].verdict, "fake").status == "rejected"
+    assert clean(open_store(tmp_path / "data")) == []
+
+    assert main(["gc", "--data-dir", "data", "--keep-rejected-days", "29", "--yes"]) == 0
+    assert f"report {new[:12]}" in capsys.readouterr().out
+    assert main(["gc", "--data-dir", "data", "--keep-rejected-days", "-1"]) == 2
+    assert "keep_rejected_days must be from 0 to 36,500. Received: -1" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tracking")
+def test_rejected_reports_elsewhere_are_removed_too_and_those_of_others_are_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    feedback = open_feedback(tmp_path / "reports")
+    sha256 = reject(feedback, jpeg(1), 1)
+    agreed = clean(open_store(tmp_path / "data"), dry_run=True, feedback="reports", keep_rejected_days=1)
+    assert [one.rejected for one in agreed] == [sha256]
+    feedback.withdraw(sha256, by="someone")
+    assert clean(open_store(tmp_path / "data"), agreed=agreed, feedback="reports", keep_rejected_days=1) == []
+    assert not feedback.expire(sha256)
+    assert feedback.read_image(sha256) == jpeg(1)
+    (tmp_path / "data" / "feedback").mkdir()
+    (tmp_path / "data" / "feedback" / "holiday.jpg").touch()
+    with pytest.raises(ConfigurationError, match=r"holds holiday\.jpg"):
+        clean(open_store(tmp_path / "data"))
 
 
 @pytest.mark.process

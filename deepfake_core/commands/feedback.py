@@ -117,7 +117,7 @@ def list_entries(options: argparse.Namespace) -> int:
     table = Table(
         Column("SHA-256", no_wrap=True), "status", "reports", "says", Column("verdict, note", overflow="fold")
     )
-    for entry in sorted(entries, key=lambda one: one.newest):
+    for entry in sorted(entries, key=lambda one: one.first_time):
         told = [entry.reports[-1].verdict.describe(), entry.reports[-1].note] if entry.reports else []
         cells = (entry.sha256[:SHOWN], entry.label or entry.status, str(entry.count), ", ".join(entry.claimed))
         table.add_row(*cells, escape("\n".join(filter(None, (*told, *entry.problems)))))

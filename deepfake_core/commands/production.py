@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from deepfake_core.errors import ConfigurationError, ModelError
@@ -79,7 +80,15 @@ def clean(options: argparse.Namespace) -> int:
     store = open_store(options.data_dir)
     if not store.folder.is_dir():
         raise ConfigurationError(f"--data-dir must be the data folder of a retrain. Received: {options.data_dir}")
-    removals = housekeeping.clean(store, options.model_name, options.keep, dry_run=True)
+    clean = partial(
+        housekeeping.clean,
+        store,
+        options.model_name,
+        options.keep,
+        feedback=options.feedback,
+        keep_rejected_days=options.keep_rejected_days,
+    )
+    removals = clean(dry_run=True)
     if not removals:
         print("Nothing to remove.")
         return 0
@@ -92,7 +101,7 @@ def clean(options: argparse.Namespace) -> int:
         return 0
     if not confirm(options, f"Remove {_sum_up(removals)}?"):
         return 1
-    removed = housekeeping.clean(store, options.model_name, options.keep, agreed=removals)
+    removed = clean(agreed=removals)
     print(f"Removed: {_sum_up(removed)}.")
     return 0
 

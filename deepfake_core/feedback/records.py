@@ -128,10 +128,10 @@ class Entry:
         return self.decisions[-1].label if self.decisions else None
 
     @property
-    def newest(self) -> datetime:
-        """When anything was said about it last."""
+    def first_time(self) -> datetime:
+        """When it was reported first, as far as that can be read."""
         records: tuple[Record, ...] = (*self.reports, *self.decisions)
-        return max((one.time for one in records), default=datetime.min.replace(tzinfo=UTC))
+        return min((one.time for one in records), default=datetime.now(UTC))
 
     @property
     def claimed(self) -> list[Label]:

@@ -52,16 +52,12 @@ MAX_MEASURE_AGE_SECONDS = 60
 
 
 class Feedback:
-    """Reports on wrong verdicts, and decisions about them. `open_feedback` makes one."""
+    """Reports on wrong verdicts, and decisions about them. `open_feedback` makes one; `address` is where they are."""
 
     def __init__(self, objects: Objects) -> None:
-        self._objects = objects
+        self._objects, self.address = objects, objects.address
         self._adding = threading.Lock()  # threads of a process write to temporary files of the same names
         self._measured, self._total = -float(MAX_MEASURE_AGE_SECONDS), 0
-
-    @property
-    def address(self) -> str:
-        return self._objects.address
 
     def create(self) -> None:
         """Write the marker, if it is not there: what follows can be written too.
@@ -194,11 +190,15 @@ class Feedback:
         self._objects.remove_below(entry.sha256)
         return entry.sha256
 
-    def expire(self, sha256: str) -> None:
-        """Remove a rejected image and its reports. Its decisions stay, by which it is known if it is sent again."""
-        for name in sorted(self._objects.scan(self.find(sha256))):  # the image first
-            if not Path(name).name.startswith("decision"):
+    def expire(self, sha256: str) -> bool:
+        """Remove a rejected image and its reports, not its decisions; return False if it is rejected no more."""
+        entry = self.read(sha256)
+        if entry.status != "rejected":
+            return False
+        for name in sorted(self._objects.scan(entry.sha256)):  # the image first
+            if not name[65:].startswith("decision"):
                 self._objects.remove(name)
+        return True
 
     def _decide(self, sha256: str, decision: str, by: str, why: str, label: str | None = None) -> Entry:
         entry = self.read(sha256)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import subprocess
 
 import pytest
 import requests
@@ -11,7 +12,7 @@ from deepfake_core.cli import main
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.serving import page as page_server
 from deepfake_core.serving import wrong_verdict
-from tests.builders import draw_portrait, draw_scene, free_port, write_clip
+from tests.builders import ROOT, draw_portrait, draw_scene, free_port, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -122,6 +123,34 @@ def test_a_program_reports_by_post(served, tmp_path):
     feedback.expire(sha256)
     event, (answer,) = report(address, upload(address, tmp_path / "face.png"), "fake", "")
     assert (event, answer[-18:]) == ("complete", " Nothing was kept.")
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_the_example_of_the_documentation_works(served, tmp_path):
+    address, _, feedback = served
+    draw_portrait(7).save(tmp_path / "face.jpg")
+    (example,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "how-to" / "feedback.md").read_text(), re.S)
+    script = example.replace("http://127.0.0.1:7860", address)
+    answer = subprocess.check_output(["bash", "-euc", script], cwd=tmp_path, text=True)
+    sha256 = hashlib.sha256((tmp_path / "face.jpg").read_bytes()).hexdigest()
+    assert answer.startswith("event: complete\n")
+    assert sha256 in answer
+    assert feedback.read(sha256).reports[0].note == "The left ear is missing."
+
+
+@pytest.mark.slow
+def test_a_report_keeps_the_verdict_that_was_shown_though_production_moved_meanwhile(candidate, tmp_path):
+    keeper = page_server.ModelKeeper(str(candidate.folder), detect=False)
+    reporter = wrong_verdict.Reporter(open_feedback(tmp_path / "feedback"), keeper.get)
+    draw_portrait(8).save(tmp_path / "face.png")
+    *_, (sha256, verdict) = page_server.judge_upload(keeper, tmp_path / "face.png")
+    shown = verdict.model_copy(update={"version": "the version before"})
+    reporter.report(tmp_path / "face.png", "fake", "", (sha256, shown))
+    reporter.report(tmp_path / "face.png", "fake", "", ("0" * 64, shown))  # a verdict on another image
+    reporter.report(tmp_path / "face.png", "fake", "", None)
+    (entry,) = open_feedback(tmp_path / "feedback").list_entries()
+    assert [report.verdict for report in entry.reports] == [shown, verdict, verdict]
 
 
 @pytest.mark.slow
