@@ -21,7 +21,13 @@ from deepfake_core.description import MAX_IMAGE_SIZE
 CLASS_COLOURS = {"real": "#2c7fb8", "fake": "#d95f0e"}
 """In figures, pages and reports."""
 
-SPLITS = ("train", "val", "test")
+REGRESSION = "regression"
+"""The split of confirmed reports that no model learns from: the one split that may be empty."""
+
+SPLITS = ("train", "val", "test", REGRESSION)
+
+FEEDBACK = "feedback"
+"""Short name of the source that holds the images of confirmed reports."""
 
 DEFAULT_MODEL = "deepfake-detector"
 """Name in MLflow's model registry."""
@@ -181,6 +187,12 @@ class DataParameters(Parameters):
         description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
         "without credentials, such as s3://bucket/deepfake.",
     )
+    feedback: str = Field(
+        default="auto",
+        min_length=1,
+        description="Folder or URL of the reports of wrong verdicts, whose confirmed images are one more source. "
+        "auto: feedback/ in data_dir, where that is there. none: reports are left out.",
+    )
     test_fraction: float = Field(
         default=0.15,
         gt=0,
@@ -212,8 +224,8 @@ class DataParameters(Parameters):
     @field_validator("sources")
     @classmethod
     def _tell_apart(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
-        """Put the owner into short names that would be the same."""
-        short = Counter(source.short_name for source in sources)
+        """Put the owner into short names that would be the same, or that of confirmed reports."""
+        short = Counter([FEEDBACK, *(source.short_name for source in sources)])
         named = tuple(source.name_owner() if short[source.short_name] > 1 else source for source in sources)
         if len({source.short_name for source in named}) < len(named):
             raise ValueError(
@@ -423,7 +435,7 @@ class PromotionParameters(Parameters):
     approval: Annotated[Approval, WithJsonSchema({"type": "string", "enum": list(get_args(Approval))})] = Field(
         default="never",
         description="When a person decides. never: the rule does. borderline: where all is met but the probability, "
-        "which is 0.8 at least. always: before any version goes into production.",
+        "which is 0.8 at least, or what is asked of confirmed reports. always: before any version goes into production.",
     )
     approval_hours: float = Field(
         default=72, gt=0, le=8760, description="How long a version waits for a person; then it is not promoted."

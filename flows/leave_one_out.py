@@ -13,7 +13,7 @@ from prefect.artifacts import create_table_artifact
 from rich.console import Console
 from rich.table import Table
 
-from deepfake_core.config import DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.config import FEEDBACK, DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.evaluation.metrics import Evaluation
@@ -51,7 +51,7 @@ def leave_one_out(
     with lock_folder(store.folder, holder=f"flow run {flow_run.name}"):
         end_killed_runs(store)
         dataset = open_dataset(prepare(data))
-        for source in dataset.list_sources():
+        for source in sorted(set(dataset.list_sources()) - {FEEDBACK}):
             testing = evaluation.model_copy(update={"holdout_sources": (source,)})
             with open_retrain(f"{flow_run.name} without {source}", flow_run.id, hardware, dataset) as run_id:
                 log_data(run_id, dataset, training, testing, PromotionParameters())

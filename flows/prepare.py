@@ -8,6 +8,7 @@ from deepfake_core.storage.store import open_store
 from tasks.data import (
     deduplicate,
     download,
+    fetch_confirmed,
     find_near_copies,
     index_archive,
     merge,
@@ -30,7 +31,8 @@ def prepare(data: DataParameters = DataParameters()) -> str:
     store = open_store(data.data_dir)
     store.check()
     with lock_folder(store.folder, holder=f"flow run {runtime.flow_run.name}"):
-        archives = download.map(data.sources, unmapped(store)).result()
+        sources = (*data.sources, *fetch_confirmed(data.feedback, store))
+        archives = download.map(sources, unmapped(store)).result()
         indexes = index_archive.map(archives, unmapped(store)).result()
         links = find_near_copies(indexes, store)
         rows = split(deduplicate(indexes, links), links, store, data)

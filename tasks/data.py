@@ -11,8 +11,8 @@ from prefect.blocks.system import Secret
 
 from deepfake_core import housekeeping
 from deepfake_core.config import DataParameters, Source
+from deepfake_core.data import confirmed, duplicates, index, kaggle, publishing, split_memory, splits
 from deepfake_core.data import dataset as datasets
-from deepfake_core.data import duplicates, index, kaggle, publishing, split_memory, splits
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.credentials import VARIABLES
 from deepfake_core.data.dataset import Dataset
@@ -55,6 +55,12 @@ def ask_for_version(source: Source, store: Store) -> int | None:
     return kaggle.find_new_version(source, store)
 
 
+@task(name="fetch confirmed reports", **NETWORK)
+def fetch_confirmed(address: str, store: Store) -> tuple[Source, ...]:
+    """Bring the images of confirmed reports to this disk, as a source; none where there are no such reports."""
+    return confirmed.fetch_confirmed(address, store)
+
+
 @task(name="index", task_run_name="index {archive.source.short_name}", **CPU)
 def index_archive(archive: Archive, store: Store) -> pd.DataFrame:
     """Describe every file of an archive."""
@@ -76,7 +82,7 @@ def deduplicate(indexes: Sequence[pd.DataFrame], links: pd.DataFrame) -> pd.Data
 
 @task(name="split", **CPU)
 def split(rows: pd.DataFrame, links: pd.DataFrame, store: Store, data: DataParameters) -> pd.DataFrame:
-    """Put each kept image into train, val or test, whole groups together and known images where they were."""
+    """Put each kept image into a split, whole groups together and known images where they were."""
     memory = split_memory.read_memory(store)
     return splits.assign_splits(rows, links, memory, data.val_fraction, data.test_fraction)
 

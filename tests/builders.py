@@ -20,6 +20,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from deepfake_core.config import DEFAULT_MODEL, AugmentationParameters, DataParameters, Recipe, Source
+from deepfake_core.data.confirmed import fetch_confirmed
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.duplicates import find_links, mark_duplicates
 from deepfake_core.data.images import Images
@@ -164,8 +165,9 @@ def prepare(
 ) -> Dataset:
     """Publish a data set of local zips, as the flow `prepare` does."""
     sources, store = tuple(Source(name=str(path)) for path in zips), open_store(data_dir)
+    confirmed = fetch_confirmed("auto", store)
     data = DataParameters(sources=sources, test_fraction=test_fraction, val_fraction=val_fraction, **more)
-    archives = [fetch_archive(source, store) for source in data.sources]
+    archives = [fetch_archive(source, store) for source in (*data.sources, *confirmed)]
     index = pd.concat([build_index(archive, store) for archive in archives])
     links = find_links(index)
     rows = assign_splits(mark_duplicates(index, links), links, read_memory(store), val_fraction, test_fraction)

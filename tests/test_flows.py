@@ -20,7 +20,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_DATABASE_CONNECTION
 from deepfake_core.config import DataParameters, PromotionParameters, Source, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError, LockedError, ServiceError, SourceError
-from deepfake_core.registry import fingerprint, production, versions
+from deepfake_core.feedback.records import GivenVerdict
+from deepfake_core.feedback.reports import open_feedback
+from deepfake_core.registry import fingerprint, names, production, runs, versions
 from deepfake_core.storage.store import open_store
 from deepfake_core.training.devices import describe_hardware, sees_only_cpus
 from flows.check_sources import check_sources
@@ -40,6 +42,7 @@ from tests.builders import (
     forbid,
     free_port,
     hold_data,
+    jpeg,
     needs_faces,
     recode,
     wait_until,
@@ -113,6 +116,36 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
 
     logged = check_run(second.run_id)
     assert logged["params"]["architecture"] == "cnn"
+
+
+@pytest.mark.slow
+def test_confirmed_reports_reach_the_training_and_the_regression_set(tracking, two_zips):
+    data = parameters(tracking, two_zips[0])
+    feedback = open_feedback(Path(data.data_dir) / "feedback")
+    verdict = GivenVerdict(label="fake", probability=0.8, sure=True, version="deepfake-detector version 1")
+    sent = [feedback.add(jpeg(50_000 + number), verdict, "real").sha256 for number in range(40)]
+    for name in sent[:-1]:
+        feedback.confirm(name, "real", by="a reviewer")
+    address, number = retrain(data, TINY, promotion=NO_FLOORS)
+    dataset, version = open_dataset(address), versions.read_version(NAME, number)
+    kept = dataset.manifest[dataset.manifest["kept"]].set_index("sha256")
+    assert set(kept.index[kept["source"] == "feedback"]) == set(sent[:-1])
+    held = dataset.split("regression")
+    assert set(held["source"]) == {"feedback"}
+    assert "feedback" in set(dataset.split("train")["source"])
+    assert version.metrics["regression/images"] == len(held) > 0
+    assert version.reasons[-1] == "met: no production model yet"
+    table = runs.read_text(version.run_id, "evaluation/regression.csv").splitlines()
+    assert len(table) == len(held) + 1
+    page = runs.read_text(version.run_id, names.REPORT)
+    assert all(f"<code>{name[:12]}</code>" in page for name in held["sha256"])
+
+    feedback.withdraw(sent[0], by="another")
+    rows = open_dataset(prepare(data.model_copy(update={"feedback": "none"}))).manifest
+    assert "feedback" not in set(rows["source"])
+    now = open_dataset(prepare(data)).manifest.query("kept").set_index("sha256")
+    assert sent[0] not in now.index
+    assert (now["split"] == kept["split"].reindex(now.index)).all()
 
 
 def run_command(data: DataParameters, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -50,6 +50,11 @@ class Dataset:
         return self.description["version"]
 
     @property
+    def splits(self) -> dict[str, dict[str, int]]:
+        """The number of real and fake images of each split; an empty regression set is no split."""
+        return self.description["counts"]["splits"]
+
+    @property
     def is_drawn(self) -> bool:
         """Whether any image is drawn, so that metrics say nothing about real faces."""
         return any(source["drawn"] for source in self.description["sources"])

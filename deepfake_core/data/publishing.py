@@ -89,7 +89,11 @@ def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
             | count_reasons(manifest[manifest["source"] == source])
             for source in sources
         },
-        "splits": {split: {label: int(splits.get((split, label), 0)) for label in CLASS_NAMES} for split in SPLITS},
+        "splits": {
+            split: {label: int(splits.get((split, label), 0)) for label in CLASS_NAMES}
+            for split in SPLITS
+            if (kept["split"] == split).any()
+        },
     }
 
 
@@ -100,9 +104,8 @@ def _copy_images(
     normalise: Normalisation,
     on_progress: Progress | None,
 ) -> None:
-    for split in SPLITS:
-        for label in CLASS_NAMES:
-            (folder / split / label).mkdir(parents=True)
+    for name in manifest.loc[manifest["kept"], "path"].str.rpartition("/")[0].unique():
+        (folder / name).mkdir(parents=True)
     if normalise == "none":
         needed = int(manifest.loc[manifest["kept"], "bytes"].sum())
         require_space(folder, needed, f"The data set {folder}", "set `data.data_dir` to another disk")

@@ -1,4 +1,4 @@
-"""Kept images are divided into train, validation and test, groups of near copies as a whole."""
+"""Kept images are divided into train, validation, test and regression, groups of near copies as a whole."""
 
 import hashlib
 import logging
@@ -7,23 +7,28 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from deepfake_core.config import CLASS_NAMES, SPLITS
+from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
 from deepfake_core.data.dataset import SUFFIXES
 from deepfake_core.data.duplicates import find_components, find_ends
+from deepfake_core.data.split_memory import name_pictures
 from deepfake_core.errors import DatasetError
 
 log = logging.getLogger(__name__)
+
+REGRESSION_SHARE = 0.3
+"""Share of the new groups with a confirmed report that no model ever learns from."""
 
 
 def assign_splits(
     rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str], val_fraction: float, test_fraction: float
 ) -> pd.DataFrame:
-    """Put each kept image into train, val or test; all of a group go to one split.
+    """Put each kept image into train, val, test or regression; all of a group go to one split.
 
     A group whose images an earlier version held stays in that version's split. A new group's split is a function
     of the group alone: the hash of its name, read as a number between 0 and 1, falls below `test_fraction` (test),
     below `test_fraction + val_fraction` (val), or above (train). So every source and label is divided by the same
-    fractions, up to chance.
+    fractions, up to chance. Before that, a new group that holds an image of the source `feedback` goes to regression
+    where other digits of the same hash fall below `REGRESSION_SHARE`: both choices are independent.
 
     Where new images would join groups of different splits, they are left out; where old ones would, the smaller part
     is. The reason is then `split_conflict`.
@@ -37,27 +42,33 @@ def assign_splits(
         The same rows with `split` and `path` (both empty where not kept), and the `group` of the remaining images.
 
     Raises:
-        DatasetError: if a class has no image in some split.
+        DatasetError: if a class has no image in train, val or test.
     """
+    sent = zip(rows["sha256"], name_pictures(rows), strict=True)
+    memory = {image: memory[name] for image, name in sent if name in memory} | dict(memory)
     rows = _resolve_conflicts(rows, links, memory)
     remembered = rows["sha256"].map(memory).groupby(rows["group"]).transform("first")
-    position = rows["group"].map(
-        {name: int(hashlib.sha256(name.encode()).hexdigest()[:16], 16) / 2**64 for name in set(rows["group"])}
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in set(rows["group"])}
+    position, second = (
+        rows["group"].map({name: int(digest[start : start + 16], 16) / 2**64 for name, digest in digests.items()})
+        for start in (0, 16)
     )
+    reported = (rows["source"] == FEEDBACK).groupby(rows["group"]).transform("any")
     split = pd.Series("train", index=rows.index)
     split[position < test_fraction + val_fraction] = "val"
     split[position < test_fraction] = "test"
+    split[reported & (second < REGRESSION_SHARE)] = REGRESSION
     split = remembered.where(remembered.notna(), split).where(rows["kept"], "")
     path = (split + "/" + rows["label"] + "/" + rows["sha256"] + rows["format"].map(SUFFIXES)).where(rows["kept"], "")
     rows = rows.assign(split=split, path=path)
-    for name in SPLITS:
+    for name in (one for one in SPLITS if one != REGRESSION):
         for label in CLASS_NAMES:
             if not ((split == name) & (rows["label"] == label)).any():
                 kept = rows.loc[rows["kept"], "label"].value_counts().to_dict()
                 raise DatasetError(
-                    f"Each split must hold images of both classes. Received: no {label} image in {name}; kept "
-                    f"images in all: {kept}, left out: {count_reasons(rows)}. Add a source with {label} images, "
-                    "or raise `data.test_fraction` or `data.val_fraction`."
+                    f"Each split but {REGRESSION} must hold images of both classes. Received: no {label} image in "
+                    f"{name}; kept images in all: {kept}, left out: {count_reasons(rows)}. Add a source with {label} "
+                    "images, or raise `data.test_fraction` or `data.val_fraction`."
                 )
     return rows
 

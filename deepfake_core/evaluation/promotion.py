@@ -4,15 +4,18 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from deepfake_core.config import NOT_PROMOTED, PROMOTED, WAITS, PrimaryMetric, PromotionParameters
+from deepfake_core.config import FEEDBACK, NOT_PROMOTED, PROMOTED, WAITS, PrimaryMetric, PromotionParameters
 from deepfake_core.detector import Detector
 from deepfake_core.evaluation.bootstrap import METRIC_TITLES, draw_resamples, resample_metrics
 from deepfake_core.evaluation.metrics import Estimate, Evaluation, evaluate_scores
 from deepfake_core.evaluation.parts import Rows
+
+if TYPE_CHECKING:
+    from deepfake_core.evaluation.regression import Regression
 
 REASON_SEPARATOR = "; "
 """Between the reasons of a decision, where they are stored as one text."""
@@ -38,7 +41,8 @@ class Comparison:
         difference: the challenger's minus production's; None if a class is missing.
         probability: that the challenger is better, by the paired bootstrap: the share of resamples in which it is,
             ties counted half, less what a limited number of resamples may err by (one-sided, 95 %).
-        left_out: images left out for both, since production was trained on them or on near copies.
+        left_out: images left out for both, since production was trained on them or on near copies, or since its
+            mistakes chose them (confirmed reports).
     """
 
     challenger: Evaluation
@@ -161,6 +165,7 @@ def decide_promotion(
     cost: Cost,
     parameters: PromotionParameters,
     blockers: Sequence[str] = (),
+    regression: "Regression | None" = None,
 ) -> Decision:
     """Promote a challenger that meets the floors and beats production by more than chance, at no source's cost.
 
@@ -168,6 +173,7 @@ def decide_promotion(
         challenger: the new model on the whole test split.
         comparison: it and production on the same images; None if there is no production yet.
         blockers: reasons that forbid promotion, whatever the metrics.
+        regression: both on images of confirmed reports that neither has learned.
     """
     reached = challenger.confusion
     checks = [
@@ -188,7 +194,7 @@ def decide_promotion(
             "for the interval's lower end",
         )
         for source, part in challenger.sources.items()
-        if "false_alarm_rate" in part.metrics
+        if "false_alarm_rate" in part.metrics and source != FEEDBACK  # false alarms are what these are reported for
     ]
     if parameters.max_latency is not None:
         text = f"{cost.latency:.1f} ms an image, ceiling {parameters.max_latency:g} ms"
@@ -199,6 +205,7 @@ def decide_promotion(
     checks += (
         [Check(True, "no production model yet")] if comparison is None else _check_comparison(comparison, parameters)
     )
+    checks += [Check(*checked, is_close=True) for checked in regression.check()] if regression else []
     passed = all(check.passed for check in checks)
     close = not passed and all(check.passed or check.is_close for check in checks)
     waits = {"never": False, "borderline": close, "always": close or passed}[parameters.approval]

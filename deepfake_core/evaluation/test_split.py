@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from deepfake_core.config import SPLITS
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import Images, load_images, load_seen, measure_files
 from deepfake_core.data.shortcuts import score_file_facts
@@ -81,7 +80,7 @@ def evaluate_unseen(detector: Detector, dataset: Dataset, source: str) -> Evalua
     manifest = dataset.manifest[dataset.manifest["kept"]]
     elsewhere = set(manifest.loc[manifest["source"] != source, "group"])
     parts = []
-    for split in SPLITS:
+    for split in dataset.splits:
         images = load_images(dataset, split, detector.image_size)
         mine = (images.rows["source"] == source) & ~images.rows["group"].isin(elsewhere)
         parts.append(images.select(mine.to_numpy()))
@@ -135,3 +134,20 @@ def _read_facts(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
 
 def _average_colours(images: Images) -> np.ndarray:
     return np.array([images.pixels[position].mean(axis=(0, 1)) for position in range(len(images))])
+
+
+def find_trained_on(rows: pd.DataFrame, manifest: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
+    """Find images that a model which was trained on another data set has seen, or seen near copies of.
+
+    Args:
+        rows: the images in question, of `manifest`.
+        manifest: of the data set that holds them.
+        other: of the data set that the model was trained on; its validation images chose its checkpoint.
+
+    Returns:
+        Mask of shape (len(rows),).
+    """
+    learned = set(other.loc[other["split"].isin(("train", "val")), "group"]) - {""}
+    seen = set(other.loc[other["group"].isin(learned), "sha256"])
+    groups = set(manifest.loc[manifest["sha256"].isin(seen), "group"]) - {""}
+    return (rows["group"].isin(groups) | rows["sha256"].isin(seen)).to_numpy()

@@ -3,14 +3,14 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from deepfake_core.config import PromotionParameters
+from deepfake_core.config import FEEDBACK, REGRESSION, PromotionParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import Images, load_same
 from deepfake_core.description import DESCRIPTION, read_description
@@ -27,7 +27,8 @@ from deepfake_core.evaluation.promotion import (
     decide_promotion,
     measure_cost,
 )
-from deepfake_core.evaluation.test_split import Measured, tabulate_rates
+from deepfake_core.evaluation.regression import Regression, add_production, score_regression
+from deepfake_core.evaluation.test_split import Measured, find_trained_on, tabulate_rates
 from deepfake_core.registry import names
 from deepfake_core.registry.detectors import pull_detector, register_detector
 from deepfake_core.registry.probe import log_probe
@@ -61,12 +62,14 @@ class Outcome:
         comparison: with production, on the same images; None if there was no production model.
         production: the version that it was compared with; None if there was none.
         cost: of serving the challenger.
+        regression: both on the regression set.
     """
 
     decision: Decision
     comparison: Comparison | None
     production: str | None
     cost: Cost
+    regression: Regression = field(default_factory=Regression)
 
 
 def log_candidate(run_id: str, candidate: Candidate, val: Images, dataset: Dataset) -> TrainedCandidate:
@@ -151,16 +154,19 @@ def promote_challenger(
     """
     name = parameters.model_name
     complete_move(name)
-    cost = measure_cost(Detector(best.candidate.folder))
+    detector = Detector(best.candidate.folder)
+    cost, alone = measure_cost(detector), score_regression(detector, dataset)
     known = read_version(name, version)
     if known.decision or (known.reasons and find_production(name) == version):
-        return _recall_outcome(known, cost, measured, dataset, parameters)
+        return _recall_outcome(known, cost, measured, alone, dataset, parameters)
     for _ in range(MAX_COMPARISONS):
         current = find_production(name)
         other = find_previous(name) if current == version else current  # a person may have put it there
-        comparison, blockers = _compare_with(other, measured, dataset, parameters) if other else (None, [])
-        decision = decide_promotion(measured.evaluation, comparison, cost, parameters, blockers)
-        outcome = Outcome(decision, comparison, other, cost)
+        comparison, regression, blockers = (
+            _compare_with(other, measured, alone, dataset, parameters) if other else (None, alone, [])
+        )
+        decision = decide_promotion(measured.evaluation, comparison, cost, parameters, blockers, regression)
+        outcome = Outcome(decision, comparison, other, cost, regression)
         _record_reasons(name, version, best.run_id, outcome)
         try:
             if decision.promoted and current != version:
@@ -176,10 +182,13 @@ def promote_challenger(
 
 
 def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome) -> None:
-    metrics = {"latency_ms": outcome.cost.latency, "size_mb": outcome.cost.size}
+    metrics = {"latency_ms": outcome.cost.latency, "size_mb": outcome.cost.size} | outcome.regression.flatten()
     if outcome.comparison:
         metrics["probability_better"] = outcome.comparison.probability
     log_metrics(run_id, metrics)
+    if outcome.regression.images:
+        table = pd.DataFrame(outcome.regression.images)
+        log_text(run_id, table.to_csv(index=False), "evaluation/regression.csv")
     compared = {names.COMPARED_WITH: outcome.production or names.NO_VERSION}
     tag_version(model_name, version, compared | {names.REASONS: outcome.decision.text})
 
@@ -191,59 +200,56 @@ def _record_decision(model_name: str, version: str, decision: Decision, approval
 
 
 def _recall_outcome(
-    version: ModelVersion, cost: Cost, measured: Measured, dataset: Dataset, parameters: PromotionParameters
+    version: ModelVersion,
+    cost: Cost,
+    measured: Measured,
+    regression: Regression,
+    dataset: Dataset,
+    parameters: PromotionParameters,
 ) -> Outcome:
     """Return the outcome that a version's tags record; without comparison if the other version is gone."""
     other, comparison = version.tags.get(names.COMPARED_WITH, names.NO_VERSION), None
     if other != names.NO_VERSION:
         with suppress(ModelError):
-            comparison, _ = _compare_with(other, measured, dataset, parameters)
+            comparison, regression, _ = _compare_with(other, measured, regression, dataset, parameters)
     met = not any(reason.startswith(NOT_MET) for reason in version.reasons)
     promoted = version.decision == names.PROMOTED if version.decision else met
     decision = Decision(promoted, tuple(version.reasons), waits=version.decision == names.WAITS)
     if not version.decision:
         _record_decision(version.name, version.version, decision, parameters.approval_hours)
-    return Outcome(decision, comparison, None if other == names.NO_VERSION else other, cost)
+    return Outcome(decision, comparison, None if other == names.NO_VERSION else other, cost, regression)
 
 
 def _compare_with(
-    current: str, measured: Measured, dataset: Dataset, parameters: PromotionParameters
-) -> tuple[Comparison, list[str]]:
-    """Score production on the same test images; return the comparison, and reasons that forbid promotion."""
+    current: str, measured: Measured, alone: Regression, dataset: Dataset, parameters: PromotionParameters
+) -> tuple[Comparison, Regression, list[str]]:
+    """Score production on the same images, those of the test split and the regression set.
+
+    Test images of confirmed reports are left out for both: production's mistakes chose them, so that an equally good
+    challenger would look better on them.
+
+    Returns:
+        Both comparisons, and reasons that forbid promotion.
+    """
     name, blockers = parameters.model_name, []
     with tempfile.TemporaryDirectory() as folder:
         detector = Detector(pull_detector(f"models:/{name}/{current}", Path(folder)))
     images = load_same(dataset, measured.images, detector.image_size)
     production = Scored(detector.score(images.pixels), detector.threshold)
     version = read_version(name, current)
-    left_out: np.ndarray | None = np.zeros(len(images), bool)
+    asked = (images.rows, dataset.split(REGRESSION))
+    learned = [np.zeros(len(rows), bool) for rows in asked]
     if version.dataset_version != dataset.version:
         manifest = read_manifest(version)
-        left_out = None if manifest is None else find_trained_on(images.rows, dataset.manifest, manifest)
-    if left_out is None:
-        left_out = np.zeros(len(images), bool)
-        blockers.append("which images production was trained on is unknown, as its run holds no manifest")
+        if manifest is None:
+            blockers.append("which images production was trained on is unknown, as its run holds no manifest")
+        else:
+            learned = [find_trained_on(rows, dataset.manifest, manifest) for rows in asked]
     if dataset.is_drawn and not version.is_drawn:
         blockers.append("drawn images never replace a model trained on photographs")
     challenger = Scored(measured.scores, measured.threshold)
+    left_out = learned[0] | (images.rows["source"] == FEEDBACK).to_numpy()
     comparison = compare_scores(
-        measured.images.labels, measured.images.rows, challenger, production, parameters.metric, left_out
+        measured.images.labels, images.rows, challenger, production, parameters.metric, left_out
     )
-    return comparison, blockers
-
-
-def find_trained_on(rows: pd.DataFrame, manifest: pd.DataFrame, other: pd.DataFrame) -> np.ndarray:
-    """Find images that a model which was trained on another data set has seen, or seen near copies of.
-
-    Args:
-        rows: the images in question, of `manifest`.
-        manifest: of the data set that holds them.
-        other: of the data set that the model was trained on; its validation images chose its checkpoint.
-
-    Returns:
-        Mask of shape (len(rows),).
-    """
-    learned = set(other.loc[other["split"].isin(("train", "val")), "group"]) - {""}
-    seen = set(other.loc[other["group"].isin(learned), "sha256"])
-    groups = set(manifest.loc[manifest["sha256"].isin(seen), "group"]) - {""}
-    return (rows["group"].isin(groups) | rows["sha256"].isin(seen)).to_numpy()
+    return comparison, add_production(alone, detector, dataset, learned[1]), blockers

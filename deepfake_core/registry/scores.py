@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 
-from deepfake_core.config import CLASS_NAMES
+from deepfake_core.config import CLASS_NAMES, FEEDBACK
 from deepfake_core.errors import ModelError
 from deepfake_core.evaluation.promotion import Comparison, Scored, compare_scores
 from deepfake_core.registry import names
@@ -13,13 +13,15 @@ from deepfake_core.registry.versions import ModelVersion
 
 
 def compare_logged_scores(first: ModelVersion, second: ModelVersion) -> Comparison:
-    """Compare two versions on the test images that both were scored on.
+    """Compare two versions on the test images that both were scored on, less those that a version's mistakes chose.
 
     Raises:
         ModelError: if a run holds no scores, or they share no image.
     """
     tables = [_read_scores(version) for version in (first, second)]
-    common = sorted(set(tables[0][0]) & set(tables[1][0]))
+    common = sorted(
+        sha256 for sha256, image in tables[0][0].items() if sha256 in tables[1][0] and image["source"] != FEEDBACK
+    )
     if not common:
         raise ModelError(
             f"Two versions must share test images. Received: {first.version} and {second.version}, which have none in "

@@ -1,6 +1,5 @@
 """A data set's report: one page that says what was found, what was left out, and what a model could cheat by."""
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, SPLITS
+from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.shortcuts import find_shortcuts
 from deepfake_core.decoding import decode_image
-from deepfake_core.reports.pages import encode_data, encode_figure, render_page
+from deepfake_core.reports.pages import encode_figure, encode_picture, render_page
 from deepfake_core.storage.files import write_beside
 
 log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ def collect(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) 
         "dataset": dataset,
         "counts": dataset.description["counts"],
         "class_names": CLASS_NAMES,
-        "splits": SPLITS,
+        "splits": dataset.splits,
         "reasons": _list_reasons(dataset.description["counts"]["reasons"]),
         "by_source": kept.value_counts(["source", "label"]).to_dict(),
         "shortcuts": find_shortcuts(kept).to_dict("records"),
@@ -168,9 +167,6 @@ def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) ->
 
 
 def _show(row: Any, image: Image.Image) -> Shown:
-    image.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
     place = row.split if row.kept else row.reason.replace("_", " ")
     text = f"{row.label}, {place}, {row.width} x {row.height}, {row.bytes / 1000:,.0f}\N{NO-BREAK SPACE}kB"
-    return Shown(row.source, row.label, row.member, text, encode_data(buffer.getvalue(), "image/jpeg"))
+    return Shown(row.source, row.label, row.member, text, encode_picture(image, SHOWN_PIXELS))

@@ -8,22 +8,26 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from deepfake_core.config import CLASS_NAMES, SPLITS
+from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.decoding import decode_image
 from deepfake_core.detector import Detector
 from deepfake_core.evaluation.bootstrap import METRIC_TITLES, SURE_METRICS
 from deepfake_core.evaluation.metrics import per_100
 from deepfake_core.evaluation.promotion import Comparison
+from deepfake_core.evaluation.regression import Regression
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry.challenge import Outcome, TrainedCandidate
 from deepfake_core.reports import plots
 from deepfake_core.reports.model_card import ModelFacts, list_warnings, write_model_card
-from deepfake_core.reports.pages import encode_figure, render_page
+from deepfake_core.reports.pages import encode_figure, encode_picture, render_page
 
 HEADLINE = {
     name: METRIC_TITLES[name]
     for name in ("false_alarm_rate", "recall", "sure_share", "error_when_sure", "precision", "auc", "ece")
 }
+
+REPORTED_PIXELS = 96
 
 TITLES = {
     "confusion_matrix": "Verdicts at the threshold",
@@ -155,7 +159,7 @@ def render_report(
         facts=facts,
         dataset=dataset,
         counts=dataset.description["counts"],
-        splits=SPLITS,
+        splits=dataset.splits,
         class_names=CLASS_NAMES,
         measured=measured,
         warnings=list_warnings(dataset, measured),
@@ -168,6 +172,8 @@ def render_report(
         comparison=outcome.comparison,
         production=outcome.production,
         compared=_list_compared(outcome.comparison),
+        regression=outcome.regression,
+        reported=_list_reported(outcome.regression, dataset),
         candidates=facts.candidates.to_dict("records"),
         robustness=robustness.to_dict("records"),
         figures={title: encode_figure(figure) for title, figure in figures.items()},
@@ -213,3 +219,18 @@ def _list_compared(comparison: Comparison | None) -> list[tuple[str, Any, Any]]:
             sides = (ours.sources[source].metrics.get(name), theirs.sources[source].metrics.get(name))
             rows.append((f"{METRIC_TITLES[name]} on {source}", *sides))
     return rows
+
+
+def _list_reported(regression: Regression, dataset: Dataset) -> list[dict[str, Any]]:
+    """Return each image of the regression set, those first whose verdict became wrong, then those that became right."""
+    images = sorted(regression.images, key=lambda one: (one.change == 0, -one.change, not one.wrong_after))
+    return [
+        {
+            "name": one.name,
+            "label": one.label,
+            "picture": encode_picture(decode_image((dataset.path / one.path).read_bytes()), REPORTED_PIXELS),
+            "verdicts": [(one.before, one.wrong_before), (one.after, one.wrong_after)],
+            "change": one.change,
+        }
+        for one in images
+    ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
-from deepfake_core.config import CLASS_NAMES, SPLITS
+from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.evaluation.bootstrap import METRIC_TITLES
 from deepfake_core.evaluation.metrics import Evaluation, per_100
@@ -35,7 +35,7 @@ def describe_retrain(dataset: Dataset, version: ModelVersion) -> str:
     estimates = {title: version.estimate(key) for key, title in HEADLINE.items()}
     metrics = "\n".join(f"| {title} | {estimate} |" for title, estimate in estimates.items() if estimate)
     reasons = "\n".join(f"- {reason}" for reason in version.reasons)
-    images = ", ".join(f"{split} {len(dataset.split(split)):,}" for split in SPLITS)
+    images = ", ".join(f"{split} {len(dataset.split(split)):,}" for split in dataset.splits)
     pages = " · ".join(f"[{title}]({address})" for title, address in find_pages(version).items())
     drawn = f"\n**{DRAWN_WARNING}**\n" if dataset.is_drawn else ""
     return (
@@ -68,9 +68,9 @@ def print_outcome(dataset: Dataset, version: ModelVersion) -> None:
     """Print what a retrain found, reached and decided."""
     console = Console()
     console.print(_tabulate_files(dataset))
-    splits = Table("images", *SPLITS, title=f"Data set {dataset.version}")
+    splits = Table("images", *dataset.splits, title=f"Data set {dataset.version}")
     for label in CLASS_NAMES:
-        splits.add_row(label, *(str(dataset.description["counts"]["splits"][split][label]) for split in SPLITS))
+        splits.add_row(label, *(str(counts[label]) for counts in dataset.splits.values()))
     console.print(splits)
 
     result = Table("", "on the test split (95 % interval)", title=f"{version.name} version {version.version}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
+from PIL import Image
 
 from deepfake_core.config import CLASS_COLOURS
 
@@ -26,6 +27,15 @@ def render_page(template: str, **values: Any) -> str:
 def encode_data(data: bytes, kind: str) -> str:
     """Return a data URL."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def encode_picture(image: Image.Image, pixels: int) -> str:
+    """Return a picture, with at most so many pixels a side, as the data URL of a JPEG."""
+    small = image.copy()
+    small.thumbnail((pixels, pixels))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    return encode_data(buffer.getvalue(), "image/jpeg")
 
 
 def encode_figure(figure: Figure, photographs: bool = False) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import fsspec
 import platformdirs
 
+from deepfake_core.config import FEEDBACK
 from deepfake_core.errors import ArchiveError, ConfigurationError
 from deepfake_core.storage.files import hash_file, require_space, write_beside
 from deepfake_core.storage.progress import Progress, count_bytes
@@ -90,6 +91,10 @@ class Store:
     def feedback(self) -> Path:
         """Return the folder of reports on wrong verdicts; `deepfake_core.feedback` knows what is below it."""
         return self.folder / "feedback"
+
+    def confirmed(self) -> Path:
+        """Return the folder of the confirmed reports' images, in real/ and fake/: a source, and made of the reports."""
+        return self.folder / "confirmed" / FEEDBACK
 
     def sample(self) -> Path:
         """Return the folder of the archives that `--sample` draws."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from deepfake_core.config import EvaluationParameters, ThresholdRule
+from deepfake_core.config import FEEDBACK, EvaluationParameters, ThresholdRule
 from deepfake_core.data.images import Images
 from deepfake_core.detector import DESCRIPTION, Detector, apply_temperature
 from deepfake_core.input_gate import Measures, fit_limits
@@ -92,7 +92,7 @@ def choose_threshold(
         rule: `best_f1`, `balanced_accuracy`, or `false_alarm_rate`: the highest balanced accuracy at which no source
             has more of its reals called fake than the rate allows. One real image to come counts as called fake, so
             that the rate holds for it too (see `fit_bounds`). Sources of fewer than `MIN_SOURCE_REALS` are taken
-            together with all others.
+            together with all others. On confirmed reports no rate is kept: false alarms are what they were chosen for.
     """
     order = np.argsort(-scores, kind="stable")
     labels, scores, sources = np.asarray(labels)[order] == 1, np.asarray(scores, np.float64)[order], sources[order]
@@ -121,7 +121,8 @@ def group_reals(real: np.ndarray, sources: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         By name, masks of shape (n,).
     """
-    by_source = {str(name): real & (sources == name) for name in np.unique(sources)}
+    real = real & (sources != FEEDBACK)
+    by_source = {str(name): real & (sources == name) for name in np.unique(sources) if name != FEEDBACK}
     enough = {name: group for name, group in by_source.items() if group.sum() >= MIN_SOURCE_REALS}
     few = [name for name in by_source if name not in enough]
     have = f"{' and '.join(few)} {'has' if len(few) == 1 else 'have'}"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepfake_core.config import DataParameters, Source
+from deepfake_core.config import SPLITS, DataParameters, Source
 from deepfake_core.data.dataset import hash_content, open_dataset
 from deepfake_core.data.duplicates import LINK_COLUMNS, mark_duplicates
 from deepfake_core.data.index import build_index
@@ -75,7 +75,7 @@ def check_laws(index: pd.DataFrame, links: pd.DataFrame, rows: pd.DataFrame) -> 
     assert rows.set_index("member")["label"].equals(index.set_index("member")["label"].loc[rows["member"]])
     assert set(rows["reason"]) <= {"kept", "copy", "split_conflict"}
     assert ((rows["reason"] == "kept") == rows["kept"]).all()
-    assert (rows["split"].isin(["train", "val", "test"]) == rows["kept"]).all()
+    assert (rows["split"].isin(SPLITS) == rows["kept"]).all()
     copies = rows[rows["reason"] == "copy"]
     assert (copies["copy_of"] != "").all()
 

@@ -131,6 +131,13 @@ def test_decision(case, promoted, reason):
     assert reason in decision.text
 
 
+def test_no_ceiling_holds_for_confirmed_reports_which_are_chosen_for_their_false_alarms():
+    source = accuse(0.9).sources["a"]
+    challenger = Evaluation(GOOD, {}, {"source": {"feedback": source}})
+    assert decide_promotion(challenger, None, CHEAP, FLOORS).promoted
+    assert not decide_promotion(Evaluation(GOOD, {}, {"source": {"a": source}}), None, CHEAP, FLOORS).promoted
+
+
 def test_the_description_names_both_versions():
     text = decide_promotion(evaluation(), comparison(1.0), CHEAP, FLOORS).describe("m", "7", "5")
     assert "m version 7 is now in production" in text

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -17,10 +18,11 @@ from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.evaluation import robustness
 from deepfake_core.evaluation.promotion import Scored, compare_scores, decide_promotion, measure_cost
+from deepfake_core.evaluation.regression import Regression, ReportedImage
 from deepfake_core.evaluation.robustness import measure_robustness
-from deepfake_core.evaluation.test_split import evaluate_on_test
+from deepfake_core.evaluation.test_split import evaluate_on_test, find_trained_on
 from deepfake_core.models import CANDIDATES
-from deepfake_core.registry.challenge import Outcome, find_trained_on
+from deepfake_core.registry.challenge import Outcome
 from deepfake_core.reports import plots
 from deepfake_core.reports.model_report import ModelFacts, list_warnings, render_report, write_model_card
 from deepfake_core.training.export import check_parity, load_network
@@ -254,7 +256,7 @@ def test_a_model_that_gives_no_numbers_is_refused(candidate, monkeypatch):
         check_parity(candidate.folder, reals)
 
 
-def make_report(dataset, folder):
+def make_report(dataset, folder, regression=None):
     result = evaluate_on_test(folder, dataset)
     table = measure_robustness(folder, dataset, result, 8)
     labels, rows = result.images.labels, result.images.rows
@@ -277,7 +279,7 @@ def make_report(dataset, folder):
         settings={"training.epochs": "<script>alert(1)</script>"},
     )
     figures = {"Calibration": plots.plot_reliability(labels, result.scores)}
-    outcome = Outcome(decision, compared, "5", cost)
+    outcome = Outcome(decision, compared, "5", cost, regression or Regression())
     page = render_report(facts, dataset, result, table, outcome, figures, {})
     return page, write_model_card(facts, dataset, result, decision, table), result, decision
 
@@ -296,6 +298,33 @@ def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, cand
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert two_sources.version in body
     assert two_sources.version in card
+
+
+@pytest.mark.slow
+def test_the_report_shows_each_confirmed_report_before_and_after(two_sources, candidate):
+    rows = two_sources.split("test")
+    sides = [(True, False), (False, True), (True, True), (False, False)]
+    images = [
+        ReportedImage(row.sha256, row.group, row.source, row.member, row.label, row.path, 0.61, after, 0.42, before)
+        for row, (after, before) in zip(rows.itertuples(), sides, strict=False)
+    ]
+    page, _, _, _ = make_report(two_sources, candidate.folder, Regression(tuple(images)))
+    section = page[page.index("Confirmed reports that no model learns from") : page.index("On the test split")]
+    found = re.findall(
+        r"<code>(\w{12})</code>.*?<td>(\w+)</td>\s+<td>(.+?)</td>\s+<td>(.+?)</td>\s+<td>(\w*)</td>", section, re.S
+    )
+    assert [(name, *cells) for name, label, *cells in found] == [
+        (images[0].name, "0.42, right", "0.61, wrong", "worse"),
+        (images[1].name, "0.42, wrong", "0.61, right", "better"),
+        (images[2].name, "0.42, wrong", "0.61, wrong", ""),
+        (images[3].name, "0.42, right", "0.61, right", ""),
+    ]
+    assert [label for _, label, *_ in found] == rows["label"][:4].tolist()
+    assert section.count("data:image/jpeg;base64,") == 4
+    assert "Of 4 images, version 5 has 2 wrong" in re.sub(r"\s+", " ", section)
+    first = replace(images[0], before=None, wrong_before=None)
+    page, _, _, _ = make_report(two_sources, candidate.folder, Regression((first,)))
+    assert "1 of 1 verdicts are wrong" in page
 
 
 @pytest.mark.slow

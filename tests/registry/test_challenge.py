@@ -1,15 +1,23 @@
 """A challenger meets production: without Prefect, and with one trained network for all."""
 
 import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from deepfake_core.config import PromotionParameters
+from deepfake_core.description import DESCRIPTION
 from deepfake_core.errors import ProductionMovedError
 from deepfake_core.evaluation.metrics import evaluate_scores
 from deepfake_core.evaluation.test_split import evaluate_on_test
+from deepfake_core.feedback.records import GivenVerdict
+from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.registry import challenge, names, production, runs
 from deepfake_core.registry.challenge import TrainedCandidate, choose_best, promote_challenger, register_challenger
 from deepfake_core.registry.connection import connect
@@ -18,6 +26,7 @@ from deepfake_core.reports.outcome import describe_challenge, describe_retrain
 from tests.builders import NAME, draw_scores, faces, jpeg, prepare, write_zip
 
 NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0, max_false_alarm_rate=1)
+VERDICT = GivenVerdict(label="real", probability=0.1, sure=True, version="a model version 1")
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +36,22 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture
-def challenge_with(tracking, candidate):  # noqa: ARG001 - an MLflow of its own
+def challenge_with(tracking, candidate):
     """Return a function that registers the candidate as trained on a data set, and lets it meet production."""
     connect()
 
-    def run(dataset, parameters=NO_FLOORS):
+    def run(dataset, parameters=NO_FLOORS, threshold=None):
+        folder = candidate.folder
+        if threshold is not None:
+            folder = Path(shutil.copytree(folder, tracking / f"threshold-{threshold}"))
+            description = json.loads((folder / DESCRIPTION).read_text())
+            (folder / DESCRIPTION).write_text(json.dumps(description | {"threshold": threshold}))
         with runs.open_run("retrain") as parent:
             runs.log_dataset(parent, dataset)
             with runs.open_run("cnn", parent) as run_id:
                 pass
-        measured = evaluate_on_test(candidate.folder, dataset)
-        best = TrainedCandidate(candidate, run_id, measured.evaluation)
+        measured = evaluate_on_test(folder, dataset)
+        best = TrainedCandidate(dataclasses.replace(candidate, folder=folder), run_id, measured.evaluation)
         challenge.log_measured(best, parent, measured)
         version = register_challenger(best, measured, dataset, NAME, {names.FLOW_RUN_ID: "f"})
         outcome = promote_challenger(version, best, measured, dataset, parameters)
@@ -177,3 +191,76 @@ def test_production_without_a_manifest_is_never_replaced(challenge_with, dataset
     _, version = challenge_with(other, NO_FLOORS.model_copy(update={"min_probability": 0.500001, "max_recall_drop": 1}))
     assert any("unknown, as its run holds no manifest" in reason for reason in version.reasons)
     assert production.find_production(NAME) == "1"
+
+
+@pytest.fixture(scope="module")
+def with_feedback(tmp_path_factory):
+    """Publish a data set with 60 confirmed reports of fakes."""
+    folder = tmp_path_factory.mktemp("feedback")
+    feedback = open_feedback(folder / "data" / "feedback")
+    for number in range(60):
+        sent = feedback.add(jpeg(40_000 + number), VERDICT, "fake")
+        feedback.confirm(sent.sha256, "fake", by="a reviewer")
+    dataset = prepare(folder / "data", write_zip(folder / "a.zip", faces(20)))
+    dataset.report.write_text("<html></html>")
+    return dataset
+
+
+@pytest.mark.slow
+def test_a_challenger_that_forgets_confirmed_reports_is_refused(challenge_with, with_feedback, monkeypatch):
+    """The first version calls every image fake, the second every image real."""
+    alone, first = challenge_with(with_feedback, threshold=0.0)
+    images = with_feedback.split("regression")
+    assert [image.sha256 for image in alone.regression.images] == images["sha256"].tolist()
+    assert alone.regression.compared == ()
+    assert first.decision == names.PROMOTED
+    assert first.metrics["regression/images"] == len(images) > 10
+
+    compare = challenge.compare_scores
+    better = lambda *arguments: dataclasses.replace(compare(*arguments), probability=1.0)  # noqa: E731
+    monkeypatch.setattr(challenge, "compare_scores", better)
+    outcome, second = challenge_with(with_feedback, NO_FLOORS.model_copy(update={"max_recall_drop": 1}), threshold=1.0)
+    (reason,) = [one for one in second.reasons if one.startswith("NOT met")]
+    assert f"confirmed reports: {len(images)} of {len(images)} wrong, production's 0" in reason
+    assert reason.endswith(f"and {len(images) - 10} more")
+    assert images["sha256"][0][:12] in reason
+    assert production.find_production(NAME) == "1"
+    assert second.metrics["regression/p_value"] == outcome.regression.p_value < 0.001
+    table = pd.read_csv(io.StringIO(runs.read_text(second.run_id, "evaluation/regression.csv")))
+    assert table["sha256"].tolist() == images["sha256"].tolist()
+    assert table["wrong_after"].all()
+    assert not table["wrong_before"].any()
+
+
+@pytest.mark.slow
+def test_both_models_are_asked_about_confirmed_reports_that_neither_learned(challenge_with, with_feedback, dataset):
+    challenge_with(dataset)
+    outcome, version = challenge_with(with_feedback)
+    images = with_feedback.split("regression")
+    assert len(outcome.regression.compared) == len(images)
+    assert all(image.before == image.after for image in outcome.regression.images)  # it is the same network
+    assert any("production's" in reason and "confirmed reports" in reason for reason in version.reasons)
+    reported = (with_feedback.split("test")["source"] == "feedback").sum()
+    learned = outcome.comparison.left_out - reported
+    assert reported > 0
+    assert learned >= 0
+    assert "feedback" not in outcome.comparison.challenger.sources
+
+
+@pytest.mark.slow
+def test_confirmed_reports_that_production_learned_elsewhere_are_not_asked_about(
+    challenge_with, with_feedback, tmp_path
+):
+    """Production comes from another data folder, where the same pictures were a source to train on."""
+    images = with_feedback.split("regression")
+    members = faces(20) | {
+        f"{row.label}/r{row.Index}.jpg": (with_feedback.path / row.path).read_bytes() for row in images.itertuples()
+    }
+    other = prepare(tmp_path / "other", write_zip(tmp_path / "b.zip", members))
+    other.report.write_text("")
+    challenge_with(other)
+    outcome, _ = challenge_with(with_feedback)
+    untouched = set(other.split("test")["sha256"])
+    asked = {image.sha256 for image in outcome.regression.compared}
+    assert asked == set(images["sha256"]) & untouched
+    assert len(asked) < len(images)

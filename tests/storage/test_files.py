@@ -14,6 +14,7 @@ import pytest
 from deepfake_core import cli
 from deepfake_core.config import DataParameters, EvaluationParameters, Source
 from deepfake_core.data import images, split_memory
+from deepfake_core.data.confirmed import fetch_confirmed
 from deepfake_core.data.dataset import Dataset, _list_images, share_dataset
 from deepfake_core.data.duplicates import find_links, mark_duplicates
 from deepfake_core.data.index import build_index
@@ -179,6 +180,15 @@ def kept_of_others(folder, rows, fixture):
     split_memory.remember_splits(rows[1], store)
     split_memory.share_memory(store)
     return lambda: split_memory.read_memory(Store(folder, store.url))
+
+
+@writer
+def confirmed_reports(folder, rows, fixture):
+    feedback = open_feedback(folder.parents[1] / "feedback")
+    verdict = GivenVerdict(label="real", probability=0.5, sure=True, version="a model version 1")
+    sent = feedback.add(encode(draw_portrait(1, 400), "PNG"), verdict, "fake")
+    feedback.confirm(sent.sha256, "fake", by="a reviewer")
+    return lambda: fetch_confirmed(feedback.address, open_store(folder))
 
 
 @writer

@@ -99,6 +99,20 @@ def test_the_worst_source_decides_and_one_of_few_reals_is_taken_with_the_others(
     assert "the 160 reals of all sources, as hard has fewer than 50" in caplog.text
 
 
+def test_no_false_alarm_rate_is_kept_on_confirmed_reports_which_are_chosen_for_their_false_alarms(caplog):
+    scores = np.concatenate([np.linspace(0, 0.6, 100), np.linspace(0.6, 1, 60), np.linspace(0.5, 1, 100)])
+    labels = np.repeat([0, 1], [160, 100])
+    sources = np.repeat(["usual", "feedback", "usual"], [100, 60, 100])
+    caplog.set_level("INFO")
+    chosen = choose_threshold(labels, scores, sources, "false_alarm_rate", 0.1)
+    assert Confusion.count(labels[sources == "usual"], scores[sources == "usual"], chosen).recall > 0.8
+    assert "the 100 reals of usual" in caplog.text
+    assert "feedback" not in caplog.text
+    another = np.where(sources == "feedback", "another", sources)
+    strict = choose_threshold(labels, scores, another, "false_alarm_rate", 0.1)
+    assert Confusion.count(labels, scores, strict).recall < 0.2
+
+
 @pytest.mark.slow
 def test_in_1000_draws_the_next_image_keeps_every_stated_rate():
     """Images to come are as likely wrong as stated, on average over draws, whatever the scores' distribution."""
