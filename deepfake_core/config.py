@@ -32,6 +32,11 @@ PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
 DEFAULT_KEEP = 3
 """Number of newest data sets, archives of each source, and versions' model files that housekeeping keeps."""
 
+DEFAULT_OBSERVATIONS = "data/observations"
+"""Folder of what is observed in production, which `watch` reads and housekeeping cleans."""
+
+DEFAULT_KEEP_OBSERVATIONS_DAYS = 90
+
 Architecture = Literal["cnn", "efficientnet_lite0", "efficientnet_v2_b0", "hpf_cnn", "cgface"]
 Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(get_args(Architecture))})]
 """An architecture, which Prefect's form offers as a list to choose from."""
@@ -413,3 +418,25 @@ class PromotionParameters(Parameters):
         default=None, gt=0, description="Milliseconds for one image, at most, on the CPU of the machine that evaluates."
     )
     max_size: float | None = Field(default=None, gt=0, description="Largest model.onnx, in megabytes (10^6 bytes).")
+
+
+class WatchParameters(Parameters):
+    """When what is observed in production counts as drift."""
+
+    observations: str = Field(
+        default=DEFAULT_OBSERVATIONS, min_length=1, description="Folder or URL that `--observe` names."
+    )
+    window_days: int = Field(default=1, ge=1, le=90, description="Days, up to now, whose observations are compared.")
+    min_distance: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Smallest change that counts as drift: the distance of Kolmogorov and Smirnov between a column's "
+        "distribution and that of the test split.",
+    )
+    model_name: str = Field(
+        default=DEFAULT_MODEL,
+        min_length=1,
+        pattern=r"^[\w.-]+$",
+        description="Name in MLflow's model registry.",
+    )

@@ -12,9 +12,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL
+from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_OBSERVATIONS_DAYS, DEFAULT_MODEL
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.errors import ConfigurationError
+from deepfake_core.monitoring.observations import list_day, list_old_days, remove_day
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.model_files import (
     ModelFiles,
@@ -25,7 +26,7 @@ from deepfake_core.registry.model_files import (
 from deepfake_core.registry.versions import has_versions
 from deepfake_core.storage.files import remove_folder
 from deepfake_core.storage.locks import lock_folder
-from deepfake_core.storage.store import Store
+from deepfake_core.storage.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +42,17 @@ MAX_WRITING_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class Removal:
-    """What is removed together, why, and how many bytes that frees: paths below the data folder, or model files."""
+    """What is removed together, why, and how many bytes that frees (0 of what is at a URL).
+
+    Paths below the data folder, or model files, or the observations of a day.
+    """
 
     what: str
     why: str
     bytes: int
     paths: tuple[Path, ...] = ()
     model_files: ModelFiles | None = None
+    day: tuple[Store, str] | None = None
 
 
 def clean(
@@ -56,6 +61,8 @@ def clean(
     keep: int = DEFAULT_KEEP,
     dry_run: bool = False,
     agreed: Sequence[Removal] | None = None,
+    observations: str = "",
+    keep_observations_days: int = DEFAULT_KEEP_OBSERVATIONS_DAYS,
 ) -> list[Removal]:
     """Remove what is not needed any more; return what was removed.
 
@@ -66,14 +73,19 @@ def clean(
         keep: number of newest data sets, archives and indexes per source, and versions' model files, that stay.
         dry_run: remove nothing; return what would be removed.
         agreed: from an earlier call; nothing else is removed.
+        observations: folder or URL of observations; of those of days before the last `keep_observations_days`, none is
+            kept. Empty: none is removed.
 
     Raises:
-        ConfigurationError: if `keep` is less than 1.
+        ConfigurationError: if `keep` or `keep_observations_days` is less than 1.
         LockedError: if a run holds the data folder.
         ServiceError: if MLflow or its artifacts can't be reached.
     """
     with lock_folder(store.folder, "housekeeping", remedy="stop that process"):
-        removals = plan_removals(store, model_name, keep)
+        removals = [
+            *plan_removals(store, model_name, keep),
+            *_plan_observations(observations, keep_observations_days),
+        ]
         if agreed is not None:
             removals = [removal for removal in removals if removal in agreed]
         if not dry_run:
@@ -192,6 +204,17 @@ def _plan_model_files(model_name: str, keep: int) -> Iterator[Removal]:
         yield Removal(what, why, files.bytes, model_files=files)
 
 
+def _plan_observations(address: str, keep_days: int) -> Iterator[Removal]:
+    if keep_days < 1:
+        raise ConfigurationError(f"Observations must be kept for at least 1 day. Received: {keep_days}")
+    if not address:
+        return
+    place = open_store(address, "--observations")
+    for day in list_old_days(place, keep_days):
+        size = 0 if place.url else sum(_measure(path) for path in list_day(place, day))
+        yield Removal(f"observations of {day}", f"older than {keep_days} days", size, day=(place, day))
+
+
 def _remove_paths(what: str, why: str, *paths: Path) -> Removal:
     return Removal(what, why, sum(_measure(path) for path in paths), tuple(sorted(paths)))
 
@@ -206,6 +229,8 @@ def _remove(removal: Removal, model_name: str) -> bool:
     if removal.model_files and not remove_model_files(model_name, removal.model_files):
         log.info("%s: kept, since it has an alias by now", removal.what)
         return False
+    if removal.day:
+        remove_day(*removal.day)
     for path in removal.paths:
         if path.is_dir():
             remove_folder(path)

@@ -3,7 +3,7 @@
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_MODEL
+from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_OBSERVATIONS_DAYS, DEFAULT_MODEL, DEFAULT_OBSERVATIONS
 from deepfake_core.storage.store import open_store
 from tasks.data import remove_unneeded
 
@@ -14,19 +14,23 @@ def clean(
     data_dir: str = "data",
     model_name: str = DEFAULT_MODEL,
     dry_run: bool = False,
+    observations: str = DEFAULT_OBSERVATIONS,
+    keep_observations_days: int = DEFAULT_KEEP_OBSERVATIONS_DAYS,
 ) -> str:
-    """Remove old data sets, archives, caches and model files, never what production, a rollback or a run needs.
+    """Remove old data sets, archives, caches, model files and observations, never what production or a run needs.
 
     Args:
         keep: Number of newest data sets, archives of each source, and versions' model files that stay (at least 1).
         data_dir: Folder that holds archives, image indexes and split folders; of a URL, this machine's cache.
         model_name: Name in MLflow's model registry.
         dry_run: Only list what would be removed.
+        observations: Folder or URL that `--observe` names. Empty: no observations are removed.
+        keep_observations_days: Days of observations that stay (at least 1).
 
     Returns:
         What was done, as a sentence.
     """
-    removals = remove_unneeded(open_store(data_dir), model_name, keep, dry_run)
+    removals = remove_unneeded(open_store(data_dir), model_name, keep, dry_run, observations, keep_observations_days)
     size = sum(removal.bytes for removal in removals) / 1e6
     done = f"{len(removals)} items, {size:,.1f} MB, {'would be removed' if dry_run else 'removed'}"
     get_run_logger().info(done)

@@ -54,6 +54,8 @@ def roll_back(reason: str, model_name: str = DEFAULT_MODEL) -> str:
 def health(model_name: str = DEFAULT_MODEL) -> str:
     """Load the production model as its users do, and fail if its scores differ from those recorded with it.
 
+    An alias that someone moved in MLflow itself is announced, and is in the audit trail from then on.
+
     Args:
         model_name: Name in MLflow's model registry.
 
@@ -61,6 +63,8 @@ def health(model_name: str = DEFAULT_MODEL) -> str:
         What was found, as a sentence.
     """
     connect()
+    if moved := production.take_outside_move(model_name):
+        announce("moved-outside", model_name, production.read_production(model_name).version, moved)
     result = check_production(model_name)
     _report(result.text)
     result.require_agreement()

@@ -122,6 +122,15 @@ def fetch_dataset(address: str) -> Dataset:
 
 
 @task(name="remove what is not needed", **CPU)
-def remove_unneeded(store: Store, model_name: str, keep: int, dry_run: bool) -> list[Removal]:
+def remove_unneeded(
+    store: Store, model_name: str, keep: int, dry_run: bool, observations: str, keep_observations_days: int
+) -> list[Removal]:
     """Remove what is not needed any more, or only list it."""
-    return housekeeping.clean(store, model_name, keep, dry_run)
+    return housekeeping.clean(
+        store,
+        model_name,
+        keep,
+        dry_run,
+        observations=observations,
+        keep_observations_days=keep_observations_days,
+    )

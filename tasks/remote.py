@@ -1,14 +1,35 @@
-"""Training on another machine, through a deployment."""
+"""Training on another machine, through a deployment, and one training at a time on a card."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
+from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import ConfigurationError, ServiceError
+
+GPU_LIMIT = "gpu"
+"""A global concurrency limit, which `make deploy` creates."""
+
+
+@contextmanager
+def hold_gpu() -> Iterator[None]:
+    """Hold a slot of the limit `gpu` meanwhile, so that two trainings never share a card; wait until one is free.
+
+    A Prefect server that has no such limit, as one that was started for one run, lets the training begin at once.
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            limits = [client.read_global_concurrency_limit_by_name(GPU_LIMIT).name]
+        except ObjectNotFound:
+            limits = []
+    with concurrency(limits):
+        yield
 
 
 def check_deployment(name: str) -> None:

@@ -79,7 +79,11 @@ def clean(options: argparse.Namespace) -> int:
     store = open_store(options.data_dir)
     if not store.folder.is_dir():
         raise ConfigurationError(f"--data-dir must be the data folder of a retrain. Received: {options.data_dir}")
-    removals = housekeeping.clean(store, options.model_name, options.keep, dry_run=True)
+    observed = {
+        "observations": options.observations,
+        "keep_observations_days": options.keep_observations_days,
+    }
+    removals = housekeeping.clean(store, options.model_name, options.keep, dry_run=True, **observed)
     if not removals:
         print("Nothing to remove.")
         return 0
@@ -92,7 +96,7 @@ def clean(options: argparse.Namespace) -> int:
         return 0
     if not _confirm(options, f"Remove {_sum_up(removals)}?"):
         return 1
-    removed = housekeeping.clean(store, options.model_name, options.keep, agreed=removals)
+    removed = housekeeping.clean(store, options.model_name, options.keep, agreed=removals, **observed)
     print(f"Removed: {_sum_up(removed)}.")
     return 0
 

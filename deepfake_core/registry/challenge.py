@@ -30,7 +30,13 @@ from deepfake_core.evaluation.test_split import Measured, tabulate_rates
 from deepfake_core.registry import names
 from deepfake_core.registry.detectors import pull_detector, register_detector
 from deepfake_core.registry.probe import log_probe
-from deepfake_core.registry.production import complete_move, find_previous, find_production, move_production
+from deepfake_core.registry.production import (
+    complete_move,
+    find_previous,
+    find_production,
+    move_production,
+    name_challenger,
+)
 from deepfake_core.registry.runs import log_file, log_metrics, log_parameters, log_text, read_manifest
 from deepfake_core.registry.versions import ModelVersion, read_version, tag_version
 from deepfake_core.storage.files import write_json
@@ -184,6 +190,8 @@ def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome
 
 
 def _record_decision(model_name: str, version: str, decision: Decision) -> None:
+    if not decision.promoted:
+        name_challenger(model_name, version)
     tag_version(model_name, version, {names.DECISION: names.PROMOTED if decision.promoted else names.NOT_PROMOTED})
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -21,8 +21,12 @@ from deepfake_core.errors import DeepfakeError, ModelError
 from deepfake_core.registry import connection, detectors
 from deepfake_core.serving.file_kinds import is_clip
 from deepfake_core.serving.predictor import Predictor, load_detector
+from deepfake_core.serving.registered import find_shadow, load_version
 from deepfake_core.serving.verdict import Verdict
 from deepfake_core.serving.video import judge_clip, plot_timeline
+
+if TYPE_CHECKING:
+    from deepfake_core.monitoring.observations import Observer
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +57,16 @@ class ModelKeeper:
     Args:
         model: registry URI, or the folder of a pulled model.
         detect: look for faces.
+        observer: of the verdicts on the page.
+        shadow: let the version with the alias `challenger`, if there is one, run beside it.
 
     Raises:
         ModelError: if there is no such model.
         ServiceError: if MLflow can't be reached.
     """
 
-    def __init__(self, model: str, detect: bool) -> None:
-        self._model, self._detect = model, detect
+    def __init__(self, model: str, detect: bool, observer: "Observer | None" = None, shadow: bool = False) -> None:
+        self._model, self._detect, self._with_shadow, self.observer = model, detect, shadow, observer
         self._lock = threading.Lock()
         self._looked = -float(MAX_ALIAS_AGE_SECONDS)
         self._version = ""
@@ -90,10 +96,12 @@ class ModelKeeper:
         name, version = detectors.resolve(self._model)
         found = f"{name} version {version}"
         if found != self._version:
-            with tempfile.TemporaryDirectory() as folder:
-                detector = load_detector(detectors.pull_detector(f"models:/{name}/{version}", Path(folder)))
-            self._predictor, self._version = Predictor(detector, self._detect), found
+            self._predictor = Predictor(load_version(name, version), self._detect, f"{name}/{version}")
+            self._version = found
             log.info("serving %s", found)
+        if self._with_shadow:
+            assert self._predictor
+            self._predictor = self._predictor.beside(find_shadow(name, self._predictor.shadow))
 
 
 def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any]:
@@ -106,6 +114,8 @@ def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | No
             timeline = plot_timeline(judged, predictor.detector.threshold, file.name)
     else:
         judged = next(predictor.judge([(file.name, file)], explain=predictor.detector.explains))
+    if keeper.observer:
+        keeper.observer.add(judged)
     return _write_verdict(judged.verdicts, version, predictor.detector), judged.picture, timeline
 
 
@@ -128,7 +138,7 @@ def _write_verdict(verdicts: list[Verdict], version: str, detector: Detector) ->
     return f"<h2>{html.escape(headline)}</h2><ul>{lines}</ul><p>{answered}</p>"
 
 
-def serve(model: str, detect: bool, port: int) -> None:
+def serve(model: str, detect: bool, port: int, observer: "Observer | None" = None, shadow: bool = False) -> None:
     """Serve the page on loopback until interrupted.
 
     Raises:
@@ -136,7 +146,7 @@ def serve(model: str, detect: bool, port: int) -> None:
         ServiceError: if MLflow can't be reached.
     """
     with keep_uploads():
-        page = launch_page(ModelKeeper(model, detect), port)
+        page = launch_page(ModelKeeper(model, detect, observer, shadow), port)
         print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         page.block_thread()

@@ -188,10 +188,13 @@ class Store:
             files.put_file(str(file), f"{root}/{self.name(path)}", callback=callback)
 
 
-def open_store(data_dir: str | Path) -> Store:
-    """Return the store that `data.data_dir` names. A URL's cache is below the user's cache folder (XDG_CACHE_HOME).
+def open_store(data_dir: str | Path, name: str = "`data.data_dir`") -> Store:
+    """Return the store at a folder or URL. A URL's cache is below the user's cache folder (XDG_CACHE_HOME).
 
     Nothing is asked of the network yet.
+
+    Args:
+        name: of the parameter that names it, for errors.
 
     Raises:
         ConfigurationError: for a malformed URL, or one that holds a user name or password.
@@ -199,7 +202,7 @@ def open_store(data_dir: str | Path) -> Store:
     address = str(data_dir)
     if not re.match(r"[\w+.:-]+:/", address):
         return Store(Path(address).expanduser().resolve())
-    rule = "`data.data_dir` must be a folder, or a URL such as s3://bucket/deepfake"
+    rule = f"{name} must be a folder, or a URL such as s3://bucket/deepfake"
     if "@" in address or "?" in address:
         shown = re.sub(r"/[^/].*@", "/...@", address).partition("?")[0]
         raise ConfigurationError(
