@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles TensorFlow anew: 
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast sweep check docs browser pictures bench bench-data bench-training bench-serving \
-	bench-soak lock deploy up down image containers
+	bench-drift bench-soak lock deploy up down image containers
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -62,6 +62,10 @@ bench-training: .venv/installed  ## measure candidates and training speed, hours
 bench-serving: .venv/installed  ## measure face detection and how fast predict answers: make bench-serving ARCHIVES=folder
 	$(BIN)/python benchmarks/face_detection.py $(ARCHIVES)
 	$(BIN)/python benchmarks/serving_speed.py $(ARCHIVES)
+	$(BIN)/python benchmarks/render.py
+
+bench-drift: .venv/installed  ## measure how often drift alarms: make bench-drift ARCHIVES=folder
+	PYTHONPATH=. $(BIN)/python benchmarks/drift.py $(ARCHIVES)
 	$(BIN)/python benchmarks/render.py
 
 bench-soak: .venv/installed  ## watch memory, files and threads of what runs for long: over an hour

@@ -21,6 +21,7 @@ from deepfake_core.config import (
     PromotionParameters,
     Source,
     TrainingParameters,
+    WatchParameters,
 )
 from deepfake_core.models import CANDIDATES
 from flows.command_line import RetrainSettings
@@ -33,6 +34,7 @@ GROUPS = {
     "training.augmentation": AugmentationParameters,
     "evaluation": EvaluationParameters,
     "promotion": PromotionParameters,
+    "watch": WatchParameters,
 }
 
 

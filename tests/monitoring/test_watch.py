@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -17,7 +16,7 @@ from deepfake_core.monitoring.observations import SCHEMA, append_rows
 from deepfake_core.registry import connection, names, production, runs, windows
 from deepfake_core.registry.versions import read_version
 from flows.watch import watch
-from tests.builders import NAME, wait_until
+from tests.builders import NAME, find_events, wait_until
 
 pytestmark = [pytest.mark.usefixtures("prefect_api"), pytest.mark.slow]
 
@@ -74,14 +73,6 @@ def read_artifact() -> str:
     return str(max(found, key=lambda one: one.created).data)
 
 
-def find_event(since: datetime) -> dict[str, Any] | None:
-    """Return the newest event on drift that the server has got since then."""
-    wanted = {"occurred": {"since": since.isoformat()}, "event": {"name": ["deepfake.drift"]}}
-    with get_client(sync_client=True) as client:
-        found = client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
-    return found[0] if found else None
-
-
 def test_a_window_like_the_test_split_is_logged_and_alarms_nobody(watched):
     run_id, folder = watched
     observe(folder, [*draw_rows(300), *draw_rows(300, version=f"{NAME}/7", quality=20)])
@@ -102,7 +93,7 @@ def test_a_changed_window_says_which_column_and_is_announced(watched):
     start = datetime.now(UTC)
     observe(folder, draw_rows(300, quality=40))
     assert watch(OBSERVED).splitlines()[2].startswith("- JPEG quality of faces: has changed (mean 40, on the test spl")
-    event = wait_until(lambda: find_event(start))
+    event = wait_until(lambda: find_events("deepfake.drift", start))[0]
     assert event["resource"]["deepfake.drift.lasts"] == "false"
     assert event["payload"]["version"] == "1"
     assert "What production sees has changed" in event["payload"]["text"]

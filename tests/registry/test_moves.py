@@ -269,36 +269,3 @@ def test_pages_of_a_version_whose_run_is_gone(client, monkeypatch):
     purge(client, version.run_id)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")  # for the links: the client is connected already
     assert versions.find_pages(version) == {"version": f"http://mlflow/#/models/{NAME}/versions/1"}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("prefect_api")
-def test_aliases_that_someone_moves_in_mlflow_are_announced_once_and_in_the_audit_trail(client, monkeypatch):
-    from flows import production as flows  # Prefect takes seconds to import
-
-    told: list[tuple[str, ...]] = []
-    monkeypatch.setattr(flows, "announce", lambda *words: told.append(words))
-
-    def check() -> None:
-        with pytest.raises(ModelError, match="A version needs probe images"):  # which come after the aliases
-            flows.health()
-
-    promote("1", "2")
-    check()
-    assert told == []
-    client.set_registered_model_alias(NAME, "production", "4")
-    check()
-    check()
-    ((kind, name, version, text),) = told
-    assert (kind, name, version) == ("moved-outside", NAME, "4")
-    assert text == "moved outside, in MLflow itself: someone moved the alias production from version 2 to 4"
-    tags = read_version(NAME, "4").tags
-    assert (tags["production_because"], tags["production_by"]) == ("moved outside, in MLflow itself", "unknown")
-    assert tags["replaced"] == "2"
-    assert read_version(NAME, "2").tags["replaced_by"] == "4"
-    assert find_aliases(client) == {"production": "4", "previous": "2"}
-    assert production.roll_back(NAME, "nobody said why") == ("2", "4")
-    client.set_registered_model_alias(NAME, "previous", "5")
-    check()
-    assert told[-1][3].endswith("someone moved the alias previous from version 1 to 5; it is put back")
-    assert find_aliases(client) == {"production": "2", "previous": "1"}
