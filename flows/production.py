@@ -5,6 +5,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from deepfake_core.config import DEFAULT_MODEL
 from deepfake_core.registry import production
+from deepfake_core.registry.aliases import read_production
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.probe import check_production
 from tasks.announcement import announce
@@ -64,7 +65,7 @@ def health(model_name: str = DEFAULT_MODEL) -> str:
     """
     connect()
     if moved := production.take_outside_move(model_name):
-        announce("moved-outside", model_name, production.read_production(model_name).version, moved)
+        announce("moved-outside", model_name, read_production(model_name).version, moved)
     result = check_production(model_name)
     _report(result.text)
     result.require_agreement()

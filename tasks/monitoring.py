@@ -19,8 +19,8 @@ from deepfake_core.monitoring.drift import Agreement, Drift
 from deepfake_core.monitoring.observations import read_window
 from deepfake_core.monitoring.reference import observe_images
 from deepfake_core.registry import names, runs, windows
+from deepfake_core.registry.aliases import read_production
 from deepfake_core.registry.challenge import TrainedCandidate
-from deepfake_core.registry.production import read_production
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports import drift_report
 from tasks.announcement import announce_drift

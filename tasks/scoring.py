@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefect import task
 
-from deepfake_core.monitoring.observations import open_observer
+from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.serving.batch_scoring import ScoredTable, score_images
 from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.registered import find_shadow, load_version

@@ -12,7 +12,7 @@ from deepfake_core.errors import ModelError
 from deepfake_core.serving.predictor import load_detector
 
 if TYPE_CHECKING:
-    from deepfake_core.monitoring.observations import Observer
+    from deepfake_core.monitoring.observer import Observer
 
 OBSERVE_HELP = (
     "append to Parquet files in this folder, or at this URL, what was said and measured of each face: no pixels, no "
@@ -68,7 +68,7 @@ def observe(address: str, shadow: bool = False) -> "AbstractContextManager[Obser
     if not address and not shadow:
         return nullcontext()
     try:
-        from deepfake_core.monitoring.observations import open_observer
+        from deepfake_core.monitoring.observer import open_observer
     except ImportError as exc:
         raise ModelError(
             f"--observe needs a package that is not installed ({exc}). Install deepfake-retraining[observe]."

@@ -6,7 +6,9 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 
+from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
+from deepfake_core.registry.versions import ModelVersion, read_version
 
 
 def find_alias(model_name: str, alias: str) -> str | None:
@@ -23,6 +25,18 @@ def find_alias(model_name: str, alias: str) -> str | None:
 def find_production(model_name: str) -> str | None:
     """Return the version that has the alias `production`, or None if there is none yet."""
     return find_alias(model_name, names.PRODUCTION)
+
+
+def read_production(model_name: str) -> ModelVersion:
+    """Return the version in production.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    current = find_production(model_name)
+    if current is None:
+        raise ModelError(f"There must be a production model. Received: none of the name {model_name}. Promote one.")
+    return read_version(model_name, current)
 
 
 def find_challenger(model_name: str) -> str | None:

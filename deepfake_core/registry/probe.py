@@ -12,9 +12,9 @@ from mlflow.exceptions import MlflowException
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
+from deepfake_core.registry.aliases import read_production
 from deepfake_core.registry.connection import set_environment
 from deepfake_core.registry.detectors import download_version
-from deepfake_core.registry.production import read_production
 from deepfake_core.registry.seals import require_seal
 from deepfake_core.registry.versions import ModelVersion
 

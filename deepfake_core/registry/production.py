@@ -153,18 +153,6 @@ def _note_outside_move(client: mlflow.MlflowClient, model_name: str, what: str) 
     client.set_registered_model_tag(model_name, names.OUTSIDE_MOVE, text)
 
 
-def read_production(model_name: str) -> ModelVersion:
-    """Return the version in production.
-
-    Raises:
-        ModelError: if there is none.
-    """
-    current = find_production(model_name)
-    if current is None:
-        raise ModelError(f"There must be a production model. Received: none of the name {model_name}. Promote one.")
-    return read_version(model_name, current)
-
-
 def name_challenger(model_name: str, version: str) -> None:
     """Give the alias `challenger` to a version that was not promoted, unless it is in production."""
     if find_production(model_name) != version:

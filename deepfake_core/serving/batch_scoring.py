@@ -11,7 +11,7 @@ import pyarrow
 from pyarrow import parquet
 
 from deepfake_core.errors import ConfigurationError, ModelError
-from deepfake_core.monitoring.observations import Observer
+from deepfake_core.monitoring.observer import Observer
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import Judged

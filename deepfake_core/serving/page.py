@@ -26,7 +26,7 @@ from deepfake_core.serving.verdict import Verdict
 from deepfake_core.serving.video import judge_clip, plot_timeline
 
 if TYPE_CHECKING:
-    from deepfake_core.monitoring.observations import Observer
+    from deepfake_core.monitoring.observer import Observer
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ from deepfake_core.cli import main
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.housekeeping import clean
-from deepfake_core.monitoring import observations
-from deepfake_core.monitoring.observations import SCHEMA, Observer, append_rows, open_observer, read_window
+from deepfake_core.monitoring import observations, observer
+from deepfake_core.monitoring.observations import SCHEMA, read_window
+from deepfake_core.monitoring.observer import Observer, append_rows, open_observer
 from deepfake_core.monitoring.reference import observe_images
 from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.shadow import Shadow
@@ -81,11 +82,11 @@ def test_predict_observes_faces_and_keeps_no_name_and_no_pixel(tmp_path, monkeyp
 
 
 def test_rows_of_a_day_are_one_file_and_midnight_begins_another(tmp_path):
-    observer = Observer(str(tmp_path))
+    writer = Observer(str(tmp_path))
     rows = [make_row(NOW + timedelta(seconds=20 * step), probability=step / 10) for step in range(6)]
     for some in (rows[:2], rows[2:5], rows[5:]):
-        observer._write(some)
-    observer.close()
+        writer._write(some)
+    writer.close()
     files = list_files(tmp_path)
     assert [file.parent.name for file in files] == ["2030-01-01", "2030-01-02"]
     assert [parquet.read_metadata(file).num_rows for file in files] == [3, 3]
@@ -96,7 +97,7 @@ def test_rows_of_a_day_are_one_file_and_midnight_begins_another(tmp_path):
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6))
 def test_a_file_that_is_written_anew_has_all_rows_once_in_order(tmp_path, monkeypatch, counts):
-    monkeypatch.setattr(observations, "MAX_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(observer, "MAX_ROWS_AT_ONCE", 7)
     path = tmp_path / "file.parquet"
     path.unlink(missing_ok=True)
     rows = [make_row(probability=float(number)) for number in range(sum(counts))]
@@ -110,13 +111,13 @@ def test_a_file_that_is_written_anew_has_all_rows_once_in_order(tmp_path, monkey
 def test_a_disk_that_fails_stops_no_verdict_warns_once_and_gets_the_rows_later(
     predictor, tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(observations, "ROWS_BETWEEN_WRITES", 1)
+    monkeypatch.setattr(observer, "ROWS_BETWEEN_WRITES", 1)
     place = tmp_path / "seen"
     place.write_text("a file, where the folder should be")
-    with caplog.at_level(logging.WARNING), Observer(str(place)) as observer:
+    with caplog.at_level(logging.WARNING), Observer(str(place)) as writer:
         for number in range(3):
             (judged,) = judge(predictor, jpeg(number))
-            observer.add(judged)
+            writer.add(judged)
             assert judged.verdicts[0].label
             wait_until(lambda: "verdicts go on" in caplog.text)
         place.unlink()
@@ -125,12 +126,12 @@ def test_a_disk_that_fails_stops_no_verdict_warns_once_and_gets_the_rows_later(
 
 
 def test_what_waits_is_bounded_and_the_newest_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(observations, "MAX_WAITING_ROWS", 5)
+    monkeypatch.setattr(observer, "MAX_WAITING_ROWS", 5)
     (tmp_path / "seen").write_text("")
-    observer = Observer(str(tmp_path / "seen"))
-    observer._rows = [make_row(probability=float(number)) for number in range(9)]
-    observer.close()
-    assert [row["probability"] for row in observer._rows] == [4, 5, 6, 7, 8]
+    writer = Observer(str(tmp_path / "seen"))
+    writer._rows = [make_row(probability=float(number)) for number in range(9)]
+    writer.close()
+    assert [row["probability"] for row in writer._rows] == [4, 5, 6, 7, 8]
 
 
 def test_a_store_out_of_reach_delays_neither_a_verdict_nor_the_end(predictor, tmp_path, monkeypatch, caplog):
@@ -138,11 +139,11 @@ def test_a_store_out_of_reach_delays_neither_a_verdict_nor_the_end(predictor, tm
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(observations, "MAX_SECONDS_TO_END", 1.0)
+    monkeypatch.setattr(observer, "MAX_SECONDS_TO_END", 1.0)
     judged = judge(predictor, jpeg(1))
     start = time.monotonic()
-    with Observer("s3://bucket/seen") as observer:
-        observer.add(judged[0])
+    with Observer("s3://bucket/seen") as writer:
+        writer.add(judged[0])
         assert time.monotonic() - start < 1
     assert time.monotonic() - start < 30
     assert caplog.text.count("observations can't be written to s3://bucket/seen") == 1
@@ -151,9 +152,9 @@ def test_a_store_out_of_reach_delays_neither_a_verdict_nor_the_end(predictor, tm
 def test_a_url_holds_what_a_folder_holds_and_nothing_stays_on_this_disk(predictor, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(2):
-        with Observer("memory://bucket/seen") as observer:
+        with Observer("memory://bucket/seen") as writer:
             for judged in judge(predictor, jpeg(1), jpeg(2)):
-                observer.add(judged)
+                writer.add(judged)
     assert len(read_all("memory://bucket/seen")) == 4
     assert list_files(tmp_path) == []
     store = open_store("memory://bucket/seen")
@@ -240,14 +241,14 @@ def test_the_reference_is_taken_as_users_images_are(detector, tmp_path):
 
 @pytest.mark.slow
 def test_memory_files_and_threads_stay_flat_over_5000_observations(predictor, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(observations, "ROWS_BETWEEN_WRITES", 100)
+    monkeypatch.setattr(observer, "ROWS_BETWEEN_WRITES", 100)
     (judged,) = judge(predictor, jpeg(1))
     process, looks = psutil.Process(os.getpid()), []
-    with Observer(str(tmp_path)) as observer:
+    with Observer(str(tmp_path)) as writer:
         for count in range(1, 5001):
-            observer.add(judged)
+            writer.add(judged)
             if count % 100 == 0:
-                wait_until(lambda: not observer._rows)
+                wait_until(lambda: not writer._rows)
             if count in (1000, 3000, 5000):
                 looks.append((process.memory_info().rss / 1e6, process.num_fds(), process.num_threads()))
     assert len(list_files(tmp_path)) == 1

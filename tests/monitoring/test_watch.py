@@ -12,7 +12,8 @@ from pyarrow import parquet
 
 from deepfake_core.config import WatchParameters
 from deepfake_core.errors import ModelError
-from deepfake_core.monitoring.observations import SCHEMA, append_rows
+from deepfake_core.monitoring.observations import SCHEMA
+from deepfake_core.monitoring.observer import append_rows
 from deepfake_core.registry import connection, names, production, runs, windows
 from deepfake_core.registry.versions import read_version
 from flows.watch import watch
