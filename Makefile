@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles TensorFlow anew: 
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast sweep check docs browser pictures bench bench-data bench-training bench-serving \
-	bench-feedback bench-soak lock deploy up down image containers
+	bench-feedback bench-drift bench-soak lock deploy up down image containers
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,10 @@ bench-serving: .venv/installed  ## measure face detection and how fast predict a
 
 bench-feedback: .venv/installed  ## measure what confirmed reports change: make bench-feedback ARCHIVES=folder
 	$(BIN)/python benchmarks/feedback.py $(ARCHIVES)
+	$(BIN)/python benchmarks/render.py
+
+bench-drift: .venv/installed  ## measure how often drift alarms: make bench-drift ARCHIVES=folder
+	PYTHONPATH=. $(BIN)/python benchmarks/drift.py $(ARCHIVES)
 	$(BIN)/python benchmarks/render.py
 
 bench-soak: .venv/installed  ## watch memory, files and threads of what runs for long: over an hour

@@ -450,6 +450,45 @@ def render_feedback_results(results: Results) -> str:
     return "\n\n".join([wrap(asked), draw_table("lrrr", ["", *names], rows), wrap(outcome)])
 
 
+DRIFT_ROWS = {
+    "unchanged": "drawn from the test split's own images",
+    "disjoint": "drawn from half of the test images, with the other half as reference",
+    "quality 40": "all recompressed at JPEG quality 40",
+    "half": "all scaled to half",
+    "one in five unseen": "one in five replaced by an unseen source",
+}
+
+
+def render_drift_results(results: Results) -> str:
+    """Write how often windows alarmed, and the smallest change that 95 in 100 windows notice."""
+    drift = results["drift"]
+    faces, whole = drift["kinds"]["face"], drift["kinds"]["whole"]
+    alarms = [
+        (f"{title}", f"{faces['alarms'][name]:.1%}", f"{whole['alarms'][name]:.1%}")
+        for name, title in DRIFT_ROWS.items()
+    ]
+    smallest = [
+        (f"{int(count):,}", f"{shares['unseen']} in 100", f"{shares['quality 40']} in 100")
+        for count, shares in faces["smallest"].items()
+    ]
+    text = (
+        f"{drift['windows']} windows of {drift['window']} each, against the observations of {drift['images']['test']} "
+        f"test images of the 140k set, alarm as often as the table says. The unseen source is ciplab, with "
+        f"{drift['images']['unseen']} images."
+    )
+    least = "The smallest share of a window that may change, so that at least 95 in 100 windows alarm:"
+    return "\n\n".join(
+        [
+            wrap(text),
+            draw_table("lrr", ("windows", "faces", "whole images"), alarms),
+            wrap(least),
+            draw_table("rrr", ("faces in a window", "of the unseen source", "at quality 40"), smallest),
+            wrap(f"Measured on {drift['machine']}, at the level {drift['level']} and with `watch.min_distance` "
+                 f"{drift['min_distance']}."),
+        ]
+    )  # fmt: skip
+
+
 SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
     README: {"key results": render_key_results, "measured limits": render_measured_limits},
     BENCHMARKS: {
@@ -460,6 +499,7 @@ SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
         "serving results": render_serving_results,
         "soak results": render_soak_results,
         "data results": render_data_results,
+        "drift results": render_drift_results,
     },
 }
 

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepfake_core.commands import feedback, model, predict, production, versions
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_REJECTED_DAYS, DEFAULT_MODEL, PRODUCTION_URI
+from deepfake_core.config import (
+    DEFAULT_KEEP,
+    DEFAULT_KEEP_OBSERVATIONS_DAYS,
+    DEFAULT_KEEP_REJECTED_DAYS,
+    DEFAULT_MODEL,
+    DEFAULT_OBSERVATIONS,
+    PRODUCTION_URI,
+)
 from deepfake_core.errors import DeepfakeError
 from deepfake_core.redaction import redact, redact_logs
 from deepfake_core.storage.files import translate_disk_errors
@@ -53,6 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     serve.add_argument(
         "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
+    )
+    serve.add_argument("--observe", default="", metavar="DIR_OR_URL", help=model.OBSERVE_HELP)
+    serve.add_argument(
+        "--shadow",
+        action="store_true",
+        help="let the version with the alias `challenger` judge images too; what it says is observed, never shown",
     )
     serve.add_argument("--port", type=int, default=7860, help="default: 7860")
     serve.add_argument(
@@ -120,6 +133,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     gc.add_argument(
         "--feedback", default="", metavar="DIR_OR_URL", help="where reports are (default: feedback in the data folder)"
+    )
+    gc.add_argument(
+        "--observations",
+        default=DEFAULT_OBSERVATIONS,
+        metavar="DIR_OR_URL",
+        help=f"where --observe put observations (default: {DEFAULT_OBSERVATIONS})",
+    )
+    gc.add_argument(
+        "--keep-observations-days",
+        type=int,
+        default=DEFAULT_KEEP_OBSERVATIONS_DAYS,
+        metavar="DAYS",
+        help=f"days of observations that stay (default: {DEFAULT_KEEP_OBSERVATIONS_DAYS})",
     )
     gc.add_argument("--dry-run", action="store_true", help="only list what would be removed, why, and how much")
     gc.add_argument("--yes", action="store_true", help="don't ask for confirmation")

@@ -44,6 +44,11 @@ DEFAULT_KEEP = 3
 DEFAULT_KEEP_REJECTED_DAYS = 30
 """How long housekeeping keeps the image and the notes of a report that a person rejected."""
 
+DEFAULT_OBSERVATIONS = "data/observations"
+"""Folder of what is observed in production, which `watch` reads and housekeeping cleans."""
+
+DEFAULT_KEEP_OBSERVATIONS_DAYS = 90
+
 Architecture = Literal["cnn", "efficientnet_lite0", "efficientnet_v2_b0", "hpf_cnn", "cgface"]
 Choice = Annotated[Architecture, WithJsonSchema({"type": "string", "enum": list(get_args(Architecture))})]
 """An architecture, which Prefect's form offers as a list to choose from."""
@@ -435,7 +440,7 @@ class PromotionParameters(Parameters):
     approval: Annotated[Approval, WithJsonSchema({"type": "string", "enum": list(get_args(Approval))})] = Field(
         default="never",
         description="When a person decides. never: the rule does. borderline: where all is met but the probability, "
-        "which is 0.8 at least, or what is asked of confirmed reports. always: before any version goes into production.",
+        "which is 0.8 at least, or what confirmed reports ask for. always: before any version goes into production.",
     )
     approval_hours: float = Field(
         default=72, gt=0, le=8760, description="How long a version waits for a person; then it is not promoted."
@@ -455,3 +460,25 @@ class ReviewDecision(Parameters):
         description="What the image is; or reject: learn nothing from it; withdraw: take the last decision back."
     )
     why: str = Field(default="", max_length=1000, description="Recorded with the decision.")
+
+
+class WatchParameters(Parameters):
+    """When what is observed in production counts as drift."""
+
+    observations: str = Field(
+        default=DEFAULT_OBSERVATIONS, min_length=1, description="Folder or URL that `--observe` names."
+    )
+    window_days: int = Field(default=1, ge=1, le=90, description="Days, up to now, whose observations are compared.")
+    min_distance: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Smallest change that counts as drift: the distance of Kolmogorov and Smirnov between a column's "
+        "distribution and that of the test split.",
+    )
+    model_name: str = Field(
+        default=DEFAULT_MODEL,
+        min_length=1,
+        pattern=r"^[\w.-]+$",
+        description="Name in MLflow's model registry.",
+    )

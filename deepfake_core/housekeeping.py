@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_REJECTED_DAYS, DEFAULT_MODEL
+from deepfake_core.config import (
+    DEFAULT_KEEP,
+    DEFAULT_KEEP_OBSERVATIONS_DAYS,
+    DEFAULT_KEEP_REJECTED_DAYS,
+    DEFAULT_MODEL,
+)
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.feedback.reports import Feedback, open_feedback
+from deepfake_core.monitoring.observations import list_day, list_old_days, remove_day
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.model_files import (
     ModelFiles,
@@ -27,7 +33,7 @@ from deepfake_core.registry.model_files import (
 from deepfake_core.registry.versions import has_versions
 from deepfake_core.storage.files import remove_folder
 from deepfake_core.storage.locks import lock_folder
-from deepfake_core.storage.store import Store
+from deepfake_core.storage.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +51,7 @@ MAX_WRITING_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class Removal:
-    """What is removed together, why, and how many bytes that frees: paths below the data folder, model files, or a
-    rejected report, which its SHA-256 names."""
+    """What is removed together, why, and how many bytes that frees (0 of what is at a URL)."""
 
     what: str
     why: str
@@ -54,6 +59,7 @@ class Removal:
     paths: tuple[Path, ...] = ()
     model_files: ModelFiles | None = None
     rejected: str = ""
+    day: tuple[Store, str] | None = None
 
 
 def clean(
@@ -64,6 +70,8 @@ def clean(
     agreed: Sequence[Removal] | None = None,
     feedback: str = "",
     keep_rejected_days: int = DEFAULT_KEEP_REJECTED_DAYS,
+    observations: str = "",
+    keep_observations_days: int = DEFAULT_KEEP_OBSERVATIONS_DAYS,
 ) -> list[Removal]:
     """Remove what is not needed any more; return what was removed.
 
@@ -76,16 +84,20 @@ def clean(
         agreed: from an earlier call; nothing else is removed.
         feedback: folder or URL that keeps reports; by default that in the data folder, or at its URL.
         keep_rejected_days: how long the image and the notes of a rejected report stay.
+        observations: folder or URL of observations, of which the last `keep_observations_days` stay. Empty: all stay.
 
     Raises:
-        ConfigurationError: if `keep` is less than 1, `keep_rejected_days` is out of range, or `feedback` holds other
-            things.
+        ConfigurationError: if a number is out of range, or `feedback` holds other things.
         LockedError: if a run holds the data folder.
         ServiceError: if MLflow or its artifacts can't be reached.
     """
     with lock_folder(store.folder, "housekeeping", remedy="stop that process"):
         reports = open_feedback(feedback or store.address_of(store.feedback()))
-        removals = [*plan_removals(store, model_name, keep), *_plan_rejected(reports, keep_rejected_days)]
+        removals = [
+            *plan_removals(store, model_name, keep),
+            *_plan_rejected(reports, keep_rejected_days),
+            *_plan_observations(observations, keep_observations_days),
+        ]
         if agreed is not None:
             removals = [removal for removal in removals if removal in agreed]
         if not dry_run:
@@ -181,9 +193,8 @@ def _plan_leftovers(store: Store, removed: Collection[Path]) -> Iterator[Removal
             yield _remove_paths(f"unfinished {store.name(path)}", why, path)
     hidden = [path for pattern in (".*", "*/.*", "*/*/.*") for path in sorted(store.folder.glob(pattern))]
     for path in [*hidden, *sorted(store.archives().glob("*/*/.*"))]:
-        if path.parent in removed or path.parent.suffix == ".partial":
-            continue
-        if WRITTEN_BESIDE.fullmatch(path.name) and _is_abandoned(path):
+        goes_anyway = path.parent in removed or path.parent.suffix == ".partial"
+        if not goes_anyway and WRITTEN_BESIDE.fullmatch(path.name) and _is_abandoned(path):
             yield _remove_paths(f"unfinished {store.name(path)}", why, path)
 
 
@@ -202,6 +213,17 @@ def _plan_model_files(model_name: str, keep: int) -> Iterator[Removal]:
         else:
             what, why = f"checkpoint of run {files.run_name} ({files.run_id[:8]})", "a candidate that did not win"
         yield Removal(what, why, files.bytes, model_files=files)
+
+
+def _plan_observations(address: str, keep_days: int) -> Iterator[Removal]:
+    if keep_days < 1:
+        raise ConfigurationError(f"Observations must be kept for at least 1 day. Received: {keep_days}")
+    if not address:
+        return
+    place = open_store(address)
+    for day in list_old_days(place, keep_days):
+        size = 0 if place.url else sum(_measure(path) for path in list_day(place, day))
+        yield Removal(f"observations of {day}", f"older than {keep_days} days", size, day=(place, day))
 
 
 def _remove_paths(what: str, why: str, *paths: Path) -> Removal:
@@ -230,10 +252,9 @@ def _remove(removal: Removal, model_name: str, feedback: Feedback) -> bool:
     if removal.model_files and not remove_model_files(model_name, removal.model_files):
         log.info("%s: kept, since it has an alias by now", removal.what)
         return False
+    if removal.day:
+        remove_day(*removal.day)
     for path in removal.paths:
-        if path.is_dir():
-            remove_folder(path)
-        else:
-            path.unlink()
+        remove_folder(path) if path.is_dir() else path.unlink()
     log.info("%s: removed, %.1f MB (%s)", removal.what, removal.bytes / 1e6, removal.why)
     return True

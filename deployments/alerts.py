@@ -7,13 +7,18 @@ mail and so on. docs/operations.md says what each alert means.
 """
 
 from datetime import timedelta
+from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import BlockDocument, StateType
-from prefect.events.actions import ActionTypes, CallWebhook, ChangeFlowRunState, SendNotification
+from prefect.events.actions import ActionTypes, CallWebhook, ChangeFlowRunState, RunDeployment, SendNotification
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
 
 BLOCK = "deepfake-alerts"
+RETRAIN = "retrain/manual"
+"""The deployment that drift may start."""
+
 OURS = {"prefect.resource.id": "prefect.tag.deepfake", "prefect.resource.role": "tag"}
 """All deployments of prefect.yaml have this tag."""
 
@@ -41,6 +46,13 @@ def find_block(client: SyncPrefectClient) -> BlockDocument | None:
     return next((block for block in client.read_block_documents(include_secrets=False) if block.name == BLOCK), None)
 
 
+def find_retrain(client: SyncPrefectClient) -> UUID | None:
+    try:
+        return client.read_deployment_by_name(RETRAIN).id
+    except ObjectNotFound:
+        return None
+
+
 def notify(block: BlockDocument, subject: str, body: str) -> ActionTypes:
     """Return the action that sends a text; both parts are Prefect's templates."""
     if block.block_type and block.block_type.slug == "webhook":
@@ -50,9 +62,16 @@ def notify(block: BlockDocument, subject: str, body: str) -> ActionTypes:
 
 
 def make_automations(
-    block: BlockDocument | None, late: timedelta = LATE, silent_for: timedelta = SILENT
+    block: BlockDocument | None,
+    retrain: UUID | None = None,
+    late: timedelta = LATE,
+    silent_for: timedelta = SILENT,
 ) -> list[AutomationCore]:
-    """Return the automations; without a block, only the one that sends no message."""
+    """Return the automations; without a block, only those that send no message.
+
+    Args:
+        retrain: the deployment that lasting drift starts, once a person has switched that automation on.
+    """
     silent = AutomationCore(
         name="deepfake: a run that fell silent is crashed",
         description="Its process or machine is gone. Set to Crashed, it no longer blocks the next run.",
@@ -72,8 +91,25 @@ def make_automations(
             )
         ],
     )
+    lasting = (
+        AutomationCore(
+            name="deepfake: lasting drift starts a retrain",
+            description="Off until you switch it on. Drift in 2 of the last 5 windows, the newest too, runs it.",
+            enabled=False,
+            trigger=EventTrigger(
+                expect={"deepfake.drift"},
+                match={"deepfake.drift.lasts": "true"},
+                for_each={"prefect.resource.id"},
+                posture=Posture.Reactive,
+            ),
+            actions=[RunDeployment(source="selected", deployment_id=retrain)],
+        )
+        if retrain
+        else None
+    )
+    silently = [one for one in (silent, lasting) if one]
     if block is None:
-        return [silent]
+        return silently
     failed = AutomationCore(
         name="deepfake: a run failed",
         trigger=EventTrigger(
@@ -121,16 +157,30 @@ def make_automations(
             )
         ],
     )
-    return [silent, failed, waiting, decided]
+    drifted = AutomationCore(
+        name="deepfake: what production sees has changed",
+        trigger=EventTrigger(expect={"deepfake.drift"}, for_each={"prefect.resource.id"}, posture=Posture.Reactive),
+        actions=[
+            notify(
+                block,
+                "{{ event.payload.model }} version {{ event.payload.version }}: drift",
+                "{{ event.payload.text }}",
+            )
+        ],
+    )
+    return [*silently, failed, waiting, decided, drifted]
 
 
 def apply(client: SyncPrefectClient, automations: list[AutomationCore]) -> None:
     """Create the automations, or replace those of the same name.
 
-    One that is unchanged stays: while a server on SQLite loads an updated one, it misses what should trigger it.
+    One that is unchanged stays: while a server on SQLite loads an updated one, it misses what should trigger it. What
+    a person has switched on or off stays so.
     """
     for automation in automations:
         existing = client.read_automations_by_name(automation.name)
+        if existing:
+            automation = automation.model_copy(update={"enabled": existing[0].enabled})
         if not existing:
             client.create_automation(automation)
         elif existing[0].model_dump(exclude={"id"}) != automation.model_dump():
@@ -140,7 +190,7 @@ def apply(client: SyncPrefectClient, automations: list[AutomationCore]) -> None:
 def main() -> None:
     with get_client(sync_client=True) as client:
         block = find_block(client)
-        apply(client, make_automations(block))
+        apply(client, make_automations(block, find_retrain(client)))
         if block:
             print(f"Failures, late runs and promotions are sent to the block {BLOCK}.")
         else:

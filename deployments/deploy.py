@@ -1,4 +1,6 @@
-"""Create the work pools cpu and gpu, the deployments and the alerts on the Prefect server at PREFECT_API_URL.
+"""Create the work pools cpu and gpu, the limit gpu, the deployments and the alerts on the Prefect server.
+
+The server is that at PREFECT_API_URL.
 
     python deployments/deploy.py [--gpu process|kubernetes]
 
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
@@ -51,6 +53,14 @@ def apply_pool(client: SyncPrefectClient, name: str, kind: str = "") -> None:
         )
 
 
+def apply_limit(client: SyncPrefectClient, name: str) -> None:
+    """Create a global concurrency limit of 1, which a training holds; one that exists keeps what a person has set."""
+    try:
+        client.read_global_concurrency_limit_by_name(name)
+    except ObjectNotFound:
+        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", choices=TYPES, default="", help="type of the gpu pool")
@@ -58,6 +68,7 @@ def main() -> None:
     with get_client(sync_client=True) as client:
         apply_pool(client, "cpu", "process")
         apply_pool(client, "gpu", gpu)
+        apply_limit(client, "gpu")  # tasks.remote.GPU_LIMIT
     environment = {**os.environ, "PWD": str(ROOT)}  # prefect.yaml's pull step holds it
     prefect = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     prefect += ["--prefect-file", "deployments/prefect.yaml"]

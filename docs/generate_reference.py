@@ -22,6 +22,7 @@ from deepfake_core.config import (
     ReviewDecision,
     Source,
     TrainingParameters,
+    WatchParameters,
 )
 from deepfake_core.models import CANDIDATES
 from flows.command_line import RetrainSettings
@@ -35,6 +36,7 @@ GROUPS = {
     "evaluation": EvaluationParameters,
     "promotion": PromotionParameters,
     "decisions": ReviewDecision,
+    "watch": WatchParameters,
 }
 
 

@@ -3,7 +3,13 @@
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
-from deepfake_core.config import DEFAULT_KEEP, DEFAULT_KEEP_REJECTED_DAYS, DEFAULT_MODEL
+from deepfake_core.config import (
+    DEFAULT_KEEP,
+    DEFAULT_KEEP_OBSERVATIONS_DAYS,
+    DEFAULT_KEEP_REJECTED_DAYS,
+    DEFAULT_MODEL,
+    DEFAULT_OBSERVATIONS,
+)
 from deepfake_core.storage.store import open_store
 from tasks.data import remove_unneeded
 
@@ -16,8 +22,10 @@ def clean(
     dry_run: bool = False,
     feedback: str = "",
     keep_rejected_days: int = DEFAULT_KEEP_REJECTED_DAYS,
+    observations: str = DEFAULT_OBSERVATIONS,
+    keep_observations_days: int = DEFAULT_KEEP_OBSERVATIONS_DAYS,
 ) -> str:
-    """Remove old data sets, archives, caches and model files, never what production, a rollback or a run needs.
+    """Remove old data sets, archives, caches, model files and observations, never what production or a run needs.
 
     Of reports on wrong verdicts that were rejected long ago, images and notes are removed.
 
@@ -28,11 +36,22 @@ def clean(
         dry_run: Only list what would be removed.
         feedback: Folder or URL that keeps reports on wrong verdicts. Empty: that in the data folder, or at its URL.
         keep_rejected_days: How long images and notes of rejected reports stay (at least 0).
+        observations: Folder or URL that `--observe` names. Empty: no observations are removed.
+        keep_observations_days: Days of observations that stay (at least 1).
 
     Returns:
         What was done, as a sentence.
     """
-    removals = remove_unneeded(open_store(data_dir), model_name, keep, dry_run, feedback, keep_rejected_days)
+    removals = remove_unneeded(
+        open_store(data_dir),
+        model_name,
+        keep,
+        dry_run,
+        feedback=feedback,
+        keep_rejected_days=keep_rejected_days,
+        observations=observations,
+        keep_observations_days=keep_observations_days,
+    )
     size = sum(removal.bytes for removal in removals) / 1e6
     done = f"{len(removals)} items, {size:,.1f} MB, {'would be removed' if dry_run else 'removed'}"
     get_run_logger().info(done)

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from deepfake_core.config import DEFAULT_MODEL, NOT_PROMOTED, PROMOTED, WAITS
 from deepfake_core.registry import approval, production
+from deepfake_core.registry.aliases import read_production
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.probe import check_production
 from deepfake_core.registry.versions import read_version
@@ -98,7 +99,8 @@ def approve(version: int, model_name: str = DEFAULT_MODEL) -> str:
 def health(model_name: str = DEFAULT_MODEL) -> str:
     """Load the production model as its users do, and fail if its scores differ from those recorded with it.
 
-    Before that, versions that waited for approval for too long are refused.
+    Before that, versions that waited for approval for too long are refused. An alias that someone moved in MLflow
+    itself is announced, and is in the audit trail from then on.
 
     Args:
         model_name: Name in MLflow's model registry.
@@ -111,6 +113,8 @@ def health(model_name: str = DEFAULT_MODEL) -> str:
         text = f"Version {version} of {model_name} is not promoted, as nobody approved it."
         announce(NOT_PROMOTED, model_name, version, text)
     close_questions()
+    if moved := production.take_outside_move(model_name):
+        announce("moved outside", model_name, read_production(model_name).version, moved)
     result = check_production(model_name)
     _report(result.text)
     result.require_agreement()

@@ -14,7 +14,14 @@ from tasks.scoring import judge
 
 
 @flow(name="score")
-def score(images: str, output: str = "scores.parquet", model: str = PRODUCTION_URI, detect: bool = True) -> str:
+def score(
+    images: str,
+    output: str = "scores.parquet",
+    model: str = PRODUCTION_URI,
+    detect: bool = True,
+    observe: str = "",
+    shadow: bool = False,
+) -> str:
     """Judge a folder's or a table's images, and log which version judged which images in MLflow.
 
     Args:
@@ -22,6 +29,8 @@ def score(images: str, output: str = "scores.parquet", model: str = PRODUCTION_U
         output: Parquet file to write: a row per face with label, probability and box, or an error.
         model: Registry URI of the version.
         detect: Look for faces. Without, each image is judged as a whole.
+        observe: Folder or URL to which is appended what was said and measured of each face. Empty: nowhere.
+        shadow: Let the version with the alias challenger judge too; what it says is observed only.
 
     Returns:
         The table's path.
@@ -31,7 +40,7 @@ def score(images: str, output: str = "scores.parquet", model: str = PRODUCTION_U
     written = Path(output).expanduser().absolute()
     with runs.open_run(runtime.flow_run.name, tags={"prefect.flow_run_id": runtime.flow_run.id}) as run_id:
         runs.log_parameters(run_id, {"images": images, "output": str(written), "model": model, "detect": detect})
-        scored = judge(Path(images).expanduser(), written, f"models:/{name}/{version}", detect)
+        scored = judge(Path(images).expanduser(), written, name, version, detect, observe, shadow)
         runs.log_scoring(run_id, read_version(name, version), images, scored.digest, scored.images)
         runs.log_metrics(run_id, {key.replace(" ", "_"): float(count) for key, count in scored.outcomes.items()})
         runs.log_file(run_id, written, "scores")

@@ -20,6 +20,7 @@ from tasks.model import (
     state_hardware,
     train_architecture,
 )
+from tasks.monitoring import record_reference
 from tasks.remote import ask_for_approval
 
 
@@ -59,6 +60,7 @@ def train(
             trained = [train_architecture(one, published, training, evaluation, run_id) for one in training.candidates]
         best = choose_best(trained)
         measured = evaluate(best, published, evaluation, run_id)
+        record_reference(best, measured, published)
         robustness = evaluate_robustness(best, published, measured, evaluation)
         version = begun.version if begun else register(best, measured, published, name, fingerprint, flow_run.id)
         outcome = promote(version, best, measured, published, promotion)

@@ -129,9 +129,23 @@ def fetch_dataset(address: str) -> Dataset:
 
 @task(name="remove what is not needed", **CPU)
 def remove_unneeded(
-    store: Store, model_name: str, keep: int, dry_run: bool, feedback: str, keep_rejected_days: int
+    store: Store,
+    model_name: str,
+    keep: int,
+    dry_run: bool,
+    feedback: str,
+    keep_rejected_days: int,
+    observations: str,
+    keep_observations_days: int,
 ) -> list[Removal]:
     """Remove what is not needed any more, or only list it."""
     return housekeeping.clean(
-        store, model_name, keep, dry_run, feedback=feedback, keep_rejected_days=keep_rejected_days
+        store,
+        model_name,
+        keep,
+        dry_run,
+        feedback=feedback,
+        keep_rejected_days=keep_rejected_days,
+        observations=observations,
+        keep_observations_days=keep_observations_days,
     )

@@ -25,6 +25,7 @@ from deepfake_core.training.fit import Training
 from tasks.announcement import announce
 from tasks.options import GPU, MLFLOW, retry_transient
 from tasks.progress import report_progress
+from tasks.remote import hold_gpu
 
 GPU_POOL = "gpu"
 
@@ -61,7 +62,10 @@ def train_architecture(
     evaluation: EvaluationParameters,
     parent_run: str,
 ) -> TrainedCandidate:
-    """Train one architecture, from where a killed run left it, and calibrate it; its curves grow in MLflow."""
+    """Train one architecture, from where a killed run left it, and calibrate it; its curves grow in MLflow.
+
+    On a server that has the limit `gpu`, one training at a time.
+    """
     training = Training.plan(architecture, parameters, evaluation.holdout_sources)
     with report_progress(f"decode for {architecture}") as on_progress:
         train, val = (
@@ -69,6 +73,7 @@ def train_architecture(
             for split in ("train", "val")
         )
     with (
+        hold_gpu(),
         runs.open_run(architecture, parent_run) as run_id,
         runs.monitor_system(run_id),
         report_progress(f"train {architecture}") as on_progress,

@@ -1,11 +1,14 @@
-"""Runs of other deployments: training on another machine, and the question whether a version is promoted."""
+"""What passes between deployments: a training on another machine, one at a time on a card; a question to a person."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import FlowRun
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter
+from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled
@@ -16,6 +19,24 @@ from deepfake_core.registry.versions import read_version
 
 APPROVE = "approve/manual"
 """The deployment that asks a person."""
+
+GPU_LIMIT = "gpu"
+"""A global concurrency limit, which `make deploy` creates."""
+
+
+@contextmanager
+def hold_gpu() -> Iterator[None]:
+    """Hold a slot of the limit `gpu` meanwhile, so that two trainings never share a card; wait until one is free.
+
+    A Prefect server that has no such limit, as one that was started for one run, lets the training begin at once.
+    """
+    with get_client(sync_client=True) as client:
+        try:
+            limits = [client.read_global_concurrency_limit_by_name(GPU_LIMIT).name]
+        except ObjectNotFound:
+            limits = []
+    with concurrency(limits):
+        yield
 
 
 def check_deployment(name: str) -> None:

@@ -10,9 +10,10 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -123,6 +124,15 @@ def wait_until(condition: Callable[[], T]) -> T:
     while not (result := condition()):
         time.sleep(0.2)
     return result
+
+
+def find_events(name: str, since: datetime) -> list[dict[str, Any]]:
+    """Return the events of a name that Prefect's server has got since a time, the newest first."""
+    from prefect.client.orchestration import get_client
+
+    wanted = {"occurred": {"since": since.isoformat()}, "event": {"name": [name]}}
+    with get_client(sync_client=True) as client:
+        return client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]
 
 
 @contextmanager

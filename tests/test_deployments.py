@@ -39,13 +39,15 @@ def test_the_deployments_and_two_pools_are_there():
         "score/manual": "cpu",
         "clean/weekly": "cpu",
         "feedback/review": "cpu",
+        "watch/daily": "cpu",
     }
     assert pools["train/gpu"] == GPU_POOL
     assert named["retrain", "weekly"]["schedules"][0]["cron"]
     assert named["production.health", "hourly"]["schedules"][0]["cron"]
     assert named["check-sources", "daily"]["schedules"][0]["cron"]
     assert named["clean", "weekly"]["schedules"][0]["cron"]
-    quick = {"promote", "rollback", "production.health", "check-sources", "feedback"}
+    assert named["watch", "daily"]["schedules"][0]["cron"]
+    quick = {"promote", "approve", "rollback", "production.health", "check-sources", "feedback"}
     for (flow, _), deployment in named.items():
         assert flow in quick or deployment["concurrency_limit"]["limit"] == 1
 

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,8 +25,10 @@ from deepfake_core.errors import ArchiveError, ConfigurationError, DatasetError,
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.registry import fingerprint, names, production, runs, versions
+from deepfake_core.registry.windows import read_reference
 from deepfake_core.storage.store import open_store
 from deepfake_core.training.devices import describe_hardware, sees_only_cpus
+from deployments.deploy import apply_limit
 from flows.check_sources import check_sources
 from flows.command_line import read_settings
 from flows.leave_one_out import leave_one_out
@@ -34,6 +38,7 @@ from flows.train import train
 from tasks import progress
 from tasks.data import download
 from tasks.model import GPU_POOL
+from tasks.remote import GPU_LIMIT, hold_gpu
 from tests.builders import (
     FACES,
     NAME,
@@ -116,6 +121,9 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
 
     logged = check_run(second.run_id)
     assert logged["params"]["architecture"] == "cnn"
+    reference = read_reference(second)
+    assert reference["face"].isna().sum() == len(open_dataset(dataset).split("test"))
+    assert reference["probability"].notna().all()
 
 
 @pytest.mark.slow
@@ -405,6 +413,29 @@ def test_a_gpu_pool_without_a_gpu_is_refused(monkeypatch):
         started = client.create_flow_run_from_deployment(deployment, parameters={"dataset": "nowhere"})
         with pytest.raises(ConfigurationError, match=r"'gpu' must see a GPU\. Received: no GPU"):
             run_flow(train, flow_run=client.read_flow_run(started.id), parameters={"dataset": "nowhere"})
+
+
+def test_two_trainings_never_share_a_card_and_train_at_once_without_the_limit():
+    order: list[str] = []
+
+    def hold(name: str, meanwhile: float) -> None:
+        with hold_gpu():
+            order.append(f"{name} begins")
+            time.sleep(meanwhile)
+            order.append(f"{name} ends")
+
+    hold("alone", 0)  # there is no limit yet
+    with get_client(sync_client=True) as client, ThreadPoolExecutor() as pool:
+        for _ in range(2):
+            apply_limit(client, GPU_LIMIT)
+        try:
+            first = pool.submit(hold, "first", 3)
+            wait_until(lambda: "first begins" in order)
+            pool.submit(hold, "second", 0).result()
+            first.result()
+        finally:
+            client.delete_global_concurrency_limit_by_name(GPU_LIMIT)
+    assert order == [f"{name} {what}" for name in ("alone", "first", "second") for what in ("begins", "ends")]
 
 
 @pytest.mark.process

@@ -135,7 +135,7 @@ def receive(told: list[str]) -> Iterator[str]:
 
 def apply_alerts(**spans: timedelta) -> None:
     with get_client(sync_client=True) as client:
-        alerts.apply(client, alerts.make_automations(alerts.find_block(client), **spans))
+        alerts.apply(client, alerts.make_automations(alerts.find_block(client), alerts.find_retrain(client), **spans))
 
 
 def find_runs(name: str) -> list[FlowRun]:
@@ -161,7 +161,7 @@ def answers(address: str) -> bool:
 
 @pytest.mark.usefixtures("stack")
 def test_schedules_make_runs():
-    for name in ("retrain/weekly", "check-sources/daily", "production.health/hourly", "clean/weekly"):
+    for name in ("retrain/weekly", "check-sources/daily", "production.health/hourly", "clean/weekly", "watch/daily"):
         assert wait_until(lambda name=name: find_runs(name))[0].state.is_scheduled()
 
 
@@ -171,7 +171,7 @@ def test_alerts_that_are_unchanged_stay(stack):
         return {automation["name"]: automation["updated"] for automation in automations}
 
     before = read()
-    assert len(before) == 4
+    assert len(before) == 6
     apply_alerts(late=timedelta(seconds=11))
     assert [name for name, updated in read().items() if updated != before[name]] == ["deepfake: a run is late"]
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from deepfake_core.commands.model import load_model
+from deepfake_core.commands.model import OBSERVE_HELP, load_model, observe, resolve_version
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import MAX_BYTES, Detector
 from deepfake_core.errors import ModelError
@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "printed",
     )
     parser.add_argument(
+        "--observe",
+        default="",
+        metavar="DIR_OR_URL",
+        help=OBSERVE_HELP,
+    )
+    parser.add_argument(
         "--fail-on",
         choices=["fake", "unsure"],
         action="append",
@@ -66,13 +72,14 @@ def run(options: argparse.Namespace) -> int:
     sources, skipped = find_sources(options.images)
     if not sources:
         raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
-    detector = load_model(options.model)
+    model, version = resolve_version(options.model) if options.observe else (options.model, "")
+    detector = load_model(model)
     if options.threshold is not None:
         try:
             detector = detector.at(options.threshold)
         except ValueError as exc:
             raise ModelError(f"--{exc}.") from exc
-    predictor = Predictor(detector, detect=not options.no_detect)
+    predictor = Predictor(detector, not options.no_detect, version)
     if options.explain and not detector.explains:
         raise ModelError(
             "For --explain, a model must have heat maps. Received: one that was exported before there were any. "
@@ -94,8 +101,11 @@ def run(options: argparse.Namespace) -> int:
         show = _make_csv_printer()
     names: set[str] = set()
     incomplete, unsure = False, 0
-    with _show_progress(len(sources), quiet=(options.json or options.csv) and sys.stdout.isatty()) as advance:
+    quiet = (options.json or options.csv) and sys.stdout.isatty()
+    with _show_progress(len(sources), quiet) as advance, observe(options.observe) as observer:
         for judged in _judge(predictor, sources, bool(options.explain), advance):
+            if observer:
+                observer.add(judged)
             if options.explain:
                 _write_pictures(judged, options.explain, names, detector.threshold)
             counts.update(verdict.outcome for verdict in judged.verdicts)

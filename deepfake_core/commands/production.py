@@ -97,6 +97,8 @@ def clean(options: argparse.Namespace) -> int:
         options.keep,
         feedback=options.feedback,
         keep_rejected_days=options.keep_rejected_days,
+        observations=options.observations,
+        keep_observations_days=options.keep_observations_days,
     )
     removals = clean(dry_run=True)
     if not removals:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from deepfake_core.errors import ModelError
 from deepfake_core.evaluation.bootstrap import METRIC_TITLES
 from deepfake_core.registry import names
-from deepfake_core.registry.production import find_production
+from deepfake_core.registry.aliases import find_production
 from deepfake_core.registry.versions import (
     ModelVersion,
     find_pages,

@@ -32,7 +32,13 @@ from deepfake_core.evaluation.test_split import Measured, find_trained_on, tabul
 from deepfake_core.registry import names
 from deepfake_core.registry.detectors import pull_detector, register_detector
 from deepfake_core.registry.probe import log_probe
-from deepfake_core.registry.production import complete_move, find_previous, find_production, move_production
+from deepfake_core.registry.production import (
+    complete_move,
+    find_previous,
+    find_production,
+    move_production,
+    name_challenger,
+)
 from deepfake_core.registry.runs import log_file, log_metrics, log_parameters, log_text, read_manifest
 from deepfake_core.registry.versions import ModelVersion, read_version, tag_version
 from deepfake_core.storage.files import write_json
@@ -194,6 +200,8 @@ def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome
 
 
 def _record_decision(model_name: str, version: str, decision: Decision, approval_hours: float) -> None:
+    if not decision.promoted:
+        name_challenger(model_name, version)
     until = datetime.now(UTC) + timedelta(hours=approval_hours)
     waits = {names.ANSWER_UNTIL: until.isoformat(timespec="seconds")} if decision.waits else {}
     tag_version(model_name, version, waits | {names.DECISION: decision.name})
@@ -223,13 +231,10 @@ def _recall_outcome(
 def _compare_with(
     current: str, measured: Measured, alone: Regression, dataset: Dataset, parameters: PromotionParameters
 ) -> tuple[Comparison, Regression, list[str]]:
-    """Score production on the same images, those of the test split and the regression set.
+    """Score production on test and regression images; return both comparisons, and reasons that forbid promotion.
 
     Test images of confirmed reports are left out for both: production's mistakes chose them, so that an equally good
     challenger would look better on them.
-
-    Returns:
-        Both comparisons, and reasons that forbid promotion.
     """
     name, blockers = parameters.model_name, []
     with tempfile.TemporaryDirectory() as folder:

@@ -9,6 +9,8 @@ EXPERIMENT = "deepfake-detection"
 # Aliases of versions
 PRODUCTION = "production"
 PREVIOUS = "previous"
+CHALLENGER = "challenger"
+"""The newest version that was not promoted, which may run beside production (`--shadow`); a person may move it."""
 NO_VERSION = "none"
 """Where a tag names a version, and there was none."""
 
@@ -19,6 +21,13 @@ MANIFEST = "dataset/manifest.parquet"
 PROBE = "probe"
 REPORT = "report.html"
 SCORES = "evaluation/scores.csv"
+REFERENCE = "evaluation/reference.parquet"
+
+# Tags of the registered model
+RECORDED_PRODUCTION = "recorded_production"
+"""The version that the audit trail says is in production: if the alias is elsewhere, someone moved it in MLflow."""
+OUTSIDE_MOVE = "moved_outside"
+"""A sentence on such a move, until `production.health` has announced it."""
 
 # Tags of runs
 DATA_FOLDER = "data_folder"

@@ -12,11 +12,11 @@ from mlflow.exceptions import MlflowException
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
+from deepfake_core.registry.aliases import read_production
 from deepfake_core.registry.connection import set_environment
 from deepfake_core.registry.detectors import download_version
-from deepfake_core.registry.production import find_production
 from deepfake_core.registry.seals import require_seal
-from deepfake_core.registry.versions import ModelVersion, read_version
+from deepfake_core.registry.versions import ModelVersion
 
 MAX_PROBE_DIFFERENCE = 0.001
 """In P(fake)."""
@@ -78,10 +78,7 @@ def check_production(model_name: str) -> ProbeResult:
     Raises:
         ModelError: if there is none, or it has no probe images.
     """
-    current = find_production(model_name)
-    if current is None:
-        raise ModelError(f"There must be a production model to check. Received: none of the name {model_name}.")
-    return check_probe(read_version(model_name, current))
+    return check_probe(read_production(model_name))
 
 
 def check_probe(version: ModelVersion) -> ProbeResult:

@@ -1,12 +1,11 @@
-"""The version in production: which it is, how it moves, and the record of who moved it and why."""
+"""The version in production: how it moves, and the record of who moved it and why."""
 
 import getpass
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -14,72 +13,22 @@ from mlflow.exceptions import MlflowException
 from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.evaluation.promotion import NOT_MET, REASON_SEPARATOR
 from deepfake_core.registry import names
+from deepfake_core.registry.aliases import (
+    find_alias,
+    find_challenger,
+    find_previous,
+    find_production,
+    follow,
+    list_known,
+    list_rollbacks,
+)
 from deepfake_core.registry.versions import ModelVersion, read_version, record_answer, require_files, tag_version
 
 log = logging.getLogger(__name__)
 
+MOVED_OUTSIDE = "moved outside, in MLflow itself"
 MAX_LOCK_SECONDS = 60
 """A lock on the aliases that is older was left by a process that died; moving them takes a second."""
-
-
-def find_production(model_name: str) -> str | None:
-    """Return the version that has the alias `production`, or None if there is none yet."""
-    return _find_alias(model_name, names.PRODUCTION)
-
-
-def _find_alias(model_name: str, alias: str) -> str | None:
-    try:
-        return str(mlflow.MlflowClient().get_model_version_by_alias(model_name, alias).version)
-    except MlflowException as exc:
-        # An unknown alias is INVALID_PARAMETER_VALUE, an unknown model RESOURCE_DOES_NOT_EXIST.
-        if exc.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):
-            return None
-        raise
-
-
-def find_previous(model_name: str) -> str | None:
-    """Return the version that a rollback leads to; None if there is none."""
-    return next(iter(list_rollbacks(model_name)), None)
-
-
-def list_rollbacks(model_name: str, with_gone: bool = False) -> list[str]:
-    """Return where rollbacks lead, one after the other: what production replaced, if it can still be served.
-
-    Where the version in production was deleted, that is the version with the alias `previous`, and what it replaced.
-
-    Args:
-        with_gone: versions too that were deleted, or whose model files were removed.
-    """
-    known, current = _list_known(model_name), find_production(model_name)
-    previous = None if current else _find_alias(model_name, names.PREVIOUS)
-    replaced = _follow(current, known) if current else [previous, *_follow(previous, known)] if previous else []
-    return [one for one in replaced if with_gone or (one in known and names.FILES_REMOVED not in known[one].tags)]
-
-
-def _list_known(model_name: str) -> dict[str, Any]:
-    found = mlflow.MlflowClient().search_model_versions(f"name = '{model_name}'")
-    return {str(version.version): version for version in found}
-
-
-def _follow(version: str, known: Mapping[str, Any]) -> list[str]:
-    """Return what a version replaced, latest first, as its tag says.
-
-    Versions of former code have no such tag: theirs say which one they replaced, and which one replaced them.
-    """
-    if names.ROLLS_BACK_TO in known[version].tags:
-        return known[version].tags[names.ROLLS_BACK_TO].split()
-    chain = [version]
-    while True:
-        last = chain[-1]
-        if last in known:
-            before = [known[last].tags.get(names.REPLACED, names.NO_VERSION)]
-        else:
-            left = [one for one in known.values() if one.tags.get(names.REPLACED_BY) == last]
-            left.sort(key=lambda one: one.tags.get(names.PRODUCTION_UNTIL, ""))
-            before = [str(one.version) for one in left[-1:]]
-        if not before or before[0] in (names.NO_VERSION, *chain):
-            return chain[1:]
-        chain += before
 
 
 def move_production(model_name: str, version: str, expected: str | None, reason: str, back: bool = False) -> None:
@@ -112,14 +61,8 @@ def move_production(model_name: str, version: str, expected: str | None, reason:
             rollbacks = rollbacks[rollbacks.index(version) + 1 :]
         elif current:
             rollbacks = [current, *rollbacks]
-        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        move = {"from": current, "at": now, "by": getpass.getuser(), "because": reason, "back": back}
-        tags = {
-            names.ROLLS_BACK_TO: " ".join(one for one in rollbacks if one != version),
-            names.MOVE: json.dumps(move),
-        }
-        tag_version(model_name, version, tags)
-        if _find_alias(model_name, names.PREVIOUS) == version:
+        _begin_move(model_name, version, rollbacks, current, getpass.getuser(), reason, back)
+        if find_alias(model_name, names.PREVIOUS) == version:
             client.delete_registered_model_alias(model_name, names.PREVIOUS)
         client.set_registered_model_alias(model_name, names.PRODUCTION, version)
         log.info("%s: version %s is in production instead of %s: %s", model_name, version, current, reason)
@@ -130,8 +73,37 @@ def move_production(model_name: str, version: str, expected: str | None, reason:
             log.warning("%s: production has moved, its tags are completed by the next move (%s)", model_name, why)
 
 
+def _begin_move(
+    model_name: str, version: str, rollbacks: list[str], former: str | None, by: str, reason: str, back: bool = False
+) -> str:
+    """Write what is to be said of a move, as one tag, and where rollbacks lead from then on; return the tag."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    move = json.dumps({"from": former, "at": now, "by": by, "because": reason, "back": back})
+    leads = " ".join(one for one in rollbacks if one != version)
+    tag_version(model_name, version, {names.ROLLS_BACK_TO: leads, names.MOVE: move})
+    return move
+
+
+def take_outside_move(model_name: str) -> str | None:
+    """Return a sentence, once, on aliases that someone moved in MLflow itself; None if nobody did.
+
+    What was moved is in the audit trail by then.
+    """
+    complete_move(model_name)
+    client = mlflow.MlflowClient()
+    if find_production(model_name) is None:
+        return None
+    text = client.get_registered_model(model_name).tags.get(names.OUTSIDE_MOVE)
+    if text:
+        client.delete_registered_model_tag(model_name, names.OUTSIDE_MOVE)
+    return text
+
+
 def complete_move(model_name: str) -> None:
-    """Write what a move of production that was killed left unsaid: tags of both versions, and the alias `previous`."""
+    """Write what a move of production that was killed left unsaid: tags of both versions, and the alias `previous`.
+
+    Likewise what is to be said of a move that someone made in MLflow itself.
+    """
     client = mlflow.MlflowClient()
     if find_production(model_name):
         with hold_aliases(client, model_name):
@@ -142,8 +114,13 @@ def _complete_move(client: mlflow.MlflowClient, model_name: str) -> None:
     current = find_production(model_name)
     if current is None:
         return
-    known = _list_known(model_name)
+    known = list_known(model_name)
+    recorded = client.get_registered_model(model_name).tags.get(names.RECORDED_PRODUCTION)
     begun = known[current].tags.get(names.MOVE)
+    if recorded not in (None, current) and not begun:
+        rollbacks = [recorded, *(follow(recorded, known) if recorded in known else [])]
+        begun = _begin_move(model_name, current, rollbacks, recorded, "unknown", MOVED_OUTSIDE)
+        _note_outside_move(client, model_name, f"{names.PRODUCTION} from version {recorded} to {current}")
     if begun:
         move = json.loads(begun)
         former = move["from"]
@@ -154,13 +131,32 @@ def _complete_move(client: mlflow.MlflowClient, model_name: str) -> None:
         if not move["back"]:
             since[names.REPLACED] = former or names.NO_VERSION
         tag_version(model_name, current, since | {names.PRODUCTION_SINCE: move["at"]})
-    previous = find_previous(model_name)
+        challenger = find_challenger(model_name)
+        if challenger and int(challenger) <= int(current):
+            client.delete_registered_model_alias(model_name, names.CHALLENGER)
+    previous, found = find_previous(model_name), find_alias(model_name, names.PREVIOUS)
+    if recorded and not begun and previous and found not in (None, previous):
+        _note_outside_move(client, model_name, f"{names.PREVIOUS} from version {previous} to {found}; it is put back")
     if previous:
         client.set_registered_model_alias(model_name, names.PREVIOUS, previous)
     else:
         client.delete_registered_model_alias(model_name, names.PREVIOUS)
+    if recorded != current:
+        client.set_registered_model_tag(model_name, names.RECORDED_PRODUCTION, current)
     if begun:
         client.delete_model_version_tag(model_name, current, names.MOVE)
+
+
+def _note_outside_move(client: mlflow.MlflowClient, model_name: str, what: str) -> None:
+    text = f"{MOVED_OUTSIDE}: someone moved the alias {what}"
+    log.warning("%s: %s", model_name, text)
+    client.set_registered_model_tag(model_name, names.OUTSIDE_MOVE, text)
+
+
+def name_challenger(model_name: str, version: str) -> None:
+    """Give the alias `challenger` to a version that was not promoted, unless it is in production."""
+    if find_production(model_name) != version:
+        mlflow.MlflowClient().set_registered_model_alias(model_name, names.CHALLENGER, version)
 
 
 def promote_by_hand(model_name: str, version: str, reason: str, force: bool = False) -> str | None:

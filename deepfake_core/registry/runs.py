@@ -228,15 +228,17 @@ def log_file(run_id: str, file: Path, folder: str) -> None:
 
 def read_manifest(version: ModelVersion) -> "pd.DataFrame | None":
     """Return the manifest of the data set that a version was trained on; None if its run holds none."""
+    run = find_run(version.run_id)
+    return run and read_table(run.data.tags.get(names.PARENT, version.run_id), names.MANIFEST)
+
+
+def read_table(run_id: str, artifact: str) -> "pd.DataFrame | None":
+    """Return a Parquet artifact of a run; None if there is none."""
     import pandas as pd
 
-    client, run = mlflow.MlflowClient(), find_run(version.run_id)
-    if run is None:
-        return None
-    parent = run.data.tags.get(names.PARENT, version.run_id)
     with tempfile.TemporaryDirectory() as folder, set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
         try:
-            file = client.download_artifacts(parent, names.MANIFEST, folder)
+            file = mlflow.MlflowClient().download_artifacts(run_id, artifact, folder)
         except (MlflowException, OSError):
             return None
         return pd.read_parquet(file)

@@ -11,6 +11,7 @@ import pyarrow
 from pyarrow import parquet
 
 from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.monitoring.observer import Observer
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import Judged
@@ -55,7 +56,13 @@ class ScoredTable:
     outcomes: dict[str, int]
 
 
-def score_images(predictor: Predictor, images: Path, output: Path, on_progress: Progress | None = None) -> ScoredTable:
+def score_images(
+    predictor: Predictor,
+    images: Path,
+    output: Path,
+    on_progress: Progress | None = None,
+    observer: Observer | None = None,
+) -> ScoredTable:
     """Judge a folder's images, or a Parquet file's, and write a row per face, in bounded memory.
 
     Args:
@@ -63,6 +70,7 @@ def score_images(predictor: Predictor, images: Path, output: Path, on_progress: 
         output: the Parquet file to write, which appears when it is whole: `image`, `sha256`, `face` (1 for the largest,
             null where the whole image was judged), `box`, `label`, `fake_probability`, `threshold`, `sure`, `reason`,
             `error`.
+        observer: of the verdicts.
 
     Raises:
         ConfigurationError: if `images` is neither.
@@ -76,6 +84,8 @@ def score_images(predictor: Predictor, images: Path, output: Path, on_progress: 
         for done, judged in enumerate(predictor.judge(sources()), 1):
             hashes.append(judged.sha256)
             counts.update(verdict.outcome for verdict in judged.verdicts)
+            if observer:
+                observer.add(judged)
             rows += _list_rows(judged)
             if len(rows) >= ROWS_WRITTEN:
                 writer.write_table(pyarrow.Table.from_pylist(rows, SCHEMA))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -22,9 +22,13 @@ from deepfake_core.feedback.reports import Feedback
 from deepfake_core.registry import connection, detectors
 from deepfake_core.serving.file_kinds import is_clip
 from deepfake_core.serving.predictor import Predictor, load_detector
+from deepfake_core.serving.registered import find_shadow, load_version
 from deepfake_core.serving.verdict import Verdict
 from deepfake_core.serving.video import judge_clip, plot_timeline
 from deepfake_core.serving.wrong_verdict import Reporter, Shown, add_form, pick_verdict
+
+if TYPE_CHECKING:
+    from deepfake_core.monitoring.observer import Observer
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +59,16 @@ class ModelKeeper:
     Args:
         model: registry URI, or the folder of a pulled model.
         detect: look for faces.
+        observer: of the verdicts on the page.
+        shadow: let the version with the alias `challenger`, if there is one, run beside it.
 
     Raises:
         ModelError: if there is no such model.
         ServiceError: if MLflow can't be reached.
     """
 
-    def __init__(self, model: str, detect: bool) -> None:
-        self._model, self._detect = model, detect
+    def __init__(self, model: str, detect: bool, observer: "Observer | None" = None, shadow: bool = False) -> None:
+        self._model, self._detect, self._with_shadow, self.observer = model, detect, shadow, observer
         self._lock = threading.Lock()
         self._looked = -float(MAX_ALIAS_AGE_SECONDS)
         self._version = ""
@@ -92,10 +98,11 @@ class ModelKeeper:
         name, version = detectors.resolve(self._model)
         found = f"{name} version {version}"
         if found != self._version:
-            with tempfile.TemporaryDirectory() as folder:
-                detector = load_detector(detectors.pull_detector(f"models:/{name}/{version}", Path(folder)))
-            self._predictor, self._version = Predictor(detector, self._detect), found
+            self._predictor = Predictor(load_version(name, version), self._detect, f"{name}/{version}")
+            self._version = found
             log.info("serving %s", found)
+        if self._with_shadow and self._predictor:
+            self._predictor = self._predictor.beside(find_shadow(name, self._predictor.shadow))
 
 
 def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any, Shown | None]:
@@ -110,6 +117,8 @@ def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | No
         judged = next(predictor.judge([(file.name, file)], explain=predictor.detector.explains))
         if not judged.verdicts[0].unreadable:
             shown = judged.sha256, pick_verdict(judged.verdicts, version)
+    if keeper.observer:
+        keeper.observer.add(judged)
     return _write_verdict(judged.verdicts, version, predictor.detector), judged.picture, timeline, shown
 
 
@@ -132,7 +141,14 @@ def _write_verdict(verdicts: list[Verdict], version: str, detector: Detector) ->
     return f"<h2>{html.escape(headline)}</h2><ul>{lines}</ul><p>{answered}</p>"
 
 
-def serve(model: str, detect: bool, port: int, feedback: Feedback | None = None) -> None:
+def serve(
+    model: str,
+    detect: bool,
+    port: int,
+    feedback: Feedback | None = None,
+    observer: "Observer | None" = None,
+    shadow: bool = False,
+) -> None:
     """Serve the page on loopback until interrupted.
 
     Args:
@@ -143,7 +159,7 @@ def serve(model: str, detect: bool, port: int, feedback: Feedback | None = None)
         ServiceError: if MLflow can't be reached.
     """
     with keep_uploads():
-        page = launch_page(ModelKeeper(model, detect), port, feedback)
+        page = launch_page(ModelKeeper(model, detect, observer, shadow), port, feedback)
         print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         page.block_thread()

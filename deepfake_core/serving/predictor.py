@@ -1,13 +1,15 @@
 """From images as they come to verdicts, a row per face: decoded and searched side by side, scored in batches."""
 
+import copy
 import hashlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +27,8 @@ from deepfake_core.errors import ModelError
 from deepfake_core.input_gate import Measures, read_jpeg_quality
 from deepfake_core.serving.explained import draw_heat, shrink
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
-from deepfake_core.serving.verdict import Judged, Verdict
+from deepfake_core.serving.shadow import Shadow
+from deepfake_core.serving.verdict import Judged, Observed, Verdict
 
 NO_FACE = "no face was found; --no-detect judges the whole image"
 MAX_QUEUED_IMAGES = 2 * BATCH_SIZE
@@ -43,11 +46,13 @@ class Crop:
     Attributes:
         box: where it is, in pixels of the upright image.
         pixels: uint8 array of shape (image_size, image_size, 3), as the network takes it.
+        shadow: likewise, as the network beside it takes it; None if there is none.
     """
 
     box: Box
     pixels: np.ndarray
     measured: Measures
+    shadow: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class _Prepared:
     error: str | None = None
     unreadable: bool = False
     width: int = 0
+    height: int = 0
     sha256: str = ""
     preview: Image.Image | None = None
     """The image, scaled down; None where no picture was asked for."""
@@ -84,12 +90,24 @@ class Predictor:
 
     Args:
         detect: look for faces; False judges each image as a whole.
+        version: the detector's, as name/number; empty for a model from a folder.
+        shadow: scores the faces of images too.
     """
 
-    def __init__(self, detector: Detector, detect: bool = True) -> None:
-        self.detector = detector
+    def __init__(
+        self, detector: Detector, detect: bool = True, version: str = "", shadow: Shadow | None = None
+    ) -> None:
+        self.detector, self.version, self.shadow = detector, version, shadow
         self._find: Callable[[Image.Image], list[Box]] | None = load_face_finder() if detect else None
         self._finding = threading.Lock()  # its threads share the cores: two searches at once only slow each other down
+
+    def beside(self, shadow: Shadow | None) -> "Predictor":
+        """Return the same with another shadow; what is being judged keeps its own."""
+        if shadow is self.shadow:
+            return self
+        other = copy.copy(self)
+        other.shadow = shadow
+        return other
 
     @property
     def detects(self) -> bool:
@@ -135,7 +153,8 @@ class Predictor:
         for box in boxes:
             part = image if box == whole else image.crop((box.left, box.top, box.right, box.bottom))
             pixels = resize_image(part, self.detector.image_size)
-            crops.append(Crop(box, pixels, Measures.take(part, pixels, quality)))
+            shadow = self.shadow.resize(part) if self.shadow else None
+            crops.append(Crop(box, pixels, Measures.take(part, pixels, quality), shadow))
         return crops
 
     def _prepare(self, name: str, image: Encoded, explain: bool) -> _Prepared:
@@ -148,6 +167,7 @@ class Predictor:
                     name,
                     self.cut_faces(decoded),
                     width=decoded.width,
+                    height=decoded.height,
                     sha256=sha256,
                     preview=shrink(decoded) if explain else None,
                 )
@@ -166,13 +186,17 @@ class Predictor:
             scores, heat = self.detector.explain(np.stack(crops))
         else:
             scores = self.detector.score(np.stack(crops))
+        beside = [crop.shadow for one in batch for crop in one.crops]
+        shadows = self.shadow.score(beside) if self.shadow else [{} for _ in beside]
         start = 0
         for one in batch:
             mine = slice(start, start + len(one.crops))
             start = mine.stop
             verdicts = [
-                self._judge(one.name, face if self.detects else None, crop, float(score))
-                for face, (crop, score) in enumerate(zip(one.crops, scores[mine], strict=True), 1)
+                self._judge(one, face if self.detects else None, crop, float(score), shadow)
+                for face, (crop, score, shadow) in enumerate(
+                    zip(one.crops, scores[mine], shadows[mine], strict=True), 1
+                )
             ]
             if not verdicts:
                 error = one.error or NO_FACE
@@ -188,10 +212,18 @@ class Predictor:
                 picture = draw_heat(one.preview, boxes, [] if heat is None else list(heat[mine]), fakes, lines)
             yield Judged(one.name, verdicts, picture, one.sha256)
 
-    def _judge(self, name: str, face: int | None, crop: Crop, score: float) -> Verdict:
+    def _judge(self, one: _Prepared, face: int | None, crop: Crop, score: float, shadow: Mapping[str, Any]) -> Verdict:
         judged = self.detector.judge(score, crop.measured)
         return Verdict(
-            name, face, crop.box.corners, judged.label, score, self.detector.threshold, judged.sure, judged.reason
+            one.name,
+            face,
+            crop.box.corners,
+            judged.label,
+            score,
+            self.detector.threshold,
+            judged.sure,
+            judged.reason,
+            observed=Observed(crop.measured, self.version, one.width, one.height, **shadow),
         )
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from PIL import Image
 
+from deepfake_core.input_gate import Measures
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -28,6 +30,26 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What is known of a judged face besides the verdict, for `deepfake_core.monitoring`; shown nowhere.
+
+    Attributes:
+        version: that judged, as name/number; empty for a model from a folder.
+        width: of the upright image, in pixels; likewise `height`.
+        shadow_version: that ran beside it; None if there is none.
+        shadow_probability: P(fake) by that version; likewise `shadow_fake`, whether it calls the face fake.
+    """
+
+    measured: Measures
+    version: str
+    width: int
+    height: int
+    shadow_version: str | None = None
+    shadow_probability: float | None = None
+    shadow_fake: bool | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The verdict on one face or a whole image, or why there is none.
 
@@ -42,6 +64,7 @@ class Verdict:
         unreadable: True if the image could not be read, as opposed to showing no face.
         clip: None for an image.
         warning: what of a clip was not seen, though there is a verdict; None if nothing.
+        observed: of an image that has a label; None for a clip. It is no column.
     """
 
     image: str
@@ -56,6 +79,7 @@ class Verdict:
     unreadable: bool = False
     clip: Clip | None = None
     warning: str | None = None
+    observed: Observed | None = None
 
     @classmethod
     def refuse(
@@ -72,7 +96,7 @@ class Verdict:
     def as_row(self) -> dict[str, Any]:
         """Return it as plain values by `COLUMNS`; those of a clip for a clip alone."""
         row = asdict(self)
-        clip = row.pop("clip")
+        clip, _ = row.pop("clip"), row.pop("observed")
         return row | (clip or {})
 
     def describe(self) -> str:
@@ -86,7 +110,7 @@ class Verdict:
         return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}{unsure}{warning}"
 
 
-COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name != "clip")
+COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name not in ("clip", "observed"))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import multiprocessing
 import shutil
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.registry import connection, detectors, names, probe, production, runs
 from deepfake_core.registry.versions import ModelVersion, list_versions, read_version
+from deepfake_core.serving.registered import find_shadow
 from deepfake_core.training.calibration import calibrate_detector
-from tests.builders import jpeg, stripes
+from tests.builders import find_events, jpeg, stripes, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -269,6 +271,51 @@ def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
             health()
     finally:
         versions.log_text(run_id, json.dumps(scores), "probe/scores.json")
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_aliases_that_someone_moves_in_mlflow_are_announced_once_and_in_the_audit_trail(versions):
+    from flows.production import health
+
+    start = datetime.now(UTC)
+    production.move_production(NAME, "1", None, "first")
+    production.move_production(NAME, "2", "1", "better")
+    health()
+    versions.set_registered_model_alias(NAME, "production", "4")
+    health()
+    health()
+    tags = read_version(NAME, "4").tags
+    assert (tags["production_because"], tags["production_by"]) == ("moved outside, in MLflow itself", "unknown")
+    assert (tags["replaced"], read_version(NAME, "2").tags["replaced_by"]) == ("2", "4")
+    assert find_aliases() == {"production": "4", "previous": "2"}
+    assert production.roll_back(NAME, "nobody said why") == ("2", "4")
+    versions.set_registered_model_alias(NAME, "previous", "3")
+    health()
+    assert find_aliases() == {"production": "2", "previous": "1"}
+    events = wait_until(lambda: found if len(found := find_events("deepfake.version.moved-outside", start)) > 1 else [])
+    assert [one["payload"]["text"].partition(": ")[2] for one in events] == [
+        "someone moved the alias previous from version 1 to 3; it is put back",
+        "someone moved the alias production from version 2 to 4",
+    ]
+
+
+def test_the_newest_version_that_was_not_promoted_is_the_challenger_until_a_newer_one_is_in_production(versions):
+    production.move_production(NAME, "1", None, "first")
+    for version in "12":
+        production.name_challenger(NAME, version)
+    assert find_aliases() == {"production": "1", "challenger": "2"}  # production is no challenger of its own
+    production.move_production(NAME, "2", "1", "by hand")
+    assert find_aliases() == {"production": "2", "previous": "1"}
+    production.name_challenger(NAME, "4")
+    production.roll_back(NAME, "complaints")
+    assert find_aliases() == {"production": "1", "challenger": "4"}
+    assert find_shadow(NAME).version == f"{NAME}/4"
+    versions.set_registered_model_alias(NAME, "challenger", "3")
+    shadow = find_shadow(NAME)
+    assert shadow.version == f"{NAME}/3"
+    assert find_shadow(NAME, shadow) is shadow
+    versions.delete_registered_model_alias(NAME, "challenger")
+    assert find_shadow(NAME, shadow) is None
 
 
 @pytest.mark.usefixtures("versions")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from datetime import UTC, datetime, timedelta
 
 import mlflow
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.monitoring.observations import read_window
 from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
 from deepfake_core.serving.batch_scoring import score_images
@@ -90,7 +92,16 @@ def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):
 
     *_, version = registered
     production.move_production(NAME, version, production.find_production(NAME), "test")
-    path = score(str(folder), str(tmp_path / "scores.parquet"), detect=True)
+    mlflow.MlflowClient().set_registered_model_alias(NAME, names.CHALLENGER, version)
+    with pytest.raises(ConfigurationError, match="--shadow needs --observe"):
+        score(str(folder), str(tmp_path / "scores.parquet"), shadow=True)
+    path = score(
+        str(folder), str(tmp_path / "scores.parquet"), detect=True, observe=str(tmp_path / "seen"), shadow=True
+    )
+    now = datetime.now(UTC)
+    observed = read_window(str(tmp_path / "seen"), now - timedelta(days=1), now)
+    assert observed[["version", "shadow_version", "face"]].to_numpy().tolist() == [[*[f"{NAME}/{version}"] * 2, 1]]
+    assert observed["shadow_probability"].tolist() == observed["probability"].tolist()
     rows = pd.read_parquet(path)
     assert rows.set_index("image").loc["below/b.png", "face"] == 1
     assert "no face" in rows.set_index("image").loc["a.jpg", "error"]

@@ -9,14 +9,18 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import requests
 from PIL import Image
+from pyarrow import parquet
 
 from deepfake_core.cli import main
 from deepfake_core.errors import ModelError
+from deepfake_core.monitoring.observations import read_window
+from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.registry import connection, detectors, production, runs, versions
 from deepfake_core.serving import page as page_server
 from tests.builders import NAME, draw_portrait, draw_scene, free_port, jpeg, write_clip
@@ -249,6 +253,27 @@ def test_a_tracking_server_that_is_down_holds_no_answer_up(caplog, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("served")
+def test_the_challenger_runs_beside_production_and_is_only_observed(tmp_path):
+    draw_portrait(1).save(tmp_path / "face.png")
+    client = connection.connect()
+    with open_observer(str(tmp_path / "seen"), shadow=True) as observer:
+        keeper = page_server.ModelKeeper(f"models:/{NAME}@production", True, observer, shadow=True)
+        shown = []
+        for version in (None, "2", None):
+            if version:
+                client.set_registered_model_alias(NAME, "challenger", version)
+            else:
+                client.delete_registered_model_alias(NAME, "challenger")
+            shown.append(page_server.judge_upload(keeper, tmp_path / "face.png")[0])
+    assert len(set(shown)) == 1
+    now = datetime.now(UTC)
+    rows = read_window(str(tmp_path / "seen"), now - timedelta(days=1), now)
+    assert rows["version"].nunique() == 1
+    assert rows["shadow_version"].tolist() == [None, f"{NAME}/2", None]
+
+
+@pytest.mark.slow
 def test_a_taken_port_is_said(served, candidate, capsys):
     assert main(["serve", "--model", str(candidate.folder), "--port", str(served[1])]) == 2
     assert "which is taken" in capsys.readouterr().err
@@ -264,6 +289,7 @@ def test_no_upload_is_left_when_the_page_ends(candidate, tmp_path):
     draw_portrait(1).save(tmp_path / "face.png")
     port = free_port()
     command = [sys.executable, "-m", "deepfake_core.cli", "serve", "--model", candidate.folder, "--port", str(port)]
+    command += ["--observe", tmp_path / "seen"]
     with subprocess.Popen(
         command, env={**os.environ, "GRADIO_TEMP_DIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True
     ) as server:
@@ -274,4 +300,6 @@ def test_no_upload_is_left_when_the_page_ends(candidate, tmp_path):
         assert list(folder.rglob("face.png"))
         server.send_signal(signal.SIGTERM)
         assert server.wait() == 0
+    (seen,) = tmp_path.glob("seen/*/*.parquet")  # what waited was written at the end
+    assert parquet.read_metadata(seen).num_rows == 1
     assert [found.name for found in tmp_path.glob("deepfake-page-*")] == [f"deepfake-page-{os.getpid()}-others"]

@@ -1,0 +1,140 @@
+"""Observations: what a version said of each face, and what was measured of it. No pixels, no names.
+
+A folder, or a URL, holds a folder for each day (UTC) and in it a Parquet file for each process that observed. Clips are
+not observed: the test split, with which observations are compared, has none.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+from pyarrow import parquet
+
+from deepfake_core.serving.verdict import Judged
+from deepfake_core.storage.store import Store, open_store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+SCHEMA = pyarrow.schema(
+    [
+        ("time", pyarrow.timestamp("us", tz="UTC")),
+        ("version", pyarrow.string()),
+        ("face", pyarrow.int32()),
+        ("fake", pyarrow.bool_()),
+        ("probability", pyarrow.float64()),
+        ("sure", pyarrow.bool_()),
+        ("side", pyarrow.float64()),
+        ("sharpness", pyarrow.float64()),
+        ("jpeg_quality", pyarrow.float64()),
+        ("width", pyarrow.int32()),
+        ("height", pyarrow.int32()),
+        ("shadow_version", pyarrow.string()),
+        ("shadow_probability", pyarrow.float64()),
+        ("shadow_fake", pyarrow.bool_()),
+    ]
+)
+"""`version` is name/number, empty for a model from a folder; `face` is 1 for the largest, null for a whole image."""
+
+DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
+OURS = re.compile(r"[0-9a-f]{16}\.parquet")
+
+Row = dict[str, Any]
+
+
+def list_rows(judged: Judged) -> Iterator[Row]:
+    """Yield a row by `SCHEMA` for each verdict on an image that has a label."""
+    now = datetime.now(UTC)
+    for verdict in judged.verdicts:
+        seen = verdict.observed
+        if seen is None:
+            continue
+        yield {
+            "time": now,
+            "version": seen.version,
+            "face": verdict.face,
+            "fake": verdict.label == "fake",
+            "probability": verdict.fake_probability,
+            "sure": verdict.sure,
+            "side": seen.measured.side,
+            "sharpness": seen.measured.sharpness,
+            "jpeg_quality": seen.measured.jpeg_quality,
+            "width": seen.width,
+            "height": seen.height,
+            "shadow_version": seen.shadow_version,
+            "shadow_probability": seen.shadow_probability,
+            "shadow_fake": seen.shadow_fake,
+        }
+
+
+def read_window(address: str, since: datetime, until: datetime) -> "pd.DataFrame":
+    """Return the observations of a time, from `since` on and before `until`, by `SCHEMA`.
+
+    A file that is none of ours is left out, with a warning.
+
+    Raises:
+        ConfigurationError, CredentialsError, DownloadError: if a store can't be used.
+    """
+    store = open_store(address)
+    tables = [SCHEMA.empty_table()]
+    for day in _list_days(store):
+        if since.date() <= date.fromisoformat(day) <= until.date():
+            tables += _read_day(store, day)
+    found = pyarrow.concat_tables(tables).to_pandas()
+    return found[(found["time"] >= since) & (found["time"] < until)].reset_index(drop=True)
+
+
+def _list_days(store: Store) -> list[str]:
+    if store.url:
+        found = store.list_names(store.folder)
+    else:
+        found = sorted(path.name for path in store.folder.iterdir()) if store.folder.is_dir() else []
+    return [name for name in found if _is_day(name)]
+
+
+def _is_day(name: str) -> bool:
+    try:
+        return bool(DAY.fullmatch(name) and date.fromisoformat(name))
+    except ValueError:
+        return False
+
+
+def _read_day(store: Store, day: str) -> Iterator[pyarrow.Table]:
+    for path in list_day(store, day):
+        try:
+            data = store.read(path) if store.url else path.read_bytes()
+            yield parquet.read_table(pyarrow.BufferReader(data or b""), columns=SCHEMA.names).cast(SCHEMA)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, ValueError) as exc:
+            log.warning("%s holds no observations and is left out: %s", store.address_of(path), exc)
+
+
+def list_old_days(store: Store, keep_days: int) -> list[str]:
+    """Return the days of which no observation is needed any more."""
+    first = str(datetime.now(UTC).date() - timedelta(days=keep_days))
+    return [day for day in _list_days(store) if day < first]
+
+
+def list_day(store: Store, day: str) -> list[Path]:
+    """Return the files of observations of a day, and no other that may lie there."""
+    folder = store.folder / day
+    names = store.list_names(folder) if store.url else sorted(path.name for path in folder.iterdir())
+    return [folder / name for name in names if OURS.fullmatch(name)]
+
+
+def remove_day(store: Store, day: str) -> None:
+    """Remove the observations of a day, and nothing else that may lie there."""
+    for path in list_day(store, day):
+        if store.url:
+            store.remove(path)
+        else:
+            path.unlink()
+    if not store.url:
+        with suppress(OSError):  # others' files are there
+            (store.folder / day).rmdir()

@@ -1,0 +1,143 @@
+"""Appends observations to a folder or URL, in a thread of its own."""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+import pyarrow
+from pyarrow import parquet
+
+from deepfake_core.errors import ConfigurationError
+from deepfake_core.monitoring.observations import SCHEMA, Row, list_rows
+from deepfake_core.serving.verdict import Judged
+from deepfake_core.storage.files import write_beside
+from deepfake_core.storage.store import open_store
+
+log = logging.getLogger(__name__)
+
+ROWS_BETWEEN_WRITES = 1000
+SECONDS_BETWEEN_WRITES = 60.0
+SECONDS_BETWEEN_WARNINGS = 3600.0
+MAX_WAITING_ROWS = 10_000
+"""Rows that wait for a disk or store that fails, at most: the newest."""
+
+MAX_ROWS_AT_ONCE = 65_536
+"""Rows that are held while a file is written anew."""
+
+MAX_SECONDS_TO_END = 20.0
+"""How long the end of a process may wait for a store."""
+
+
+class Observer:
+    """Appends observations, in a thread of its own: what fails there stops no verdict, and warns once an hour.
+
+    Rows are written at the latest after a minute, and at the end. A process that is killed loses those of its last
+    minute. Its file is whole.
+
+    Args:
+        address: folder or URL.
+
+    Raises:
+        ConfigurationError: for a malformed URL.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._store = open_store(address)
+        self._name = f"{uuid.uuid4().hex[:16]}.parquet"
+        self._rows: list[Row] = []
+        self._unpublished: set[Path] = set()
+        self._warned = -SECONDS_BETWEEN_WARNINGS
+        self._lock, self._wake, self._ended = threading.Lock(), threading.Event(), threading.Event()
+        self._writer = threading.Thread(target=self._write_often, name="observe", daemon=True)
+        self._writer.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, judged: Judged) -> None:
+        """Observe the verdicts on an image; return at once."""
+        with self._lock:
+            self._rows += list_rows(judged)
+            del self._rows[:-MAX_WAITING_ROWS]
+            if len(self._rows) >= ROWS_BETWEEN_WRITES:
+                self._wake.set()
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        self._ended.set()
+        self._wake.set()
+        self._writer.join(MAX_SECONDS_TO_END)
+        if self._writer.is_alive():
+            self._warn(f"it did not answer within {MAX_SECONDS_TO_END:g} s")
+
+    def _write_often(self) -> None:
+        ended = False
+        while not ended:
+            self._wake.wait(SECONDS_BETWEEN_WRITES)
+            self._wake.clear()
+            ended = self._ended.is_set()
+            with self._lock:
+                rows, self._rows = self._rows, []
+            try:
+                self._write(rows)
+            except Exception as exc:  # noqa: BLE001 - whatever fails here, verdicts go on
+                self._warn(str(exc))
+            with self._lock:
+                self._rows = [*rows, *self._rows][-MAX_WAITING_ROWS:]
+
+    def _write(self, rows: list[Row]) -> None:
+        """Write rows, and remove them from the list once they are on this disk; then publish them."""
+        while rows:
+            day = rows[0]["time"].date()
+            path = self._store.folder / str(day) / self._name
+            append_rows(path, [row for row in rows if row["time"].date() == day])
+            rows[:] = [row for row in rows if row["time"].date() != day]
+            if self._store.url:
+                self._unpublished.add(path)
+        for path in sorted(self._unpublished):
+            self._store.publish(path)
+            self._unpublished.remove(path)
+            if self._ended.is_set() or path.parent.name != str(datetime.now(UTC).date()):
+                path.unlink()
+
+    def _warn(self, why: str) -> None:
+        if time.monotonic() - self._warned >= SECONDS_BETWEEN_WARNINGS:
+            self._warned = time.monotonic()
+            log.warning(
+                "observations can't be written to %s, verdicts go on; the newest %s are kept for later: %s",
+                self._store.address,
+                f"{MAX_WAITING_ROWS:,}",
+                why,
+            )
+
+
+def open_observer(address: str, shadow: bool = False) -> AbstractContextManager[Observer | None]:
+    """Return what observes verdicts at a folder or URL, for a `with` statement; nothing for an empty address.
+
+    Raises:
+        ConfigurationError: for a malformed URL; or if a shadow, whose verdicts are only observed, has no address.
+    """
+    if shadow and not address:
+        raise ConfigurationError(
+            "A shadow's verdicts are only observed: --shadow needs --observe. Received: no folder or URL for them."
+        )
+    return Observer(address) if address else nullcontext()
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a Parquet file anew with more rows, whole or not at all."""
+    with write_beside(path) as beside, parquet.ParquetWriter(beside, SCHEMA) as writer:
+        if path.exists():
+            with parquet.ParquetFile(path) as before:
+                for batch in before.iter_batches(MAX_ROWS_AT_ONCE):
+                    writer.write_batch(batch)
+        writer.write_table(pyarrow.Table.from_pylist(list(rows), SCHEMA))

@@ -1,0 +1,84 @@
+"""What is observed of production, compared with its test split."""
+
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pandas as pd
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from pyarrow import parquet
+
+from deepfake_core.config import WatchParameters
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.detector import Detector
+from deepfake_core.evaluation.test_split import Measured
+from deepfake_core.monitoring import drift as statistics
+from deepfake_core.monitoring.drift import Agreement, Drift
+from deepfake_core.monitoring.observations import read_window
+from deepfake_core.monitoring.reference import observe_images
+from deepfake_core.registry import names, runs, windows
+from deepfake_core.registry.aliases import read_production
+from deepfake_core.registry.challenge import TrainedCandidate
+from deepfake_core.registry.versions import ModelVersion
+from deepfake_core.reports import drift_report
+from tasks.announcement import announce_drift
+from tasks.options import CPU, MLFLOW, NETWORK
+
+
+@task(name="record reference", **CPU)
+def record_reference(best: TrainedCandidate, measured: Measured, dataset: Dataset) -> None:
+    """Log the observations of the test split, with which those of users are compared."""
+    files = [dataset.path / path for path in measured.images.rows["path"]]
+    observed = observe_images(Detector(best.candidate.folder), files)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / Path(names.REFERENCE).name
+        parquet.write_table(observed, file)
+        runs.log_file(best.run_id, file, str(Path(names.REFERENCE).parent))
+
+
+@task(name="read reference", **MLFLOW)
+def read_watched(watch: WatchParameters) -> tuple[ModelVersion, pd.DataFrame]:
+    """Return the version in production, and the observations of its test split."""
+    version = read_production(watch.model_name)
+    return version, windows.read_reference(version)
+
+
+@task(name="read observations", **NETWORK)
+def read_observations(watch: WatchParameters, version: ModelVersion) -> pd.DataFrame:
+    """Return the window: what was observed of a version in the last days."""
+    now = datetime.now(UTC)
+    found = read_window(watch.observations, now - timedelta(days=watch.window_days), now)
+    mine = found[found["version"] == f"{version.name}/{version.version}"]
+    get_run_logger().info("%d observations, %d of them of version %s", len(found), len(mine), version.version)
+    return mine
+
+
+@task(name="compare", **CPU)
+def compare(reference: pd.DataFrame, window: pd.DataFrame, watch: WatchParameters) -> tuple[Drift, list[Agreement]]:
+    """Compare the window with the reference, and production with the version beside it."""
+    return statistics.compare_windows(reference, window, watch.min_distance), statistics.measure_agreement(window)
+
+
+@task(name="report on window", **MLFLOW)
+def report_window(
+    version: ModelVersion,
+    watch: WatchParameters,
+    reference: pd.DataFrame,
+    window: pd.DataFrame,
+    drift: Drift,
+    agreements: Sequence[Agreement],
+) -> str:
+    """Log the window to the version's run, show it, and announce drift."""
+    text = drift_report.describe_drift(version, drift, agreements, watch.window_days)
+    day = datetime.now(UTC).toordinal() - datetime(1970, 1, 1, tzinfo=UTC).toordinal()
+    lasts = windows.record_window(version, drift_report.name_metrics(drift, agreements), drift.drifted, day)
+    figure = drift_report.plot_drift(reference, window, drift)
+    if figure:
+        runs.log_figures(version.run_id, {"drift": figure})
+    create_markdown_artifact(drift_report.add_figure(text, figure), key="watch", description=text.splitlines()[0])
+    get_run_logger().info(text)
+    if drift.drifted:
+        announce_drift(version.name, version.version, text, lasts)
+    return text
