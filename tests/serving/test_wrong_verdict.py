@@ -82,6 +82,15 @@ def test_a_person_says_on_the_page_that_a_verdict_is_wrong(served, open_page, tm
     assert page.get_by_text(f"{report.verdict.label}, P(fake) = {report.verdict.probability:.2f}").count()
     assert feedback.read_image(sha256) == scene.read_bytes()
 
+    draw_portrait(2).save(tmp_path / "next.png")
+    page.get_by_label("Remove this file").or_(page.get_by_label("Clear")).first.click()
+    page.get_by_text("This is wrong").wait_for(state="hidden")
+    drop(page, tmp_path / "next.png")
+    page.get_by_text("This is wrong").click()
+    assert page.get_by_label("How do you know?").input_value() == ""
+    assert not page.get_by_label("fake", exact=True).is_checked()
+    assert not page.get_by_text("Its code is").count()
+
 
 @pytest.mark.slow
 def test_a_clip_can_not_be_reported(served, open_page, tmp_path):
@@ -161,7 +170,7 @@ def test_what_can_not_be_kept_is_said_and_nothing_is_kept(served, tmp_path):
     (tmp_path / "words.jpg").write_text("<b>words</b>")
     face, words = (upload(address, tmp_path / name) for name in ("face.png", "words.jpg"))
     for data, said in {
-        (0, "fake", "x" * 1001): "at most 1000 characters",
+        (0, "fake", "x" * 1001): "`note` may hold 1,000 characters at most. Received: 1,001.",
         (0, "forged", ""): "forged",
         (0, None, ""): "Choose an image, and what it is.",
         (None, "fake", ""): "Choose an image, and what it is.",
