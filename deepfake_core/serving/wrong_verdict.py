@@ -94,6 +94,8 @@ def add_form(reporter: Reporter, upload: Any, shown: Any, judged: Any) -> None:
             raise gradio.Error("Choose an image, and what it is.", print_exception=False)
         try:
             return reporter.report(Path(path), label, note or "", shown)
+        except FileNotFoundError as exc:
+            raise gradio.Error("The upload was removed by now. Drop the image again.", print_exception=False) from exc
         except (UnreadableImageError, DeepfakeError) as exc:
             raise gradio.Error(html.escape(f"{exc}"), print_exception=False) from exc
 
