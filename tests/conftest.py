@@ -27,7 +27,14 @@ FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "
 
 TOGETHER = {
     **dict.fromkeys(
-        ("test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py", "test_watch.py"),
+        (
+            "test_flows.py",
+            "test_batch_scoring.py",
+            "test_production.py",
+            "test_review.py",
+            "test_store.py",
+            "test_watch.py",
+        ),
         "with server",
     ),
     **dict.fromkeys(("test_kills.py", "test_two_at_once.py"), "forked"),

@@ -122,8 +122,10 @@ def test_an_unknown_label_is_refused_and_nothing_is_kept(tmp_path, label):
 
 def test_a_note_that_is_too_long_is_refused_and_what_a_terminal_would_obey_is_not_kept(tmp_path):
     feedback = open_feedback(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"`note` of feedback .* at most 1000 characters"):
+    with pytest.raises(ConfigurationError, match=r"`note` may hold 1,000 characters at most\. Received: 1,001"):
         feedback.add(jpeg(1), VERDICT, "fake", "x" * 1001)
+    with pytest.raises(ConfigurationError, match=r"`by` may hold 200 characters at most\. Received: 201"):
+        open_feedback(tmp_path).reject(feedback.add(jpeg(2), VERDICT, "fake").sha256, by="x" * 201)
     entry = feedback.add(jpeg(1), VERDICT, "fake", "red\x1b[31m\r\nnext \ud800 \u202e end")
     assert entry.reports[0].note == "red [31m  next     end"
     assert feedback.add(jpeg(1), VERDICT, "fake", "\U0001f600" * 1000).reports[1].note == "\U0001f600" * 1000
