@@ -441,11 +441,13 @@ def render_feedback_results(results: Results) -> str:
         [title, *(str(Estimate(**run[side][name])) for name in names.values())]
         for title, side in (("production, before", "before"), ("the next retrain, after", "after"))
     ]
+    against = [reason.removeprefix("NOT met: ") for reason in run["reasons"] if reason.startswith("NOT met: ")]
     outcome = (
         f"Of the {regression['images']:.0f} images of the regression set, production has "
-        f"{regression['production_wrong']:.0f} wrong and the next retrain {regression['wrong']:.0f}. "
-        f"`{candidate}` at {run['training']['image_size']} pixels, {run['training']['epochs']} epochs, one seed: both "
-        f"retrains took {run['minutes']:.0f} minutes on {run['machine']}, which were busy."
+        f"{regression['production_wrong']:.0f} wrong and the next retrain {regression['wrong']:.0f}. The rule, without "
+        f"floors: {run['decision']}{', as ' if against else ''}{' and '.join(against)}. `{candidate}` at "
+        f"{run['training']['image_size']} pixels, {run['training']['epochs']} epochs, one seed; both retrains took "
+        f"{run['minutes']:.0f} minutes on {run['machine']}, which were busy."
     )
     return "\n\n".join([wrap(asked), draw_table("lrrr", ["", *names], rows), wrap(outcome)])
 
