@@ -33,8 +33,9 @@ from deepfake_core.registry.detectors import register_detector
 from deepfake_core.registry.runs import open_run
 from deployments import alerts
 from deployments.stack import control, make_environment
-from tasks.announcement import announce
+from tasks.announcement import announce, announce_drift
 from tasks.data import KAGGLE_BLOCK
+from tasks.remote import GPU_LIMIT
 from tests.builders import NAME, copy_former, faces, free_port, jpeg, wait_until
 from tests.kaggle_server import HIDDEN, KaggleServer
 
@@ -200,6 +201,34 @@ def test_what_becomes_of_versions_is_told(stack):
     announce("rolled-back", NAME, "5", f"Version 5 of {NAME} is back in production")
     wait_until(lambda: stack.was_told(f"{NAME} version 7", "was not promoted"))
     wait_until(lambda: stack.was_told(f"{NAME} version 5", "is back in production"))
+
+
+def test_drift_is_told_and_starts_a_retrain_once_a_person_switched_that_on_if_it_lasts(stack):
+    stack.control("stop", "worker-cpu")
+    before = len(find_runs(alerts.RETRAIN))
+    announce_drift(NAME, "8", "JPEG quality of faces: has changed", lasts=True)  # it is off
+    wait_until(lambda: stack.was_told(f"{NAME} version 8: drift", "JPEG quality of faces"))
+    with get_client(sync_client=True) as client:
+        (lasting,) = client.read_automations_by_name("deepfake: lasting drift starts a retrain")
+        assert not lasting.enabled
+        client.update_automation(lasting.id, lasting.model_copy(update={"enabled": True}))
+        apply_alerts()
+        assert client.read_automation(lasting.id).enabled  # deploying leaves it on
+    announce_drift(NAME, "9", "once", lasts=False)
+    announce_drift(NAME, "10", "twice", lasts=True)
+    (started, *others) = wait_until(lambda: find_runs(alerts.RETRAIN)[: -before or None])
+    assert not others
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(started.id, Cancelled(), force=True)
+        client.update_automation(lasting.id, lasting)
+    stack.control("start", "worker-cpu")
+
+
+def test_old_runs_are_removed_and_a_card_has_one_training(stack):
+    services = httpx.get(f"{stack.prefect}/api/admin/settings").json()["server"]["services"]
+    assert set(services["db_vacuum"]["enabled"]) == {"events", "flow_runs"}
+    with get_client(sync_client=True) as client:
+        assert client.read_global_concurrency_limit_by_name(GPU_LIMIT).limit == 1
 
 
 def test_a_part_that_crashes_is_started_again(stack):

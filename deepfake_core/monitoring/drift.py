@@ -56,7 +56,7 @@ class Shift:
     def describe(self) -> str:
         """Return it as a sentence."""
         found = f"mean {_show(self.now)}, on the test split {_show(self.before)}"
-        chance = f"distance {self.distance:.2f}, p = {self.p:.2g}"
+        chance = f"distance {self.distance:.2f}, p {f'= {self.p:.2g}' if self.p >= 0.0001 else '< 0.0001'}"
         verdict = "has changed" if self.drifted else "no change"
         return f"{COLUMNS[self.column]} of {KINDS[self.kind]}: {verdict} ({found}; {chance})"
 

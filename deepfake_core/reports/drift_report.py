@@ -49,7 +49,7 @@ def plot_drift(reference: pd.DataFrame, window: pd.DataFrame, drift: Drift) -> F
         return None
     figure = Figure(figsize=(11, 2.4 * -(-len(drift.shifts) // 4)), layout="constrained")
     cells = figure.subplots(-(-len(drift.shifts) // 4), 4, squeeze=False).flat
-    for axes, shift in zip(cells, drift.shifts, strict=False):
+    for shift, axes in zip(drift.shifts, cells, strict=False):
         _plot_column(axes, reference, window, shift)
     for axes in list(cells):
         axes.axis("off")
