@@ -26,7 +26,10 @@ FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "
 """The files that take longest."""
 
 TOGETHER = {
-    **dict.fromkeys(("test_flows.py", "test_batch_scoring.py", "test_production.py", "test_store.py"), "with server"),
+    **dict.fromkeys(
+        ("test_flows.py", "test_batch_scoring.py", "test_production.py", "test_review.py", "test_store.py"),
+        "with server",
+    ),
     **dict.fromkeys(("test_kills.py", "test_two_at_once.py"), "forked"),
 }
 """Files that one process runs, so that Prefect's server, or what processes are forked from, starts once."""

@@ -97,11 +97,7 @@ def _sum_up(entry: Entry) -> str:
     if not entry.reports:
         return "was rejected before; nothing is kept"
     last = entry.reports[-1]
-    return f"{last.verdict.describe()}; reported as {last.label}, {_count(entry)}, {entry.status}"
-
-
-def _count(entry: Entry) -> str:
-    return f"{entry.count} report{'' if entry.count == 1 else 's'}"
+    return f"{last.verdict.describe()}; reported as {last.label}, {entry.counted}, {entry.status}"
 
 
 def list_entries(options: argparse.Namespace) -> int:
@@ -129,7 +125,7 @@ def show(options: argparse.Namespace) -> int:
     feedback = open_feedback(options.address)
     entry = feedback.read(options.sha256)
     kept = f"{entry.size:,} bytes" if entry.size else "the image is not kept"
-    print(f"{entry.sha256}: {entry.status}, {_count(entry)}, {kept} in {feedback.address}")
+    print(f"{entry.sha256}: {entry.status}, {entry.counted}, {kept} in {feedback.address}")
     for report in entry.reports:
         note = f": {report.note}" if report.note else ""
         print(f"{report.time:%Y-%m-%d %H:%M} UTC  reported as {report.label}{note} ({report.verdict.describe()})")
@@ -183,7 +179,7 @@ def _name_user() -> str:
 def forget(options: argparse.Namespace) -> int:
     feedback = open_feedback(options.address)
     entry = feedback.read(options.sha256)
-    if not ask(options, f"Remove {entry.sha256[:SHOWN]} with its {_count(entry)} and decisions for good?"):
+    if not ask(options, f"Remove {entry.sha256[:SHOWN]} with its {entry.counted} and decisions for good?"):
         return 1
     feedback.forget(entry.sha256)
     print(

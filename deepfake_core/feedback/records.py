@@ -23,6 +23,9 @@ TIME = "%Y%m%dT%H%M%S%fZ"
 MAX_TEXT = 1000
 """Characters of a note, or of why something was decided."""
 
+MAX_NAME = 200
+"""Characters of who decided, or of a version."""
+
 MAX_RECORD_BYTES = 20_000
 """A report or a decision takes less, even if each character of its text is escaped."""
 
@@ -33,7 +36,7 @@ def _clean(text: object) -> object:
 
 
 Text = Annotated[str, Field(max_length=MAX_TEXT), BeforeValidator(_clean)]
-Name = Annotated[str, Field(max_length=200), BeforeValidator(_clean)]
+Name = Annotated[str, Field(max_length=MAX_NAME), BeforeValidator(_clean)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=2**31)]
 
@@ -128,6 +131,11 @@ class Entry:
         return self.decisions[-1].label if self.decisions else None
 
     @property
+    def counted(self) -> str:
+        """The count in words, such as `2 reports`."""
+        return f"{self.count} report{'' if self.count == 1 else 's'}"
+
+    @property
     def first_time(self) -> datetime:
         """When it was reported first, as far as that can be read."""
         records: tuple[Record, ...] = (*self.reports, *self.decisions)
@@ -171,9 +179,9 @@ def make_record(kind: type[T], **values: object) -> T:
         return kind.model_validate(values)
     except ValidationError as exc:
         problem = exc.errors()[0]
-        field = problem["loc"][0] if problem["loc"] else kind.__name__
+        most, given = problem.get("ctx", {}).get("max_length"), problem["input"]
         raise ConfigurationError(
-            f"`{field}` of feedback must be in range: {problem['msg']}. Received: {str(problem['input'])[:100]!r}."
+            f"`{problem['loc'][0]}` may hold {most:,} characters at most. Received: {len(given):,}. Shorten it."
         ) from exc
 
 

@@ -13,6 +13,9 @@ from deepfake_core.feedback.reports import Feedback
 MAX_SHOWN = 20
 """Images on one page."""
 
+MAX_NOTES = 10
+"""Of an image: its newest."""
+
 THUMBNAIL_PIXELS = 160
 
 
@@ -40,24 +43,20 @@ def _decide(feedback: Feedback, sha256: str, decision: ReviewDecision, by: str) 
 
 
 def describe_review(feedback: Feedback, decided: Sequence[Entry]) -> str:
-    """Return as Markdown what was decided, and the oldest unreviewed images with what was said about them.
+    """Return as Markdown what was decided, and the unreviewed images that were reported first, with what was said.
 
     Texts of senders are shown as text: nothing in them is Markdown, HTML or a link.
     """
     waiting = sorted(feedback.list_entries("unreviewed"), key=lambda entry: entry.first_time)
     lines = [f"- `{one.sha256[:12]}` is {one.status}{f' as {one.label}' if one.label else ''}" for one in decided]
-    shown = f"; the {MAX_SHOWN} oldest are below" if len(waiting) > MAX_SHOWN else ""
-    lines += ["", f"{len(waiting)} images are unreviewed in {_escape(feedback.address)}{shown}.", ""]
-    if waiting:
-        lines += ["| image | SHA-256 | reported as | verdict | notes |", "| --- | --- | --- | --- | --- |"]
+    shown = f" The {MAX_SHOWN} that were reported first are below." if len(waiting) > MAX_SHOWN else ""
+    lines += ["", f"Unreviewed images in {_quote(feedback.address)}: {len(waiting)}.{shown}"]
     for entry in waiting[:MAX_SHOWN]:
-        verdict = entry.reports[-1].verdict.describe() if entry.reports else ""
-        notes = "<br>".join(_escape(text) for text in [*(one.note for one in entry.reports), *entry.problems] if text)
-        claimed = " and ".join(entry.claimed)
-        lines.append(
-            f"| {_draw(feedback, entry)} | `{entry.sha256[:12]}` | {claimed}, {entry.count} times | "
-            f"{_escape(verdict)} | {notes} |"
-        )
+        said = [one.note for one in entry.reports if one.note][-MAX_NOTES:]
+        verdict = f"The verdict was {_quote(entry.reports[-1].verdict.describe())}." if entry.reports else ""
+        lines += ["", f"### {entry.sha256[:12]}", "", _draw(feedback, entry), ""]
+        lines += [f"Reported as {' and '.join(entry.claimed) or 'nothing'}, {entry.counted}. {verdict}", ""]
+        lines += [f"- {_quote(text)}" for text in (*said, *entry.problems[-MAX_NOTES:])]
     return "\n".join(lines)
 
 
@@ -66,12 +65,12 @@ def _draw(feedback: Feedback, entry: Entry) -> str:
         with open_image(feedback.read_image(entry.sha256)) as image:
             image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     except (ArchiveError, UnreadableImageError) as exc:
-        return _escape(f"can't be shown: {exc}")
+        return _quote(f"can't be shown: {exc}")
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=80)
     return f"![{entry.sha256[:12]}](data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()})"
 
 
-def _escape(text: str) -> str:
-    """Return text of which Markdown and HTML show every character as it is."""
-    return "".join(one if one.isalnum() or one == " " else f"&#{ord(one)};" for one in text)
+def _quote(text: str) -> str:
+    """Return text as code, in which neither Markdown nor HTML counts; Prefect's page shows entities as they are."""
+    return f"`{text.replace('`', chr(39))}`"

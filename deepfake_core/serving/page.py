@@ -239,6 +239,5 @@ def build_page(keeper: ModelKeeper, feedback: Feedback | None = None) -> Any:
             answer, upload, [verdict, picture, timeline, shown], api_name="judge", concurrency_limit=MAX_CALLS_AT_ONCE
         )
         if feedback:
-            form = add_form(Reporter(feedback, keeper.get), upload, shown)
-            judged.then(lambda shown: gradio.update(visible=bool(shown)), shown, form, api_visibility="private")
+            add_form(Reporter(feedback, keeper.get), upload, shown, judged)
     return page

@@ -11,7 +11,7 @@ from typing import Any
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.detector import UnreadableImageError
 from deepfake_core.errors import DeepfakeError, TransientError
-from deepfake_core.feedback.records import MAX_TEXT, GivenVerdict
+from deepfake_core.feedback.records import MAX_NAME, MAX_TEXT, GivenVerdict
 from deepfake_core.feedback.reports import Feedback
 from deepfake_core.serving.predictor import Predictor, read_image
 from deepfake_core.serving.verdict import Verdict
@@ -36,7 +36,7 @@ def pick_verdict(verdicts: Sequence[Verdict], version: str) -> GivenVerdict:
         label=verdict.label,
         probability=verdict.fake_probability,
         sure=verdict.sure,
-        version=version,
+        version=version[:MAX_NAME],
         box=verdict.box,
         faces=sum(one.face is not None for one in verdicts),
     )
@@ -79,12 +79,13 @@ class Reporter:
         return f"Thank you. A person will look at it. Its code is {entry.sha256}"
 
 
-def add_form(reporter: Reporter, upload: Any, shown: Any) -> Any:
-    """Add the form to the page that is being built; return the part that is shown once there is a verdict.
+def add_form(reporter: Reporter, upload: Any, shown: Any, judged: Any) -> None:
+    """Add the form to the page that is being built; it is there, and empty, once there is a verdict on an image.
 
     Args:
         upload: the component of the image.
         shown: the state that holds the verdict on it.
+        judged: the event that a verdict is there.
     """
     import gradio
 
@@ -93,8 +94,13 @@ def add_form(reporter: Reporter, upload: Any, shown: Any) -> Any:
             raise gradio.Error("Choose an image, and what it is.", print_exception=False)
         try:
             return reporter.report(Path(path), label, note or "", shown)
+        except FileNotFoundError as exc:
+            raise gradio.Error("The upload was removed by now. Drop the image again.", print_exception=False) from exc
         except (UnreadableImageError, DeepfakeError) as exc:
             raise gradio.Error(html.escape(f"{exc}"), print_exception=False) from exc
+
+    def reset(shown: Shown | None) -> tuple[Any, None, str, str]:
+        return gradio.update(visible=shown is not None, open=False), None, "", ""
 
     with gradio.Accordion("This is wrong", open=False, visible=False) as form:
         gradio.Markdown(KEPT)
@@ -102,4 +108,4 @@ def add_form(reporter: Reporter, upload: Any, shown: Any) -> Any:
         note = gradio.Textbox(label="How do you know? (optional)", max_length=MAX_TEXT)
         answer = gradio.Markdown()
         gradio.Button("Send").click(send, [upload, label, note, shown], answer, api_name="report")
-    return form
+    judged.then(reset, shown, [form, label, note, answer], api_visibility="private")

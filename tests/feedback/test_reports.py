@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 
 from deepfake_core.decoding import MAX_BYTES, UnreadableImageError
 from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DiskError, DownloadError
@@ -122,8 +123,10 @@ def test_an_unknown_label_is_refused_and_nothing_is_kept(tmp_path, label):
 
 def test_a_note_that_is_too_long_is_refused_and_what_a_terminal_would_obey_is_not_kept(tmp_path):
     feedback = open_feedback(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"`note` of feedback .* at most 1000 characters"):
+    with pytest.raises(ConfigurationError, match=r"`note` may hold 1,000 characters at most\. Received: 1,001"):
         feedback.add(jpeg(1), VERDICT, "fake", "x" * 1001)
+    with pytest.raises(ConfigurationError, match=r"`by` may hold 200 characters at most\. Received: 201"):
+        open_feedback(tmp_path).reject(feedback.add(jpeg(2), VERDICT, "fake").sha256, by="x" * 201)
     entry = feedback.add(jpeg(1), VERDICT, "fake", "red\x1b[31m\r\nnext \ud800 \u202e end")
     assert entry.reports[0].note == "red [31m  next     end"
     assert feedback.add(jpeg(1), VERDICT, "fake", "\U0001f600" * 1000).reports[1].note == "\U0001f600" * 1000
@@ -372,6 +375,24 @@ def test_a_store_that_refuses_or_does_not_answer_is_said(url, monkeypatch):  # n
         monkeypatch.delenv(name)
     with pytest.raises(CredentialsError, match="needs credentials"):
         open_feedback(url)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("url")
+def test_a_store_that_went_away_refuses_a_report_and_takes_it_once_it_is_back(monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    for attempt in range(2):
+        server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+        server.start()
+        if attempt == 0:
+            fsspec.filesystem("s3").mkdir("went-away")
+            feedback = open_feedback("s3://went-away/feedback")
+        assert feedback.add(jpeg(attempt), VERDICT, "fake").count == 1
+        server.stop()
+        with pytest.raises(DownloadError, match=r"The store must answer\."):
+            feedback.add(jpeg(9), VERDICT, "fake")
 
 
 @pytest.mark.parametrize("address", ["s3://key:secret@bucket/x", "nothing://x/y", "s3:/bucket/x"])

@@ -130,10 +130,12 @@ def test_a_request_can_name_no_file_and_no_address(served, tmp_path, place):
         threading.Thread(target=witness.serve_forever, daemon=True).start()
         host = f"127.0.0.1:{witness.server_port}"
         named = place.format(witness=f"http://{host}/secret.png", host=host, secret=tmp_path / "secret.png")
-        answer = call(served, {"path": named, "url": named, "meta": {"_type": "gradio.FileData"}})
+        data = {"path": named, "url": named, "meta": {"_type": "gradio.FileData"}}
+        answers = [call(served, one) for one in (data, named, [data], [named])]
         witness.shutdown()
-    assert answer.status_code == 400 or "event: error" in answer.text
-    assert "P(fake)" not in answer.text
+    for answer in answers:
+        assert answer.status_code == 400 or "event: error" in answer.text
+        assert "P(fake)" not in answer.text
     assert not asked
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pathlib
 import re
 import subprocess
 
@@ -72,15 +73,24 @@ def test_a_person_says_on_the_page_that_a_verdict_is_wrong(served, open_page, tm
     page.get_by_role("button", name="Send").click()
     page.get_by_text("Choose an image, and what it is.").wait_for()
     page.get_by_label("fake", exact=True).check()
-    page.get_by_label("How do you know?").fill("<b>two</b> people | drawn")
+    page.get_by_label("How do you know?").fill("<b>two</b> people | https://example.org/")
     page.get_by_role("button", name="Send").click()
     sha256 = hashlib.sha256(scene.read_bytes()).hexdigest()
     page.get_by_text(f"Its code is {sha256}").wait_for()
     (report,) = feedback.read(sha256).reports
-    assert (report.label, report.note) == ("fake", "<b>two</b> people | drawn")
+    assert (report.label, report.note) == ("fake", "<b>two</b> people | https://example.org/")
     assert report.verdict.faces == 2
     assert page.get_by_text(f"{report.verdict.label}, P(fake) = {report.verdict.probability:.2f}").count()
     assert feedback.read_image(sha256) == scene.read_bytes()
+
+    draw_portrait(2).save(tmp_path / "next.png")
+    page.get_by_label("Remove this file").or_(page.get_by_label("Clear")).first.click()
+    page.get_by_text("This is wrong").wait_for(state="hidden")
+    drop(page, tmp_path / "next.png")
+    page.get_by_text("This is wrong").click()
+    assert page.get_by_label("How do you know?").input_value() == ""
+    assert not page.get_by_label("fake", exact=True).is_checked()
+    assert not page.get_by_text("Its code is").count()
 
 
 @pytest.mark.slow
@@ -161,7 +171,7 @@ def test_what_can_not_be_kept_is_said_and_nothing_is_kept(served, tmp_path):
     (tmp_path / "words.jpg").write_text("<b>words</b>")
     face, words = (upload(address, tmp_path / name) for name in ("face.png", "words.jpg"))
     for data, said in {
-        (0, "fake", "x" * 1001): "at most 1000 characters",
+        (0, "fake", "x" * 1001): "`note` may hold 1,000 characters at most. Received: 1,001.",
         (0, "forged", ""): "forged",
         (0, None, ""): "Choose an image, and what it is.",
         (None, "fake", ""): "Choose an image, and what it is.",
@@ -170,8 +180,13 @@ def test_what_can_not_be_kept_is_said_and_nothing_is_kept(served, tmp_path):
         event, answer = report(address, None if data[0] is None else (face, words)[data[0]], *data[1:])
         assert event == "error"
         assert said in str(answer)
+    witness = {"path": face["path"], "url": "http://127.0.0.1:1/", "meta": {"_type": "gradio.FileData"}}
+    assert report(address, witness, "fake", "")[0] == 400
+    assert report(address, face, "fake", witness)[0] == 400
     secret = {"path": str(tmp_path / "face.png"), "meta": {"_type": "gradio.FileData"}}
     assert report(address, secret, "fake", "")[0] in ("error", 400)
+    pathlib.Path(face["path"]).unlink()
+    assert report(address, face, "fake", "")[0] == "error"
     assert feedback.list_entries() == before
 
 
