@@ -321,7 +321,7 @@ def test_the_report_shows_each_confirmed_report_before_and_after(two_sources, ca
     ]
     assert [label for _, label, *_ in found] == rows["label"][:4].tolist()
     assert section.count("data:image/jpeg;base64,") == 4
-    assert "Of 4 images, version 5 has 2 wrong" in re.sub(r"\s+", " ", section)
+    assert "Version 5 is wrong on 2 of 4 images, version 7 on 2." in re.sub(r"\s+", " ", section)
     first = replace(images[0], before=None, wrong_before=None)
     page, _, _, _ = make_report(two_sources, candidate.folder, Regression((first,)))
     assert "1 of 1 verdicts are wrong" in page
