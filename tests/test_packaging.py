@@ -84,6 +84,7 @@ def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch
         Path("clip.mp4").write_bytes(b"a clip")
         for command, extra in (
             (("predict", "clip.mp4", "--json", "--model", "pulled"), "video"),
+            (("predict", "face.jpg", "--model", "pulled", "--observe", "seen"), "observe"),
             (("serve", "--model", "pulled"), "serve"),
             (("gc",), "train"),
         ):

@@ -211,7 +211,7 @@ def test_drift_is_told_and_starts_a_retrain_once_a_person_switched_that_on_if_it
     with get_client(sync_client=True) as client:
         (lasting,) = client.read_automations_by_name("deepfake: lasting drift starts a retrain")
         assert not lasting.enabled
-        client.update_automation(lasting.id, lasting.model_copy(update={"enabled": True}))
+        client.request("PATCH", f"/automations/{lasting.id}", json={"enabled": True})  # as Prefect's page does
         apply_alerts()
         assert client.read_automation(lasting.id).enabled  # deploying leaves it on
     announce_drift(NAME, "9", "once", lasts=False)
@@ -220,7 +220,7 @@ def test_drift_is_told_and_starts_a_retrain_once_a_person_switched_that_on_if_it
     assert not others
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(started.id, Cancelled(), force=True)
-        client.update_automation(lasting.id, lasting)
+        client.request("PATCH", f"/automations/{lasting.id}", json={"enabled": False})
     stack.control("start", "worker-cpu")
 
 

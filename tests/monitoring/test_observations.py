@@ -256,5 +256,5 @@ def test_memory_files_and_threads_stay_flat_over_5000_observations(predictor, tm
     with capsys.disabled():
         print(f"\nMB, files, threads after 1,000, 3,000 and 5,000: {looks}")
     assert looks[-1][0] - looks[0][0] < 20
-    assert looks[-1][1:] == looks[0][1:]
+    assert all(now <= before for before, now in zip(looks[0][1:], looks[-1][1:], strict=True))
     shutil.rmtree(tmp_path)
