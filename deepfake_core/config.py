@@ -44,6 +44,9 @@ DEFAULT_KEEP = 3
 DEFAULT_KEEP_REJECTED_DAYS = 30
 """How long housekeeping keeps the image and the notes of a report that a person rejected."""
 
+DEFAULT_FEEDBACK = "data/feedback"
+"""Folder of reports on wrong verdicts."""
+
 DEFAULT_OBSERVATIONS = "data/observations"
 """Folder of what is observed in production, which `watch` reads and housekeeping cleans."""
 
@@ -467,6 +470,10 @@ class WatchParameters(Parameters):
 
     observations: str = Field(
         default=DEFAULT_OBSERVATIONS, min_length=1, description="Folder or URL that `--observe` names."
+    )
+    feedback: str = Field(
+        default=DEFAULT_FEEDBACK,
+        description="Folder or URL that keeps reports: the confirmed ones are judged again. Empty: none.",
     )
     window_days: int = Field(default=1, ge=1, le=90, description="Days, up to now, whose observations are compared.")
     min_distance: float = Field(

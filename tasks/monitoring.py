@@ -15,9 +15,11 @@ from deepfake_core.data.dataset import Dataset
 from deepfake_core.detector import Detector
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.monitoring import drift as statistics
+from deepfake_core.monitoring import reported
 from deepfake_core.monitoring.drift import Agreement, Drift
 from deepfake_core.monitoring.observations import read_window
 from deepfake_core.monitoring.reference import observe_images
+from deepfake_core.monitoring.reported import Reported
 from deepfake_core.registry import names, runs, windows
 from deepfake_core.registry.aliases import read_production
 from deepfake_core.registry.challenge import TrainedCandidate
@@ -55,6 +57,12 @@ def read_observations(watch: WatchParameters, version: ModelVersion) -> pd.DataF
     return mine
 
 
+@task(name="judge confirmed reports", **CPU)
+def judge_reported(watch: WatchParameters, version: ModelVersion) -> Reported:
+    """Count on how many confirmed reports production, and the challenger, are wrong."""
+    return reported.judge_reported(watch.feedback, version)
+
+
 @task(name="compare", **CPU)
 def compare(reference: pd.DataFrame, window: pd.DataFrame, watch: WatchParameters) -> tuple[Drift, list[Agreement]]:
     """Compare the window with the reference, and production with the version beside it."""
@@ -69,11 +77,14 @@ def report_window(
     window: pd.DataFrame,
     drift: Drift,
     agreements: Sequence[Agreement],
+    judged: Reported,
 ) -> str:
     """Log the window to the version's run, show it, and announce drift."""
-    text = drift_report.describe_drift(version, drift, agreements, watch.window_days)
+    text = drift_report.describe_drift(version, drift, agreements, judged, watch.window_days)
     day = datetime.now(UTC).toordinal() - datetime(1970, 1, 1, tzinfo=UTC).toordinal()
-    lasts = windows.record_window(version, drift_report.name_metrics(drift, agreements), drift.drifted, day)
+    lasts = windows.record_window(
+        version, drift_report.name_metrics(drift, agreements) | judged.flatten(version.name), drift.drifted, day
+    )
     figure = drift_report.plot_drift(reference, window, drift)
     if figure:
         runs.log_figures(version.run_id, {"drift": figure})

@@ -9,7 +9,7 @@ from pathlib import Path
 from deepfake_core.commands.model import MODEL_HELP, load_version
 from deepfake_core.commands.predict import find_sources
 from deepfake_core.commands.production import confirm as ask
-from deepfake_core.config import CLASS_NAMES, PRODUCTION_URI
+from deepfake_core.config import CLASS_NAMES, DEFAULT_FEEDBACK, PRODUCTION_URI
 from deepfake_core.detector import UnreadableImageError
 from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.feedback.records import STATUSES, Entry
@@ -24,7 +24,7 @@ KEPT = (
     "Kept are the image's bytes, the verdict, the label, the note and the time; nothing about who sends it. "
     "`deepfake feedback forget` removes it."
 )
-WHERE = "folder or URL that keeps the reports (default: data/feedback)"
+WHERE = f"folder or URL that keeps the reports (default: {DEFAULT_FEEDBACK})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adding.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file, folder of these, or glob")
     adding.add_argument("--label", required=True, choices=CLASS_NAMES, help="what the images are")
     adding.add_argument("--note", default="", metavar="TEXT", help="why, in at most 1,000 characters")
-    adding.add_argument("--to", dest="address", default="data/feedback", metavar="DIR_OR_URL", help=WHERE)
+    adding.add_argument("--to", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=WHERE)
     adding.add_argument("--model", default=PRODUCTION_URI, help=f"what judges them: {MODEL_HELP}")
     adding.add_argument(
         "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--why", default="", metavar="TEXT", help="recorded with the decision")
         command.add_argument("--by", metavar="NAME", help="who decides; recorded too (default: this user's name)")
     for command in (listing, showing, confirming, rejecting, withdrawing, forgetting):
-        command.add_argument("--in", dest="address", default="data/feedback", metavar="DIR_OR_URL", help=WHERE)
+        command.add_argument("--in", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=WHERE)
 
 
 def add(options: argparse.Namespace) -> int:

@@ -7,13 +7,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from deepfake_core.monitoring.drift import COLUMNS, KINDS, MIN_OBSERVATIONS, Agreement, Drift, Shift
+from deepfake_core.monitoring.reported import Reported
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports.pages import encode_figure
 
 BINS = 30
 
 
-def describe_drift(version: ModelVersion, drift: Drift, agreements: Sequence[Agreement], days: int) -> str:
+def describe_drift(
+    version: ModelVersion, drift: Drift, agreements: Sequence[Agreement], reported: Reported, days: int
+) -> str:
     """Return what was found, in a sentence for each column."""
     which = f"{drift.observations:,} observations of {version.name} version {version.version} in {days} day(s)"
     if drift.drifted is None:
@@ -23,7 +26,7 @@ def describe_drift(version: ModelVersion, drift: Drift, agreements: Sequence[Agr
     else:
         headline = f"No drift: {which} are like its test split."
     shifts = sorted(drift.shifts, key=lambda one: not one.drifted)
-    lines = [*(one.describe() for one in shifts), *(one.describe() for one in agreements)]
+    lines = [*(one.describe() for one in shifts), *(one.describe() for one in agreements), *reported.describe()]
     return "\n".join([headline, "", *(f"- {line}" for line in lines)]).rstrip()
 
 

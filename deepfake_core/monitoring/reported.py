@@ -1,0 +1,62 @@
+"""Confirmed reports, judged again by the version in production and by the challenger beside it."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from deepfake_core.data.confirmed import cut_face
+from deepfake_core.errors import ArchiveError
+from deepfake_core.feedback.reports import open_feedback
+from deepfake_core.registry.aliases import find_challenger
+from deepfake_core.registry.versions import ModelVersion
+from deepfake_core.serving.registered import load_version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reported:
+    """On how many confirmed images each version is wrong, by its number: production's first."""
+
+    images: int = 0
+    wrong: Mapping[str, int] = field(default_factory=dict)
+
+    def describe(self) -> list[str]:
+        """Return it as a sentence; nothing without images."""
+        if not self.images:
+            return []
+        found = ", ".join(f"version {number} on {wrong}" for number, wrong in self.wrong.items())
+        return [f"of {self.images} confirmed reports, wrong are: {found}; a version may have learned from some of them"]
+
+    def flatten(self, name: str) -> dict[str, float]:
+        """Return the metrics by their names in MLflow."""
+        wrong = {f"reported/{name}/{number}/wrong": float(count) for number, count in self.wrong.items()}
+        return {"reported/images": float(self.images)} | wrong if self.images else {}
+
+
+def judge_reported(address: str, production: ModelVersion) -> Reported:
+    """Judge each confirmed image with production and, if there is one, the challenger.
+
+    Args:
+        address: folder or URL that keeps reports; empty: none.
+
+    Raises:
+        ModelError: if a version can't be loaded.
+        ServiceError: if MLflow can't be reached.
+    """
+    found = open_feedback(address).list_confirmed() if address else []
+    if not found:
+        return Reported()
+    numbers = [production.version, find_challenger(production.name)]
+    detectors = {number: load_version(production.name, number) for number in dict.fromkeys(numbers) if number}
+    images, wrong = 0, dict.fromkeys(detectors, 0)
+    for report in found:
+        try:
+            face, _ = cut_face(report)
+        except ArchiveError as exc:
+            log.warning("a confirmed report is left out: %s", exc)
+            continue
+        images += 1
+        for number, detector in detectors.items():
+            wrong[number] += detector.predict([face])[0].label != report.label
+    return Reported(images, wrong)
