@@ -139,6 +139,16 @@ def apply_alerts(**spans: timedelta) -> None:
         alerts.apply(client, alerts.make_automations(alerts.find_block(client), alerts.find_retrain(client), **spans))
 
 
+@contextmanager
+def without(stack: Stack, part: str) -> Iterator[None]:
+    """Stop a part of the stack meanwhile."""
+    stack.control("stop", part)
+    try:
+        yield
+    finally:
+        stack.control("start", part)
+
+
 def find_runs(name: str) -> list[FlowRun]:
     """Return a deployment's flow runs, the newest first."""
     with get_client(sync_client=True) as client:
@@ -204,24 +214,23 @@ def test_what_becomes_of_versions_is_told(stack):
 
 
 def test_drift_is_told_and_starts_a_retrain_once_a_person_switched_that_on_if_it_lasts(stack):
-    stack.control("stop", "worker-cpu")
-    before = len(find_runs(alerts.RETRAIN))
-    announce_drift(NAME, "8", "JPEG quality of faces: has changed", lasts=True)  # it is off
-    wait_until(lambda: stack.was_told(f"{NAME} version 8: drift", "JPEG quality of faces"))
-    with get_client(sync_client=True) as client:
-        (lasting,) = client.read_automations_by_name("deepfake: lasting drift starts a retrain")
-        assert not lasting.enabled
-        client.request("PATCH", f"/automations/{lasting.id}", json={"enabled": True})  # as Prefect's page does
-        apply_alerts()
-        assert client.read_automation(lasting.id).enabled  # deploying leaves it on
-    announce_drift(NAME, "9", "once", lasts=False)
-    announce_drift(NAME, "10", "twice", lasts=True)
-    (started, *others) = wait_until(lambda: find_runs(alerts.RETRAIN)[: -before or None])
-    assert not others
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(started.id, Cancelled(), force=True)
-        client.request("PATCH", f"/automations/{lasting.id}", json={"enabled": False})
-    stack.control("start", "worker-cpu")
+    with without(stack, "worker-cpu"):
+        before = len(find_runs(alerts.RETRAIN))
+        announce_drift(NAME, "8", "JPEG quality of faces: has changed", lasts=True)  # it is off
+        wait_until(lambda: stack.was_told(f"{NAME} version 8: drift", "JPEG quality of faces"))
+        with get_client(sync_client=True) as client:
+            (lasting,) = client.read_automations_by_name("deepfake: lasting drift starts a retrain")
+            assert not lasting.enabled
+            client.request("PATCH", f"/automations/{lasting.id}", json={"enabled": True})  # as Prefect's page does
+            apply_alerts()
+            assert client.read_automation(lasting.id).enabled  # deploying leaves it on
+        announce_drift(NAME, "9", "once", lasts=False)
+        announce_drift(NAME, "10", "twice", lasts=True)
+        (started, *others) = wait_until(lambda: find_runs(alerts.RETRAIN)[: -before or None])
+        assert not others
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(started.id, Cancelled(), force=True)
+            client.request("PATCH", f"/automations/{lasting.id}", json={"enabled": False})
 
 
 def test_old_runs_are_removed_and_a_card_has_one_training(stack):
