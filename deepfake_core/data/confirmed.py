@@ -47,7 +47,8 @@ def fetch_confirmed(address: str, store: Store) -> tuple[Source, ...]:
             data, suffix = cut_face(report)
             with write_beside(stem.with_suffix(suffix)) as beside:
                 beside.write_bytes(data)
-    log.info("%d confirmed reports, %d of them new here", len(stems), len(stems) - len(kept))
+    if stems:
+        log.info("%d confirmed reports, %d of them new here", len(stems), len(stems) - len(kept))
     return (Source(name=str(folder)),) if stems else ()
 
 

@@ -199,7 +199,7 @@ def test_bad_addresses_are_refused_before_any_verdict(tmp_path, capsys):
     command = ["predict", str(tmp_path / "a.jpg"), "--model", str(tmp_path / "model"), "--no-detect"]
     assert main([*command, "--observe", "s3://key:word@bucket/x"]) == 2
     refused = capsys.readouterr().err
-    assert "--observe must be a folder, or a URL" in refused
+    assert "An address must be a folder, or a URL" in refused
     assert "key:word" not in refused
     with pytest.raises(ConfigurationError, match="--shadow needs --observe"):
         open_observer("", shadow=True)

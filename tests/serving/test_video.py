@@ -161,9 +161,10 @@ WARNING = "the file is cut short: "
 
 
 def test_the_page_says_what_of_a_clip_was_not_seen(candidate, cut):
-    text, _, timeline = judge_upload(ModelKeeper(str(candidate.folder), detect=False), cut)
+    text, _, timeline, shown = judge_upload(ModelKeeper(str(candidate.folder), detect=False), cut)
     assert "frames); " + WARNING in text
     assert timeline
+    assert shown is None  # a clip can't be reported
 
 
 @pytest.mark.parametrize("how", ["--json", "--csv", "table"])
