@@ -34,7 +34,7 @@ from deepfake_core.config import (
     TrainingParameters,
 )
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.duplicates import find_or_read_links, mark_duplicates
 from deepfake_core.data.images import load_seen
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
@@ -92,7 +92,7 @@ def prepare(folder: Path) -> Dataset:
     with lock_folder(store.folder, "a small retrain"):
         archive = fetch_archive(data.sources[0], store)
         index = build_index(archive, store)
-        links = find_links(index)
+        links = find_or_read_links(index, store)
         found = mark_duplicates(index, links)
         rows = assign_splits(found, links, read_memory(store), data.val_fraction, data.test_fraction)
         dataset = publish_dataset(rows, [archive], store, data)

@@ -18,6 +18,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL
 
 from deepfake_core.data.dataset import Dataset, open_dataset
+from deepfake_core.data.duplicates import LINKS_FORMAT
 from deepfake_core.data.index import INDEX_FORMAT
 from deepfake_core.registry import names
 from deepfake_core.registry.runs import search_runs
@@ -35,6 +36,7 @@ POINTS = {
     START: (
         "rename data/.lock.json",
         f"rename data/indexes/a-v{INDEX_FORMAT}-ID.parquet",
+        f"rename data/indexes/near copies-v{LINKS_FORMAT}-ID.parquet",
         "rename data/splits/memory.parquet",
         "write data/splits/.ID.partial/train/real/ID.jpg 3",
         "rename data/splits/.ID.partial/manifest.parquet",
@@ -175,7 +177,8 @@ def check_finished(folder: Path, expected: str) -> None:
     assert [one.name for one in mlflow.MlflowClient().search_registered_models()] == [NAME]
     kept = Dataset(folder / DATA / "splits" / expected, open_store(folder / DATA)).manifest
     assert list_files(folder / DATA) == sorted(
-        [".id", ".lock", f"indexes/a-v{INDEX_FORMAT}-ID.parquet", "splits/memory.parquet"]
+        [".id", ".lock", "indexes/zip-ID.json", "splits/memory.parquet"]
+        + [f"indexes/{name}-ID.parquet" for name in (f"a-v{INDEX_FORMAT}", f"near copies-v{LINKS_FORMAT}")]
         + [f"splits/ID/{name}" for name in ("dataset.json", "manifest.parquet", "report.html")]
         + [f"batches/ID-{SIZE}px/{split}.{end}" for split in ("train", "val", "test") for end in ("npy", "sha256")]
         + [re.sub(r"[0-9a-f]{16,}", "ID", f"splits/ID/{path}") for path in kept.loc[kept["kept"], "path"]]
