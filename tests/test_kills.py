@@ -1,4 +1,4 @@
-"""SIGKILL at each of 40 points of a retrain; then it is run again, and leaves what a retrain leaves that nobody killed.
+"""SIGKILL at each of 41 points of a retrain; then it is run again, and leaves what a retrain leaves that nobody killed.
 
 Each process is forked from one that has imported all it needs. It does what the flows do by the core's functions, as a
 flow takes much longer.
