@@ -82,7 +82,9 @@ def test_a_version_that_was_never_decided_is_decided_and_reported_though_its_fol
     recalled = unfinished.recall_candidates(read_version(NAME, "1"), killed.dataset, TRAINING, EVALUATION)
     (again,) = recalled
     assert again.run_id == killed.best.run_id
-    assert again.validation == dataclasses.replace(killed.best.validation, parts={})
+    assert again.validation == dataclasses.replace(
+        killed.best.validation, parts={"source": killed.best.validation.sources}
+    )
     assert again.candidate.history.to_numpy() == pytest.approx(killed.best.candidate.history.to_numpy())
     assert list(again.candidate.history) == list(killed.best.candidate.history)
     assert again.candidate.folder.parent == Training.plan("cnn", TRAINING, ()).folder(killed.dataset)
