@@ -124,7 +124,7 @@ def plot_file_facts(kept: pd.DataFrame) -> Figure:
         values = per_pixel[kept["label"] == label]
         density.hist(values, bins=bins, alpha=0.6, color=CLASS_COLOURS[label], label=label)
     density.set(title="Bytes per pixel", ylabel="images")
-    density.legend()
+    density.legend(loc="upper right")
     return figure
 
 

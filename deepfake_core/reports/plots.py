@@ -131,7 +131,7 @@ def plot_scores(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray, thr
         axes.axvline(threshold, color="black", linewidth=1, label=f"threshold {threshold:.2f}")
         axes.set(title=name, ylabel="images")
     axes.set(xlabel="P(fake)")
-    axes.legend()
+    axes.legend(loc="upper center")  # a place is named, as Matplotlib's search for the best one takes long
     return figure
 
 
@@ -185,7 +185,7 @@ def plot_robustness(table: pd.DataFrame, clean_auc: float) -> Figure:
         axes.grid(alpha=0.3)
     for axes in cells[:, 0]:
         axes.set(ylabel="AUC")
-    cells[0, 0].legend()
+    cells[0, 0].legend(loc="lower left")
     return figure
 
 
@@ -198,7 +198,7 @@ def plot_history(history: pd.DataFrame, best_epoch: int) -> Figure:
         axes.axvline(best_epoch, color="grey", linestyle=":", label="checkpoint kept")
         axes.set(title=name, xlabel="epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
+        axes.legend(loc="upper right" if name == "loss" else "lower right")
     return figure
 
 
