@@ -20,7 +20,6 @@ SECONDS_BETWEEN_UPDATES = 2.0
 SECONDS_BEFORE_LINES = 60.0
 PERCENT_BETWEEN_LINES = 25
 SECONDS_AFTER_FAILURE = 60.0
-SECONDS_TO_ANSWER = 5.0
 
 _lines: rich.progress.Progress | None = None
 
@@ -85,7 +84,7 @@ def report_progress(name: str) -> Iterator[Progress]:
 
 def _draw(artifact: UUID | None, name: str, share: float) -> UUID:
     """Create a progress artifact or update it, and return its id. The work waits for it, so there is no retry."""
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: SECONDS_TO_ANSWER}):
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}):
         if artifact:
             return cast(UUID, update_progress_artifact(artifact, progress=share))
         key = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -35,7 +35,6 @@ from flows.leave_one_out import leave_one_out
 from flows.prepare import prepare
 from flows.retrain import retrain
 from flows.train import train
-from tasks import progress
 from tasks.data import download
 from tasks.model import GPU_POOL
 from tasks.remote import GPU_LIMIT, hold_gpu
@@ -85,7 +84,6 @@ def two_zips(tracking):
 
 def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    monkeypatch.setattr(progress, "SECONDS_TO_ANSWER", 120.0)  # a busy server must still show each step
     with monkeypatch.context() as committed, caplog.at_level(logging.INFO, "deepfake_core"):
         committed.setattr(fingerprint, "read_git_commit", lambda: "c" * 40)  # as on a worker
         dataset, version = retrain(parameters(tracking, *two_zips), TINY, promotion=NO_FLOORS)
@@ -115,7 +113,10 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
     assert {"progress", "markdown", "table"} <= {artifact.type for artifact in artifacts}
     (decision,) = [artifact for artifact in artifacts if artifact.key == "promotion" and "version 2" in artifact.data]
     assert "Version 1 was in production." in decision.data
-    assert {"train-cnn", "index-first-1", "merge", "data-report"} <= {artifact.key for artifact in artifacts}
+    keys = {artifact.key for artifact in artifacts}
+    assert {"train-cnn", "merge", "data-report"} <= keys
+    # A busy server holds no work up: what it can't show in time is not shown, and the log says so.
+    assert "index-first-1" in keys or "can't show how far 'index first _1_' is" in caplog.text
     (report, *_) = [artifact for artifact in artifacts if artifact.key == "data-report"]
     assert (Path(dataset) / "report.html").as_uri() in report.data
 
