@@ -46,14 +46,8 @@ def load_version(model: str) -> tuple[Detector, str]:
     Of a folder, the last part of its path is the name.
     """
     check_model(model)
-    if not model.startswith("models:/"):
-        return load_model(model), Path(model).resolve().name
-    from deepfake_core.registry.connection import connect
-    from deepfake_core.registry.detectors import resolve
-
-    connect()
-    name, version = resolve(model)
-    return load_model(f"models:/{name}/{version}"), f"{name} version {version}"
+    found, version = resolve_version(model)
+    return load_model(found), version.replace("/", " version ") or Path(model).resolve().name
 
 
 def check_model(model: str) -> None:
