@@ -82,6 +82,7 @@ def two_zips(tracking):
     return Source(name=str(first)), Source(name=str(second))
 
 
+@pytest.mark.sweep
 def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking, two_zips, monkeypatch, caplog):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
     with monkeypatch.context() as committed, caplog.at_level(logging.INFO, "deepfake_core"):
@@ -128,6 +129,7 @@ def test_retrain_twice_does_the_work_once_and_compares_with_production(tracking,
 
 
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_confirmed_reports_reach_the_training_and_the_regression_set(tracking, two_zips):
     data = parameters(tracking, two_zips[0])
     feedback = open_feedback(Path(data.data_dir) / "feedback")

@@ -49,6 +49,7 @@ def test_the_command_line_never_imports_tensorflow():
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.sweep
 def test_base_install_pulls_and_predicts(wheel, candidate, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     port = free_port()

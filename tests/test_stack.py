@@ -40,7 +40,7 @@ from tests.builders import NAME, copy_former, faces, free_port, jpeg, wait_until
 from tests.kaggle_server import HIDDEN, KaggleServer
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "KGAT_5e1f0c3a9b7d"
