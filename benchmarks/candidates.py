@@ -18,10 +18,10 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from deepfake_core.config import Architecture, DataParameters, Recipe, TrainingParameters
@@ -40,11 +40,24 @@ RESULTS = Path(__file__).parent / "results"
 FACES_140K, CIPLAB = "140k-real-and-fake-faces", "real-and-fake-face-detection"
 
 
-def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
-    """Name what is trained: each candidate by its recipe, `cnn` in both precisions, and the pretrained one on each
-    source alone: 140k also without forensic augmentation, ciplab on crops of a larger input. Last, the sources left
-    out."""
-    variants: dict[str, tuple[Architecture, Recipe, tuple[str, ...]]] = {}
+class Variant(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        left_out: sources of which no image is used.
+        share: of the training images that is used.
+    """
+
+    architecture: Architecture
+    recipe: Recipe
+    left_out: tuple[str, ...] = ()
+    share: float = 1.0
+
+
+def list_variants() -> dict[str, Variant]:
+    """Name what is trained: each candidate by its recipe, `cnn` in both precisions, and the pretrained one on a part of
+    the images, and on each source alone: 140k also without forensic augmentation, ciplab on crops of a larger input."""
+    variants: dict[str, Variant] = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE
         if architecture == "efficientnet_v2_b0":
@@ -52,24 +65,32 @@ def list_variants() -> dict[str, tuple[Architecture, Recipe, tuple[str, ...]]]:
         precisions = ("float32", "bfloat16") if architecture == "cnn" else ("auto",)
         for precision in precisions:
             name = architecture if precision == "auto" else f"{architecture}, {precision}"
-            variants[name] = architecture, recipe.model_copy(update={"precision": precision}), ()
+            variants[name] = Variant(architecture, recipe.model_copy(update={"precision": precision}))
     larger = TrainingParameters(batch_size=256, precision="float32").adjust(CANDIDATES["cnn"].RECIPE)
-    variants["cnn, float32, batches of 256"] = "cnn", larger, ()
+    variants["cnn, float32, batches of 256"] = Variant("cnn", larger)
     recipe = CANDIDATES["efficientnet_lite0"].RECIPE
-    variants["efficientnet_lite0, 140k alone"] = "efficientnet_lite0", recipe, (CIPLAB,)
+    for name, share in (("a quarter", 0.25), ("half", 0.5)):
+        variants[f"efficientnet_lite0, {name} of the training images"] = Variant(
+            "efficientnet_lite0", recipe, share=share
+        )
+    variants["efficientnet_lite0, 140k alone"] = Variant("efficientnet_lite0", recipe, (CIPLAB,))
     plain = recipe.augmentation.model_copy(update=dict.fromkeys(("recompression", "blur", "resize"), 0.0))
     changed = recipe.model_copy(update={"augmentation": plain})
-    variants["efficientnet_lite0, 140k alone, no forensic augmentation"] = "efficientnet_lite0", changed, (CIPLAB,)
+    variants["efficientnet_lite0, 140k alone, no forensic augmentation"] = Variant(
+        "efficientnet_lite0", changed, (CIPLAB,)
+    )
     changes = {"image_size": 448, "augmentation": plain, "learning_rate": 0.0001, "epochs": 14}
     large = recipe.model_copy(update=changes)
-    variants["efficientnet_lite0, ciplab alone, 448 pixels, crops of 336"] = "efficientnet_lite0", large, (FACES_140K,)
+    variants["efficientnet_lite0, ciplab alone, 448 pixels, crops of 336"] = Variant(
+        "efficientnet_lite0", large, (FACES_140K,)
+    )
     return variants
 
 
-def measure(
-    dataset: Dataset, architecture: Architecture, recipe: Recipe, left_out: Sequence[str], seed: int
-) -> dict[str, Any]:
+def measure(dataset: Dataset, variant: Variant, seed: int) -> dict[str, Any]:
+    architecture, recipe, left_out, share = variant
     train, val = (load_seen(dataset, split, recipe.image_size, left_out) for split in ("train", "val"))
+    train = train.select(np.random.default_rng(seed).permutation(len(train)) < share * len(train))
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         candidate = train_candidate(Training(architecture, recipe, seed), train, val, Path(folder))
@@ -142,17 +163,19 @@ def main() -> None:
         dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=folder)))
         variants: dict[str, Any] = known.get("variants", {}) if known.get("dataset") == dataset.version else {}
         chosen = {name: one for name, one in list_variants().items() if not options.only or name in options.only}
-        parameters = {name: CANDIDATES[one[0]].build(one[1]).count_params() for name, one in chosen.items()}
+        parameters = {
+            name: CANDIDATES[one.architecture].build(one.recipe).count_params() for name, one in chosen.items()
+        }
         for seed in map(str, range(options.seeds)):
-            for name, (architecture, recipe, left_out) in chosen.items():
+            for name, variant in chosen.items():
                 row = variants.get(name)
-                if row is None or row["parameters"] != parameters[name] or Recipe(**row["recipe"]) != recipe:
-                    description = recipe.model_dump(mode="json")
+                if row is None or row["parameters"] != parameters[name] or Recipe(**row["recipe"]) != variant.recipe:
+                    description = variant.recipe.model_dump(mode="json")
                     variants[name] = {"parameters": parameters[name], "recipe": description, "seeds": {}}
                 if "auc_lost" not in variants[name]["seeds"].get(seed, {}):  # which older results lack
-                    variants[name]["seeds"][seed] = measure(dataset, architecture, recipe, left_out, int(seed))
+                    variants[name]["seeds"][seed] = measure(dataset, variant, int(seed))
                     print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)
-                    ordered = {variant: variants[variant] for variant in list_variants() if variant in variants}
+                    ordered = {one: variants[one] for one in list_variants() if one in variants}
                     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
                     splits = dataset.description["counts"]["splits"]
                     write_json(
