@@ -101,12 +101,12 @@ def render_key_results(results: Results) -> str:
     images = sum(run["counts"]["splits"]["test"].values())
     seconds, speed = (serving[part]["efficientnet_lite0"]["predict"] for part in ("cold_seconds", "images_per_second"))
     rows = {
-        f"of 100 real images called fake (on {images} test images, with 95 % intervals)": every[0],
-        "of 100 of the 140k set": made[0],
-        "of 100 of ciplab": edited[0],
-        "of 100 fakes found": every[1],
-        "of 100 of a generator's faces (140k set)": made[1],
-        "of 100 photographs edited by hand (ciplab)": edited[1],
+        f"of 100 real images, called fake (on {images} test images, with 95 % intervals)": every[0],
+        "of 100 real images of the 140k set, called fake": made[0],
+        "of 100 real images of ciplab, called fake": edited[0],
+        "of 100 fakes, found": every[1],
+        "of 100 faces of a generator (140k set), found": made[1],
+        "of 100 photographs edited by hand (ciplab), found": edited[1],
         "of 100 verdicts sure": show_of_100(metrics, "test/sure_share"),
         "of 100 sure verdicts wrong": show_of_100(metrics, "test/error_when_sure"),
         "AUC": show_interval(metrics, "test/auc"),
@@ -129,8 +129,9 @@ def render_measured_limits(results: Results) -> str:
     cost = mean_auc(plain, "all") - mean_auc(forensic, "all")
     augmentation = (
         "`efficientnet_lite0` trains on images of which some are scaled, blurred and recompressed. On the 140k set "
-        f"alone, mean over {len(forensic)} seeds, that cost {cost:.3f} of AUC on untouched test images, and the worst "
-        f"change of them then cost {mean_auc_lost(forensic):.2f} instead of {mean_auc_lost(plain):.2f}. "
+        f"alone, mean over {len(forensic)} seeds, that cost {cost:.3f} of AUC on untouched test images. The most "
+        f"harmful change of the test images then cost {mean_auc_lost(forensic):.2f} of AUC instead of "
+        f"{mean_auc_lost(plain):.2f}. "
         "`training.augmentation` turns it off."
     )
     generated, edited = (

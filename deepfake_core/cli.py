@@ -1,6 +1,6 @@
 """The command `deepfake`: its parser and exit status. What each command does is in `deepfake_core.commands`.
 
-`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `rollback`, `seal`, `gc`, `feedback`.
+`deepfake predict`, `serve`, `pull`, `versions`, `compare`, `promote`, `refuse`, `rollback`, `seal`, `gc`, `feedback`.
 """
 
 import argparse
@@ -26,7 +26,10 @@ from deepfake_core.storage.files import translate_disk_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 2 if it failed or an image could not be read."""
+    """Run a command; return its exit status.
+
+    That is 0; 1 if a person declines, or for `--fail-on`; 2 if it failed or an image could not be read.
+    """
     options = build_parser().parse_args(arguments)
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # in a new folder it logs how it makes its tables
     redact_logs()
@@ -75,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     feedback.add_arguments(commands.add_parser("feedback", help="report wrong verdicts, and review the reports"))
 
-    listing = commands.add_parser("versions", help="list the registered versions and why each was promoted")
+    listing = commands.add_parser("versions", help="list the registered versions and why each was promoted or not")
     listing.add_argument("--model-name", default=DEFAULT_MODEL, help="name in the registry")
     listing.set_defaults(run=versions.list_versions)
 
@@ -95,10 +98,12 @@ def build_parser() -> argparse.ArgumentParser:
     promote.add_argument("--force", action="store_true", help="even if it failed the promotion rule")
     refuse = commands.add_parser("refuse", help="refuse a version that waits for approval")
     refuse.add_argument("version", metavar="N", help="number of the version")
-    rollback = commands.add_parser("rollback", help="put the version that production replaced back")
+    rollback = commands.add_parser("rollback", help="put back the version that production replaced")
     for command in (promote, refuse, rollback):
         command.add_argument("--reason", required=True, help="why; recorded with the version")
-    seal = commands.add_parser("seal", help="record the SHA-256 of each file of a version that has no such record")
+    seal = commands.add_parser(
+        "seal", help="check that a version's files are those that were registered; seal a version without seal"
+    )
     seal.add_argument("version", metavar="N", help="number of the version")
     for command, run in ((promote, production.promote), (rollback, production.roll_back), (seal, production.seal)):
         command.add_argument("--yes", action="store_true", help="don't ask for confirmation")

@@ -205,11 +205,11 @@ class DataParameters(Parameters):
         default=0.15,
         gt=0,
         lt=1,
-        description="Share of the new pictures that are seen once, at the end. Images of earlier versions stay in "
+        description="Share of new images that go to the test split. Images of earlier versions stay in "
         "their split, whatever the shares.",
     )
     val_fraction: float = Field(
-        default=0.15, gt=0, lt=1, description="Share of the new pictures that choose checkpoint and candidate."
+        default=0.15, gt=0, lt=1, description="Share of new images that go to the validation split."
     )
 
     normalise: Annotated[Normalisation, WithJsonSchema({"type": "string", "enum": list(get_args(Normalisation))})] = (
@@ -261,7 +261,7 @@ class AugmentationParameters(Parameters):
         default=0.1, ge=0, lt=1, description="Greatest shift up or down, as a share of the height."
     )
     zoom: float = Field(default=0.1, ge=0, lt=1, description="Greatest zoom in or out: 0.1 is 0.9 to 1.1.")
-    horizontal_flip: bool = Field(default=True, description="Mirror every other image.")
+    horizontal_flip: bool = Field(default=True, description="Mirror half of the images, chosen at random.")
     recompression: float = Field(
         default=0.0, ge=0, le=1, description="Share of images that are recompressed as JPEG, at quality 40 to 95."
     )
@@ -315,7 +315,7 @@ def _override(name: str) -> Any:
     """Make an empty parameter with the description and bounds of the recipe's."""
     field = Recipe.model_fields[name]
     bounds = {limit: value for limits in field.metadata for limit, value in asdict(limits).items()}
-    return Field(default=None, description=f"{field.description} None: each candidate's own.", **bounds)
+    return Field(default=None, description=f"{field.description} Empty: each candidate's own.", **bounds)
 
 
 LARGE_BATCH_WARMUP_EPOCHS = 5.0
@@ -379,7 +379,8 @@ class EvaluationParameters(Parameters):
         default=0.10,
         ge=0,
         le=1,
-        description="Share of each source's real validation images that may be called fake, for that rule.",
+        description="Share of each source's real validation images that may be called fake, for the "
+        "rule false_alarm_rate.",
     )
     max_error: float = Field(
         default=0.05,
@@ -390,8 +391,8 @@ class EvaluationParameters(Parameters):
     )
     holdout_sources: tuple[str, ...] = Field(
         default=(),
-        description="Last parts of the names of sources that are never trained on, only tested: how well the model "
-        "does on images of another kind than it has seen. Of two that end alike: owner.name.",
+        description="Short names of sources that are never trained on, only tested: how well the model does on "
+        "another kind of images. The short name is the last part of the name; where two sources share it, owner.name.",
     )
     robustness_images: int = Field(
         default=400,
@@ -418,8 +419,8 @@ class PromotionParameters(Parameters):
         default=0.12,
         ge=0,
         le=1,
-        description="Highest share of a source's real test images that are called fake. A source is over it where the "
-        "lower end of its 95 % interval is: few images alone refuse no model.",
+        description="Highest share of a source's real test images that are called fake. A source fails if the lower "
+        "end of its 95 % interval is above this, so that few images alone refuse no model.",
     )
     metric: Annotated[PrimaryMetric, WithJsonSchema({"type": "string", "enum": list(get_args(PrimaryMetric))})] = Field(
         default="auc", description="Metric on the test split in which a challenger must beat production."
@@ -442,8 +443,9 @@ class PromotionParameters(Parameters):
     max_size: float | None = Field(default=None, gt=0, description="Largest model.onnx, in megabytes (10^6 bytes).")
     approval: Annotated[Approval, WithJsonSchema({"type": "string", "enum": list(get_args(Approval))})] = Field(
         default="never",
-        description="When a person decides. never: the rule does. borderline: where all is met but the probability, "
-        "which is 0.8 at least, or what confirmed reports ask for. always: before any version goes into production.",
+        description="When a person decides. never: the rule does. borderline: where the only rules missed are the "
+        "probability of being better (at least 0.8), the confirmed reports, or both. always: before any "
+        "version goes into production.",
     )
     approval_hours: float = Field(
         default=72, gt=0, le=8760, description="How long a version waits for a person; then it is not promoted."

@@ -14,7 +14,7 @@ DeepfakeError
     ├── DatasetError        the images can't make a data set: a class without images, labels that disagree
     ├── LockedError         another run holds the data folder
     ├── ModelError          a model can't be found, loaded or built
-    └── ServiceError        MLflow or Prefect can't be reached
+    └── ServiceError        MLflow or Prefect can't be reached, or a training on another machine failed
 
 Each message states the rule, the value received, and what to do. Secrets are removed from it.
 A bad image is no error: it is a row of the manifest with a reason.

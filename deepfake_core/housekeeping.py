@@ -111,13 +111,14 @@ def plan_removals(store: Store, model_name: str, keep: int) -> list[Removal]:
 
     Data sets stay if they are among the newest, if a version with an alias was trained on them, or if a run in MLflow
     uses them. What was made from a data set is removed with it; archives of data sets that stay are kept.
-    Where MLflow knows no version at all, nothing is removed, since what production needs is unknown.
+    Where MLflow knows no version, what production needs is unknown, and none of these is removed.
     """
     if keep < 1:
         raise ConfigurationError(f"At least 1 of each must be kept: the newest is in use. Received: {keep}")
     connect()
     if not has_versions(model_name):
-        log.warning("%s has no version in this MLflow: what is needed is unknown, nothing is removed", model_name)
+        unknown = "%s has no version in this MLflow, so what production needs is unknown: data sets and archives stay"
+        log.warning(unknown, model_name)
         return []
     datasets = _list_datasets(store)
     newest = {dataset.version for dataset in datasets[-keep:]}

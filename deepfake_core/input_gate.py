@@ -45,7 +45,7 @@ class Measures:
 MEASURES = tuple(one.name for one in fields(Measures))
 
 REASONS = {
-    "side": "{value:.0f} pixels wide; calibrated on {limit:.0f} and more",
+    "side": "shorter side of {value:.0f} pixels; calibrated on {limit:.0f} and more",
     "sharpness": "blurred or scaled up, sharpness {value:.3f}; calibrated on {limit:.3f} and more",
     "jpeg_quality": "JPEG quality {value:.0f}; calibrated on {limit:.0f} and more",
 }

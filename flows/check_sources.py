@@ -26,7 +26,7 @@ def check_sources(data: DataParameters = DataParameters(), deployment: str = "re
     Returns:
         The new versions, by source.
     """
-    check_deployment(deployment)
+    check_deployment(deployment, "deployment")
     store = open_store(data.data_dir)
     found = {source.name: ask_for_version(source, store) for source in data.sources}
     new = {name: version for name, version in found.items() if version is not None}

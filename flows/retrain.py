@@ -55,7 +55,7 @@ def retrain(
         The folder or URL of the data set, and the registered version.
     """
     connect()
-    check_deployment(train_on)
+    check_deployment(train_on, "train_on")
     store = open_store(data.data_dir)
     with lock_folder(store.folder, holder=f"flow run {runtime.flow_run.name}"):
         end_killed_runs(store)

@@ -39,8 +39,12 @@ def hold_gpu() -> Iterator[None]:
         yield
 
 
-def check_deployment(name: str) -> None:
+def check_deployment(name: str, parameter: str) -> None:
     """Refuse a deployment that does not exist before any work is done.
+
+    Args:
+        name: empty for none.
+        parameter: of the flow, that names it.
 
     Raises:
         ConfigurationError: if Prefect's server knows none of this name.
@@ -52,9 +56,8 @@ def check_deployment(name: str) -> None:
             client.read_deployment_by_name(name)
         except (ObjectNotFound, ValueError) as exc:
             raise ConfigurationError(
-                f"`train_on` must name a deployment, such as train/gpu, or be empty to train here. Received: "
-                f"{name!r}, which the Prefect server at {client.api_url} does not know. `make deploy` creates "
-                "the deployments."
+                f"`{parameter}` must name a deployment, such as train/gpu, or be empty. Received: {name!r}, which "
+                f"the Prefect server at {client.api_url} does not know. `make deploy` creates the deployments."
             ) from exc
 
 

@@ -159,6 +159,6 @@ def test_an_override_has_the_recipe_s_meaning_and_bounds():
     for name, field in Recipe.model_fields.items():
         assert properties[name]["default"] is None
         assert properties[name]["description"].startswith(field.description)
-        assert "None: each candidate's own" in properties[name]["description"]
+        assert "Empty: each candidate's own" in properties[name]["description"]
     with pytest.raises(ValidationError, match="less than or equal to 1024"):
         TrainingParameters(image_size=2000)

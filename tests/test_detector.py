@@ -123,7 +123,7 @@ def test_what_is_unlike_the_calibration_images_is_not_sure(tmp_path):
     images = [encode(draw_image(1, side), quality=quality) for side, quality in ((48, 90), (47, 90), (48, 70))]
     found = detector.predict(images)
     assert [one.sure for one in found] == [True, False, False]
-    assert "47 pixels wide" in found[1].reason
+    assert "shorter side of 47 pixels" in found[1].reason
     assert "JPEG quality 70" in found[2].reason
 
 

@@ -53,6 +53,6 @@ def test_the_reason_says_what_is_unlike_the_calibration_images():
     limits = {"side": 200, "sharpness": 0.1, "jpeg_quality": 60}
     assert find_reason(Measures(200, 0.1, 60), limits) is None
     assert find_reason(Measures(200, 0.1), limits) is None
-    assert "150 pixels wide" in find_reason(Measures(150, 0.1, 60), limits)
+    assert "shorter side of 150 pixels" in find_reason(Measures(150, 0.1, 60), limits)
     assert "blurred or scaled up, sharpness 0.050" in find_reason(Measures(200, 0.05, 60), limits)
     assert "JPEG quality 40" in find_reason(Measures(200, 0.1, 40), limits)

@@ -330,7 +330,7 @@ def test_a_person_retrains_in_the_browser(stack, chromium):
         page.get_by_role("heading", name=f"{NAME} version 1: promoted").wait_for()
         take_picture(page, "outcome")
 
-        page.goto(page.get_by_role("link", name="figures and curves").get_attribute("href"))
+        page.goto(page.get_by_role("link", name="metrics and curves").get_attribute("href"))
         page.get_by_role("button", name="Close").click()  # of the assistant that MLflow opens at first
         page.get_by_text("test/auc", exact=True).first.wait_for()
         page.goto(f"{stack.mlflow}/#/models/{NAME}/versions/1")

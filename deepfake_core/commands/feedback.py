@@ -21,7 +21,7 @@ SHOWN = 12
 """Characters of a SHA-256 that are shown, and that the commands take for all of it."""
 
 KEPT = (
-    "Kept are the image's bytes, the verdict, the label, the note and the time; nothing about who sends it. "
+    "A report keeps the image's bytes, the verdict, the label, the note and the time, and nothing about the sender. "
     "`deepfake feedback forget` removes it."
 )
 WHERE = f"folder or URL that keeps the reports (default: {DEFAULT_FEEDBACK})"

@@ -71,7 +71,7 @@ def resolve_version(model: str) -> tuple[str, str]:
 
 
 def observe(address: str, shadow: bool = False) -> "AbstractContextManager[Observer | None]":
-    """Return what observes verdicts, as `observations.open_observer`; nothing for an empty address.
+    """Return what observes verdicts, as `observer.open_observer`; nothing for an empty address.
 
     Raises:
         ModelError: if what it needs is not installed.

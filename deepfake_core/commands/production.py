@@ -84,8 +84,7 @@ def clean(options: argparse.Namespace) -> int:
         from deepfake_core.storage.store import open_store
     except ImportError as exc:
         raise ModelError(
-            "Housekeeping needs what retrains are made with. Received: an installation without. Install "
-            "deepfake-retraining[train]."
+            "`deepfake gc` needs packages that are not installed. Install deepfake-retraining[train]."
         ) from exc
     store = open_store(options.data_dir)
     if not store.folder.is_dir():

@@ -241,7 +241,11 @@ def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -
         accused = other.get("false_alarm_rate")
         if accused and accused.low > parameters.max_false_alarm_rate:
             checks.append(
-                Check(True, f"recall on {source} {recall:.4f}; production's was bought by false alarms, {accused}")
+                Check(
+                    True,
+                    f"recall on {source} {recall:.4f}; not compared, since production has too many false alarms there: "
+                    f"{accused}",
+                )
             )
             continue
         lowest = other["recall"].low - parameters.max_recall_drop

@@ -91,8 +91,9 @@ class Regression:
             return []
         passed = self.p_value >= LEVEL
         text = (
-            f"confirmed reports: {self.wrong_after} of {len(self.compared)} wrong, production's {self.wrong_before}, "
-            f"so much worse by chance with probability {self.p_value:.3f}, at least {LEVEL:g} is needed"
+            f"confirmed reports: wrong on {self.wrong_after} of {len(self.compared)}, "
+            f"production on {self.wrong_before}; "
+            f"the probability of so much worse by chance is {self.p_value:.3f}, at least {LEVEL:g} is needed"
         )
         return [(passed, text if passed else f"{text}, wrong in this version alone: {self._name_worse()}")]
 

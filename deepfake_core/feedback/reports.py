@@ -69,7 +69,7 @@ class Feedback:
             self._objects.write(MARKER, MARK)
 
     def add(self, image: bytes, verdict: GivenVerdict, label: str, note: str = "") -> Entry:
-        """Keep a report. The same image again adds to its count; of one that is kept no more, nothing is kept.
+        """Keep a report. The same image again adds to its count. A rejected image that was removed is not kept again.
 
         Args:
             label: `real` or `fake`, says the sender.
@@ -103,7 +103,7 @@ class Feedback:
         return [entry for entry in found if status is None or entry.status == status]
 
     def list_confirmed(self) -> list[Confirmed]:
-        """Return the confirmed images, in the order of their SHA-256. None if nothing was ever reported."""
+        """Return the confirmed images, in the order of their SHA-256."""
         return [
             Confirmed(
                 sha256=entry.sha256,

@@ -10,7 +10,7 @@ from scipy.stats import binomtest, ks_2samp
 COLUMNS = {
     "probability": "P(fake)",
     "sure": "share of sure verdicts",
-    "side": "face side in pixels",
+    "side": "shorter side in pixels",
     "sharpness": "sharpness",
     "jpeg_quality": "JPEG quality",
     "width": "image width",
@@ -25,8 +25,8 @@ MIN_OBSERVATIONS = 100
 LEVEL = 0.01
 """Probability that a window from the same world alarms, at most, over all columns together.
 
-That is the average over references. All windows of a version are compared with one, of which more than 1 in 100 may
-alarm: it is lower than the 5 in 100 that are promised, therefore.
+That is the average over references. All windows of a version are compared with one reference, and of these more than
+1 in 100 may alarm. So the level is lower than the 5 in 100 that we accept.
 """
 
 MIN_DISTANCE = 0.1

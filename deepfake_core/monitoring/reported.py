@@ -25,8 +25,8 @@ class Reported:
         """Return it as a sentence; nothing without images."""
         if not self.images:
             return []
-        found = ", ".join(f"version {number} on {wrong}" for number, wrong in self.wrong.items())
-        return [f"of {self.images} confirmed reports, wrong are: {found}; a version may have learned from some of them"]
+        found = ", ".join(f"version {number} is wrong on {wrong}" for number, wrong in self.wrong.items())
+        return [f"of {self.images} confirmed reports, {found}; a version may have learned from some of them"]
 
     def flatten(self, name: str) -> dict[str, float]:
         """Return the metrics by their names in MLflow."""

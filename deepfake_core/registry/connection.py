@@ -29,8 +29,8 @@ def connect() -> mlflow.MlflowClient:
             client.search_experiments(max_results=1)
         except (ModuleNotFoundError, UnsupportedModelRegistryStoreURIException) as exc:
             raise ServiceError(
-                f"A database as tracking store needs the whole of MLflow. Received: {uri}. Set MLFLOW_TRACKING_URI "
-                "to a tracking server's http address, or install deepfake-retraining[train]."
+                f"A database as tracking store needs the package mlflow, not only mlflow-skinny. Received: {uri}. Set "
+                "MLFLOW_TRACKING_URI to a tracking server's http address, or install deepfake-retraining[train]."
             ) from exc
         except Exception as exc:
             raise ServiceError(

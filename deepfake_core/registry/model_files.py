@@ -148,8 +148,9 @@ def open_artifacts(uri: str) -> Iterator[ArtifactRepository]:
         yield get_artifact_repository(uri)
     except (MlflowException, OSError) as exc:
         raise ServiceError(
-            f"Model files must be within reach, and may be removed. Received: {uri}, from {mlflow.get_tracking_uri()} "
-            f"({str(exc).splitlines()[0]}). Set MLFLOW_TRACKING_URI as on the machine that trains, or allow removing."
+            f"MLflow's artifact store must be reachable, and its files must be removable. Received: {uri}, from "
+            f"{mlflow.get_tracking_uri()} ({str(exc).splitlines()[0]}). Set MLFLOW_TRACKING_URI as on the machine that "
+            "trains, or let this user delete there."
         ) from exc
 
 

@@ -91,7 +91,7 @@ def find_pages(version: ModelVersion) -> dict[str, str]:
     pages = {"version": f"{uri}/#/models/{version.name}/versions/{version.version}"}
     if run := find_run(version.run_id):
         address = f"{uri}/#/experiments/{run.info.experiment_id}/runs/{version.run_id}"
-        pages |= {"figures and curves": address, "report": f"{address}/artifacts/{names.REPORT}"}
+        pages |= {"metrics and curves": address, "report": f"{address}/artifacts/{names.REPORT}"}
     return pages
 
 

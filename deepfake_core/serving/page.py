@@ -81,10 +81,10 @@ class ModelKeeper:
             if self._predictor is None or time.monotonic() - self._looked > MAX_ALIAS_AGE_SECONDS:
                 try:
                     self._follow()
-                except DeepfakeError:
+                except DeepfakeError as exc:
                     if self._predictor is None:
                         raise
-                    log.exception("still serving %s: the newer version can't be loaded", self._version)
+                    log.warning("still serving %s: %s", self._version, exc)
                 self._looked = time.monotonic()
             assert self._predictor
             return self._predictor, self._version
@@ -228,9 +228,7 @@ def build_page(keeper: ModelKeeper, feedback: Feedback | None = None) -> Any:
     try:
         import gradio
     except ImportError as exc:
-        raise ModelError(
-            "The page needs Gradio. Received: an installation without. Install deepfake-retraining[serve]."
-        ) from exc
+        raise ModelError("The page needs Gradio, which is not installed. Install deepfake-retraining[serve].") from exc
 
     def answer(path: str | None) -> tuple[str, Image.Image | None, Any, Shown | None]:
         text, picture, timeline, shown = judge_upload(keeper, Path(path)) if path else ("", None, None, None)

@@ -37,7 +37,7 @@ class FolderObjects:
             except FileNotFoundError:
                 return []
             except NotADirectoryError as exc:
-                raise ConfigurationError(f"A folder must be a folder. Received: {self._root}, a file.") from exc
+                raise ConfigurationError(f"The address must be a folder. Received: {self._root}, a file.") from exc
 
     def scan(self, below: str = "") -> dict[str, int]:
         """Return the names of all files below the folder, or below one in it, each with its bytes."""

@@ -1,8 +1,8 @@
 """The data folder on this disk, the paths below it, and the URL at which machines share it.
 
 Nothing else in the project writes out a path below the data folder. What is fetched gets its name on this disk once its
-SHA-256 is the expected one. `lock_folder` holds for this machine alone; across machines, Prefect's limit of one retrain
-at a time keeps runs apart, and what must never be lost is added under new names, never overwritten.
+SHA-256 is the expected one. `lock_folder` holds for this machine alone. Across machines, runs of different deployments
+may meet; what must never be lost is added under new names, never overwritten.
 """
 
 import contextlib

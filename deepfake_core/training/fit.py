@@ -42,7 +42,7 @@ class Candidate:
 
     Attributes:
         folder: holds `checkpoint.keras`, `model.onnx` and `detector.json`.
-        history: one row per epoch: `epoch`, `EPOCH_METRICS`, `seconds`.
+        history: one row per epoch: `epoch`, `EPOCH_METRICS` and `SPEED_METRICS`.
     """
 
     architecture: Architecture

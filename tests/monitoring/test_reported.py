@@ -44,7 +44,7 @@ def test_each_version_is_wrong_on_what_it_judges_otherwise_than_confirmed(feedba
     name_challenger(NAME, "2")
     found = judge_reported(feedback.address, version)
     assert found == Reported(4, {"1": 2, "2": 2})
-    assert found.describe()[0].startswith("of 4 confirmed reports, wrong are: version 1 on 2, version 2 on 2")
+    assert found.describe()[0].startswith("of 4 confirmed reports, version 1 is wrong on 2, version 2 is wrong on 2")
     assert found.flatten(NAME) == {
         "reported/images": 4.0,
         f"reported/{NAME}/1/wrong": 2.0,

@@ -238,7 +238,7 @@ def test_what_is_not_sure_says_why(bounded, folder, capsys, monkeypatch):
     dark, bright = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert (dark["label"], dark["sure"], dark["reason"]) == ("real", True, None)
     assert (bright["label"], bright["sure"]) == ("fake", False)
-    assert "99 pixels wide; calibrated on 100 and more" in bright["reason"]
+    assert "shorter side of 99 pixels; calibrated on 100 and more" in bright["reason"]
     assert main(["predict", *files, *options]) == 0
     out = capsys.readouterr().out
     assert "fake?" in out
