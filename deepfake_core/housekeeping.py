@@ -117,8 +117,7 @@ def plan_removals(store: Store, model_name: str, keep: int) -> list[Removal]:
         raise ConfigurationError(f"At least 1 of each must be kept: the newest is in use. Received: {keep}")
     connect()
     if not has_versions(model_name):
-        unknown = "%s has no version in this MLflow, so what production needs is unknown: data sets and archives stay"
-        log.warning(unknown, model_name)
+        log.warning("%s has no version, so what production needs is unknown: data sets and archives stay", model_name)
         return []
     datasets = _list_datasets(store)
     newest = {dataset.version for dataset in datasets[-keep:]}

@@ -305,7 +305,7 @@ def test_nothing_goes_where_it_cannot_be_told_what_production_needs(years, caplo
     client.delete_registered_model(NAME)
     with caplog.at_level(logging.WARNING):
         assert clean(open_store(data_dir), keep=1) == []
-    assert "so what production needs is unknown: data sets and archives stay" in caplog.text
+    assert "what production needs is unknown: data sets and archives stay" in caplog.text
     assert len(list_datasets(data_dir)) == 5
 
 
