@@ -4,20 +4,29 @@ import logging
 import os
 import re
 import traceback
-from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 REMOVED = "[removed]"
 MIN_SECRET = 8
 """Characters that a value of the environment must have to be searched for: shorter ones are in many words."""
 
-SECRET_NAMES = re.compile(r"(TOKEN|KEY|KEY_ID|SECRET|PASSWORD)$")
+SECRET_NAMES = re.compile(
+    r"(TOKEN|KEY|KEY_ID|SECRET|PASSWORD|PASSWD|_PASS|_PAT|AUTH_STRING|CONNECTION_STRING)$", re.IGNORECASE
+)
+QUOTE = r"""\\?['"]"""
 SECRET_FORMS = (
-    (re.compile(r"(://)[^\s/?#@'\"]+@"), rf"\1{REMOVED}@"),  # user name and password of an address
-    (re.compile(r"\?[^\s?'\"<>()]*=[^\s'\"<>()]*"), f"?{REMOVED}"),  # the query of an address, perhaps signed
-    (re.compile(r"\b((?:Bearer|Basic)\s+)[^\s'\",]{16,}", re.IGNORECASE), rf"\1{REMOVED}"),
-    (re.compile(r"\bKGAT_\w+"), REMOVED),  # Kaggle's tokens
-    (re.compile(r"(['\"](?:key|token|secret|password)['\"]\s*:\s*)['\"][^'\"]+['\"]?", re.IGNORECASE), rf"\1{REMOVED}"),
+    # User name and password of an address, up to the last @; in "host:80/user@host" there is no password.
+    (re.compile(r"(://)(?:[^\s/@:]*:(?!\d+[/?#])\S*|[^\s/?#@'\"]+)@"), rf"\1{REMOVED}@"),
+    (re.compile(r"\?[^\s?\"]*=[^\s\"]*"), f"?{REMOVED}"),  # the query of an address, perhaps signed
+    (re.compile(r"\b((?:Bearer|Basic)(?:\s|%20)+)[^\s'\",]{16,}", re.IGNORECASE), rf"\1{REMOVED}"),
+    (re.compile(r"\bKGAT(?:_|%5F)[\w.-]+"), REMOVED),  # Kaggle's tokens
+    (
+        re.compile(
+            rf"({QUOTE}\w*(?:key|token|secret|password){QUOTE}\s*:\s*){QUOTE}[^'\"\\]{{8,}}(?:{QUOTE})?", re.IGNORECASE
+        ),
+        rf"\1{REMOVED}",
+    ),
 )
 
 
@@ -25,13 +34,10 @@ def redact(text: str) -> str:
     """Return the text without what is secret by its form, or as a value of the environment whose name says so."""
     for name, value in os.environ.items():
         secret = value.strip()
-        if (
-            len(secret) >= MIN_SECRET
-            and SECRET_NAMES.search(name)
-            and secret in text
-            and not Path(secret).is_absolute()
-        ):
-            text = text.replace(secret, REMOVED)
+        if len(secret) < MIN_SECRET or not SECRET_NAMES.search(name) or os.path.exists(secret):  # noqa: PTH110 - any text
+            continue
+        for form in (secret, quote(secret, safe="")):
+            text = text.replace(form, REMOVED)
     for form, shown in SECRET_FORMS:
         text = form.sub(shown, text)
     return text

@@ -88,6 +88,8 @@ def find_pages(version: ModelVersion) -> dict[str, str]:
     uri = (os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI).rstrip("/")
     if not uri.startswith(("http://", "https://")):
         return {}
+    scheme, _, address = uri.partition("://")
+    uri = f"{scheme}://{address.rpartition('@')[2]}"  # without a password
     pages = {"version": f"{uri}/#/models/{version.name}/versions/{version.version}"}
     if run := find_run(version.run_id):
         address = f"{uri}/#/experiments/{run.info.experiment_id}/runs/{version.run_id}"

@@ -100,7 +100,7 @@ def _tabulate_files(dataset: Dataset) -> Table:
 def print_next_steps(dataset: Dataset, version: ModelVersion) -> None:
     """Print the commands and pages that look further."""
     image = dataset.path / dataset.split("test")["path"].iloc[0]
-    tracking = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+    tracking = '"$MLFLOW_TRACKING_URI"' if os.environ.get("MLFLOW_TRACKING_URI") else DEFAULT_TRACKING_URI
     commands = {
         "runs, metrics and versions in a browser": f".venv/bin/mlflow ui --backend-store-uri {tracking}",
         "why each version was promoted or not": ".venv/bin/deepfake versions",

@@ -267,5 +267,6 @@ def test_a_version_whose_run_is_gone_is_listed_without_figures_and_harms_no_comm
 def test_pages_of_a_version_whose_run_is_gone(client, monkeypatch):
     version = read_version(NAME, "1")
     purge(client, version.run_id)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow")  # for the links: the client is connected already
+    # For the links: the client is connected already.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://deploy:a/5ecre7@mlflow")
     assert versions.find_pages(version) == {"version": f"http://mlflow/#/models/{NAME}/versions/1"}
