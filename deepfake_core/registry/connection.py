@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from mlflow.store.entities import PagedList
 from mlflow.tracking.registry import UnsupportedModelRegistryStoreURIException
 
 from deepfake_core.errors import ServiceError
+from deepfake_core.redaction import REMOVED
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 
@@ -25,6 +27,8 @@ def connect() -> mlflow.MlflowClient:
     mlflow.set_tracking_uri(uri)
     with set_environment(MLFLOW_HTTP_REQUEST_MAX_RETRIES="1", MLFLOW_HTTP_REQUEST_TIMEOUT="10"):
         try:
+            if uri.startswith(("postgresql", "mysql")):
+                _check_database(uri)
             client = mlflow.MlflowClient()
             client.search_experiments(max_results=1)
         except (ModuleNotFoundError, UnsupportedModelRegistryStoreURIException) as exc:
@@ -35,10 +39,27 @@ def connect() -> mlflow.MlflowClient:
         except Exception as exc:
             raise ServiceError(
                 f"MLflow must answer at the tracking URI. Received: {uri}, which failed "
-                f"({type(exc).__name__}: {str(exc).splitlines()[0][:300]}). Start the server, or correct "
-                "MLFLOW_TRACKING_URI."
+                f"({type(exc).__name__}: {_hide_password(uri, str(exc)).splitlines()[0][:300]}). Start the server, or "
+                "correct MLFLOW_TRACKING_URI. In a password, write @ as %40, / as %2F and : as %3A."
             ) from exc
     return client
+
+
+def _hide_password(uri: str, text: str) -> str:
+    """Remove each part of the address's password: drivers take what follows an @ in it for the host, and name it."""
+    password = uri.partition("://")[2].rpartition("@")[0].partition(":")[2]
+    for part in filter(None, re.split("[:@/?#]", password)):
+        text = text.replace(part, REMOVED)
+    return text
+
+
+def _check_database(uri: str) -> None:
+    """Connect once: MLflow would try a database that is gone for 100 s."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, connect_args={"connect_timeout": 10})
+    engine.connect().close()
+    engine.dispose()
 
 
 def use_root_logger() -> None:

@@ -115,18 +115,18 @@ def download_version(model_uri: str, folder: Path) -> Path:
     try:
         stored = mlflow.MlflowClient().get_model_version_download_uri(version.name, version.version)
         copied = Path(mlflow.artifacts.download_artifacts(artifact_uri=stored, dst_path=str(folder)))
+        # MLflow and Python write these into a store on the same machine whenever a version is loaded from there.
+        (copied / REGISTERED_MODEL_META_FILE_NAME).unlink(missing_ok=True)
+        remove_bytecode(copied)
     except (MlflowException, OSError) as exc:
         raise ModelError(_explain_uri(model_uri, exc)) from exc
-    # MLflow and Python write these into a store on the same machine whenever a version is loaded from there.
-    (copied / REGISTERED_MODEL_META_FILE_NAME).unlink(missing_ok=True)
-    remove_bytecode(copied)
     check_seal(version, copied)
     return copied
 
 
 def remove_bytecode(folder: Path) -> None:
     """Remove what Python compiled beside a version's code: it is no part of the version, and must not run unchecked."""
-    for cache in sorted(folder.rglob("__pycache__")):
+    for cache in sorted(folder.rglob("__pycache__/")):
         shutil.rmtree(cache)
 
 

@@ -50,7 +50,7 @@ def check_seal(version: Any, folder: Path) -> None:
             version.version,
         )
         return
-    sealed, found = json.loads(version.tags[names.SEAL]), hash_files(folder)
+    sealed, found = _read_seal(version), hash_files(folder)
     wrong = [f"{name} is missing" for name in sorted(sealed.keys() - found.keys())]
     wrong += [f"{name} was added" for name in sorted(found.keys() - sealed.keys())]
     wrong += [f"{name} has changed" for name in sorted(sealed.keys() & found.keys()) if sealed[name] != found[name]]
@@ -60,6 +60,20 @@ def check_seal(version: Any, folder: Path) -> None:
             f"{version.name}, of which {', '.join(wrong)}. Nothing of it was loaded. Find out who or what changed its "
             "files in MLflow's artifact store. Restore them from a backup, or use another version."
         )
+
+
+def _read_seal(version: Any) -> dict[str, str]:
+    try:
+        sealed = json.loads(version.tags[names.SEAL])
+    except ValueError:
+        sealed = None
+    if isinstance(sealed, dict) and sealed and all(isinstance(digest, str) for digest in sealed.values()):
+        return sealed
+    raise ModelError(
+        "The seal of a version must be its files' names and SHA-256. Received: a changed tag "
+        f"{names.SEAL} of version {version.version} of {version.name}. Nothing of it was loaded. Use another version. "
+        f"If its files are known to be right, delete the tag and run `deepfake seal {version.version}`."
+    )
 
 
 def require_seal(version: Any) -> None:

@@ -66,11 +66,13 @@ class ModelVersion:
         """Return what became of it, a line each: decision and reasons, its time in production, removed files."""
         lines, tags = [self.decision or "not decided yet", *self.reasons], self.tags
         if names.PRODUCTION_SINCE in tags:
-            lines.append(f"in production {tags[names.PRODUCTION_SINCE]}, by {tags[names.PRODUCTION_BY]}")
-            if tags[names.PRODUCTION_BECAUSE] != tags.get(names.REASONS):
-                lines.append(tags[names.PRODUCTION_BECAUSE])
+            lines.append(f"in production {tags[names.PRODUCTION_SINCE]}, by {tags.get(names.PRODUCTION_BY, 'unknown')}")
+            because = tags.get(names.PRODUCTION_BECAUSE, "")
+            if because and because != tags.get(names.REASONS):
+                lines.append(because)
         if names.REPLACED_BY in tags:
-            lines.append(f"replaced {tags[names.PRODUCTION_UNTIL]} by version {tags[names.REPLACED_BY]}")
+            until = tags.get(names.PRODUCTION_UNTIL, "at an unknown time")
+            lines.append(f"replaced {until} by version {tags[names.REPLACED_BY]}")
         if names.FILES_REMOVED in tags:
             lines.append(f"model files removed {tags[names.FILES_REMOVED]}")
         elif names.SEAL not in tags:

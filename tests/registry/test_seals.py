@@ -114,6 +114,25 @@ def test_nothing_changed_is_ever_loaded(stored, how, file, monkeypatch, tmp_path
     assert not (tmp_path / "pulled").exists()
 
 
+@pytest.mark.usefixtures("stored")
+@pytest.mark.parametrize("tag", ["x", "[]", "null", '{"MLmodel": 1}', "{}"])
+def test_a_damaged_seal_loads_nothing(tag, tmp_path):
+    client, sealed = mlflow.MlflowClient(), read_version(NAME, "1").tags[names.SEAL]
+    client.set_model_version_tag(NAME, "1", names.SEAL, tag)
+    try:
+        with pytest.raises(ModelError, match="The seal of a version must be"):
+            detectors.pull_detector(f"models:/{NAME}/1", tmp_path / "pulled")
+    finally:
+        client.set_model_version_tag(NAME, "1", names.SEAL, sealed)
+    assert not (tmp_path / "pulled").exists()
+
+
+def test_a_file_in_place_of_a_folder_of_bytecode_is_a_change(stored, tmp_path):
+    (stored / "code" / "__pycache__").write_text("")
+    with pytest.raises(ModelError, match="code/__pycache__ was added"):
+        detectors.pull_detector(f"models:/{NAME}/1", tmp_path / "pulled")
+
+
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize(("how", "file"), FEW)
 def test_flows_load_nothing_changed(stored, how, file, monkeypatch, tmp_path):
