@@ -11,7 +11,7 @@ from deepfake_core.commands.predict import find_sources
 from deepfake_core.commands.production import confirm as ask
 from deepfake_core.config import CLASS_NAMES, DEFAULT_FEEDBACK, PRODUCTION_URI
 from deepfake_core.detector import UnreadableImageError
-from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.errors import ConfigurationError
 from deepfake_core.feedback.records import STATUSES, Entry
 from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.serving.predictor import Predictor, read_image
@@ -71,7 +71,9 @@ def add(options: argparse.Namespace) -> int:
     """Judge the images and report them; return 2 if one could not be read."""
     sources, _ = find_sources(options.images)
     if not sources:
-        raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
+        raise ConfigurationError(
+            f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
+        )
     feedback = open_feedback(options.address)
     detector, version = load_version(options.model)
     predictor = Predictor(detector, detect=not options.no_detect)

@@ -15,7 +15,7 @@ from typing import Any
 from deepfake_core.commands.model import OBSERVE_HELP, load_model, observe, resolve_version
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import MAX_BYTES, Detector
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import COLUMNS, Judged, Verdict
@@ -71,14 +71,16 @@ def run(options: argparse.Namespace) -> int:
     """Judge what was named; return 1 if `--fail-on` applies, else 2 if a file could not be read, or a clip in part."""
     sources, skipped = find_sources(options.images)
     if not sources:
-        raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
+        raise ConfigurationError(
+            f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
+        )
     model, version = resolve_version(options.model) if options.observe else (options.model, "")
     detector = load_model(model)
     if options.threshold is not None:
         try:
             detector = detector.at(options.threshold)
         except ValueError as exc:
-            raise ModelError(f"--{exc}.") from exc
+            raise ConfigurationError(f"--{exc}.") from exc
     predictor = Predictor(detector, not options.no_detect, version)
     if options.explain and not detector.explains:
         raise ModelError(
@@ -89,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             options.explain.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise ModelError(
+            raise ConfigurationError(
                 f"--explain must be a folder, or one that can be made. Received: {options.explain} ({exc.strerror})"
             ) from exc
     verdicts: list[Verdict] = []
@@ -128,7 +130,7 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[Path]]:
     """Return what was named, each with its name, and the files in folders that are neither image nor clip.
 
     Raises:
-        ModelError: if a glob or a folder yields nothing.
+        ConfigurationError: if a glob or a folder yields nothing.
     """
     sources: list[Source] = []
     skipped: list[Path] = []
@@ -143,7 +145,7 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[Path]]:
         elif not path.exists() and glob.has_magic(argument):
             found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute patterns too
             if not found:
-                raise ModelError(f"A glob must match files. Received: {argument}, which matches none.")
+                raise ConfigurationError(f"A glob must match files. Received: {argument}, which matches none.")
             sources += [(file, Path(file)) for file in found if not Path(file).is_dir()]
             if "**" not in argument:  # which opens folders, as others don't
                 skipped += [Path(file) for file in found if Path(file).is_dir()]

@@ -126,12 +126,12 @@ def confirm(options: argparse.Namespace, question: str) -> bool:
     """Ask a person, unless `--yes` was given.
 
     Raises:
-        ModelError: if nobody answers.
+        ConfigurationError: if nobody answers.
     """
     if options.yes:
         return True
     try:
         answer = input(f"{question} [y/N] ")
     except EOFError as exc:
-        raise ModelError("A person must confirm. Received: no answer. Where nobody can, pass --yes.") from exc
+        raise ConfigurationError("A person must confirm. Received: no answer. Where nobody can, pass --yes.") from exc
     return answer.strip().lower() in ("y", "yes")

@@ -10,7 +10,7 @@ import numpy as np
 
 from deepfake_core.commands.model import load_model
 from deepfake_core.config import CLASS_NAMES
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError
 from deepfake_core.serving.predictor import Predictor
 
 if TYPE_CHECKING:
@@ -98,14 +98,14 @@ def compare_on_folder(first: "ModelVersion", second: "ModelVersion", folder: Pat
         folder: holds images in `real/` and `fake/`.
 
     Raises:
-        ModelError: if a class has no images.
+        ConfigurationError: if a class has no images.
     """
     from deepfake_core.evaluation.promotion import Scored, compare_scores
 
     files = [(file, label) for label, name in enumerate(CLASS_NAMES) for file in sorted((folder / name).rglob("*"))]
     images = [(file, label) for file, label in files if file.is_file()]
     if {label for _, label in images} != {0, 1}:
-        raise ModelError(f"--split must be a folder with images in real/ and in fake/. Received: {folder}")
+        raise ConfigurationError(f"--split must be a folder with images in real/ and in fake/. Received: {folder}")
     sources = [(str(file), file) for file, _ in images]
     scored, readable = [], np.ones(len(images), bool)
     detectors = [load_model(f"models:/{version.name}/{version.version}") for version in (first, second)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.errors import ConfigurationError
 from deepfake_core.monitoring.observer import Observer
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
@@ -73,8 +73,7 @@ def score_images(
         observer: of the verdicts.
 
     Raises:
-        ConfigurationError: if `images` is neither.
-        ModelError: if the folder holds no image.
+        ConfigurationError: if `images` is neither, or a folder without images.
     """
     total, sources = _open(images)
     counts: Counter[str] = Counter()
@@ -105,7 +104,7 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
         if others:
             log.warning("%s: %d files are no images and are not scored: %s", images, len(others), list_names(others))
         if not files:
-            raise ModelError(f"A folder must hold images. Received: {images}, which holds none.")
+            raise ConfigurationError(f"A folder must hold images. Received: {images}, which holds none.")
         return len(files), lambda: ((str(file.relative_to(images)), file) for file in files)
     rule = "Images must be a folder, or a Parquet file with a column `image` of bytes"
     try:

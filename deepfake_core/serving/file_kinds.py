@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError
 
 HEAD_BYTES = 4096
 
@@ -49,14 +49,14 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
     image but can't be read is among the images, so that it is missed by nobody.
 
     Raises:
-        ModelError: if the folder holds neither image nor clip.
+        ConfigurationError: if the folder holds neither image nor clip.
     """
     known: list[Path] = []
     others: list[Path] = []
     for file in _walk(folder, folder.resolve(), set(), known):
         (known if _name_kind(file) else others).append(file)
     if not known:
-        raise ModelError(f"A folder must hold images or clips. Received: {folder}, which holds none.")
+        raise ConfigurationError(f"A folder must hold images or clips. Received: {folder}, which holds none.")
     return sorted(known), sorted(others)
 
 

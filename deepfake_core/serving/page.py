@@ -17,7 +17,7 @@ from PIL import Image
 
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import Detector
-from deepfake_core.errors import DeepfakeError, ModelError
+from deepfake_core.errors import ConfigurationError, DeepfakeError, ModelError
 from deepfake_core.feedback.reports import Feedback
 from deepfake_core.registry import connection, detectors
 from deepfake_core.serving.file_kinds import is_clip
@@ -155,7 +155,8 @@ def serve(
         feedback: keeps reports on wrong verdicts; None: the page takes none.
 
     Raises:
-        ModelError: if Gradio is not installed, the port is taken, or there is no such model.
+        ConfigurationError: if the port is taken.
+        ModelError: if Gradio is not installed, or there is no such model.
         ServiceError: if MLflow can't be reached.
     """
     with keep_uploads():
@@ -204,7 +205,9 @@ def launch_page(keeper: ModelKeeper, port: int, feedback: Feedback | None = None
             app_kwargs={"middleware": [_guard(page, port)]},
         )
     except OSError as exc:
-        raise ModelError(f"The port must be free. Received: {port}, which is taken. Choose another by --port.") from exc
+        raise ConfigurationError(
+            f"The port must be free. Received: {port}, which is taken. Choose another by --port."
+        ) from exc
     return page
 
 
