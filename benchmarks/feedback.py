@@ -36,7 +36,7 @@ from deepfake_core.config import (
 )
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.detector import Detector, open_image, resize_image
-from deepfake_core.evaluation.metrics import evaluate_scores
+from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.registry import runs, versions

@@ -16,7 +16,7 @@ from rich.table import Table
 from deepfake_core.config import FEEDBACK, DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import DeepfakeError
-from deepfake_core.evaluation.metrics import Evaluation
+from deepfake_core.evaluation.evaluation import Evaluation
 from deepfake_core.registry.challenge import choose_best
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import end_killed_runs, open_retrain

@@ -73,7 +73,7 @@ def compare(options: argparse.Namespace) -> int:
 def _tabulate_comparison(comparison: "Comparison", numbers: Sequence[str]) -> "Table":
     from rich.table import Column, Table
 
-    from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+    from deepfake_core.evaluation.metrics import METRIC_TITLES
 
     ours, theirs = comparison.challenger, comparison.production
     rows: list[tuple[str, Mapping, Mapping, str]] = [

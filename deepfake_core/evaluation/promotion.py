@@ -10,8 +10,9 @@ import numpy as np
 
 from deepfake_core.config import FEEDBACK, NOT_PROMOTED, PROMOTED, WAITS, PrimaryMetric, PromotionParameters
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES, draw_resamples, resample_metrics
-from deepfake_core.evaluation.metrics import Estimate, Evaluation, evaluate_scores
+from deepfake_core.evaluation.bootstrap import draw_resamples, resample_metrics
+from deepfake_core.evaluation.evaluation import Estimate, Evaluation, evaluate_scores
+from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.evaluation.parts import Rows
 
 if TYPE_CHECKING:

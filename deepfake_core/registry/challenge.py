@@ -16,7 +16,7 @@ from deepfake_core.data.images import Images, load_same
 from deepfake_core.description import DESCRIPTION, read_description
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
-from deepfake_core.evaluation.metrics import Evaluation, evaluate_detector
+from deepfake_core.evaluation.evaluation import Evaluation, evaluate_detector
 from deepfake_core.evaluation.promotion import (
     NOT_MET,
     Comparison,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from deepfake_core.config import EvaluationParameters, TrainingParameters
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.evaluation.metrics import Evaluation
+from deepfake_core.evaluation.evaluation import Evaluation
 from deepfake_core.registry import names
 from deepfake_core.registry.challenge import TrainedCandidate
 from deepfake_core.registry.detectors import pull_detector

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES
-from deepfake_core.evaluation.metrics import Evaluation, per_100
+from deepfake_core.evaluation.evaluation import Evaluation, per_100
+from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.evaluation.promotion import Cost, Decision
 from deepfake_core.evaluation.test_split import Measured
 

@@ -12,8 +12,8 @@ from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.decoding import decode_image
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES, SURE_METRICS
-from deepfake_core.evaluation.metrics import per_100
+from deepfake_core.evaluation.evaluation import per_100
+from deepfake_core.evaluation.metrics import METRIC_TITLES, SURE_METRICS
 from deepfake_core.evaluation.promotion import Comparison
 from deepfake_core.evaluation.regression import Regression
 from deepfake_core.evaluation.test_split import Measured

@@ -205,9 +205,7 @@ def launch_page(keeper: ModelKeeper, port: int, feedback: Feedback | None = None
             app_kwargs={"middleware": [_guard(page, port)]},
         )
     except OSError as exc:
-        raise ConfigurationError(
-            f"The port must be free. Received: {port}, which is taken. Choose another by --port."
-        ) from exc
+        raise ConfigurationError(f"--port must be free. Received: {port}, which is taken. Choose another.") from exc
     return page
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from deepfake_core.config import PromotionParameters
 from deepfake_core.evaluation.confusion import Confusion
-from deepfake_core.evaluation.metrics import Estimate, Evaluation
+from deepfake_core.evaluation.evaluation import Estimate, Evaluation
 from deepfake_core.evaluation.promotion import Comparison, Cost, Scored, compare_scores, decide_promotion
 
 FLOORS = PromotionParameters(min_precision=0.8, min_recall=0.7)

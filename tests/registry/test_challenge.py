@@ -14,7 +14,7 @@ import pytest
 from deepfake_core.config import PromotionParameters
 from deepfake_core.description import DESCRIPTION
 from deepfake_core.errors import ProductionMovedError
-from deepfake_core.evaluation.metrics import evaluate_scores
+from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback

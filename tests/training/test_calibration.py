@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector, apply_temperature
 from deepfake_core.evaluation.confusion import Confusion
-from deepfake_core.evaluation.metrics import evaluate_scores
+from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.input_gate import Measures
 from deepfake_core.training.calibration import calibrate_detector, choose_threshold, fit_bounds, fit_temperature
 from tests.builders import draw_scores, stripes
