@@ -83,7 +83,9 @@ def log_candidate(run_id: str, candidate: Candidate, val: Images, dataset: Datas
     detector = Detector(candidate.folder)
     validation, scores = evaluate_detector(detector, val)
     log_metrics(run_id, validation.flatten("val") | {"best_epoch": candidate.best_epoch})
-    log_parameters(run_id, {name: detector.description[name] for name in ("trained_in", "temperature", "threshold")})
+    log_parameters(
+        run_id, {name: detector.description[name] for name in ("trained_in", "temperature", names.THRESHOLD)}
+    )
     log_text(run_id, candidate.summarise(), "model_summary.txt")
     log_file(run_id, candidate.folder / CHECKPOINT, names.CHECKPOINT_FOLDER)
     chosen = np.linspace(0, len(val) - 1, min(PROBE_IMAGES, len(val))).astype(int)
@@ -105,16 +107,16 @@ def log_measured(best: TrainedCandidate, parent_run: str, measured: Measured) ->
     for run_id in (best.run_id, parent_run):
         log_metrics(run_id, metrics)
     table = pd.DataFrame(list(measured.evaluation.list_rows()))
-    log_text(best.run_id, table.to_csv(index=False), "evaluation/metrics.csv")
+    log_text(best.run_id, table.to_csv(index=False), names.METRICS_TABLE)
     crossed = pd.DataFrame(measured.cross_sources).T
-    log_text(best.run_id, crossed.to_csv(index_label="fakes_of"), "evaluation/cross_sources.csv")
+    log_text(best.run_id, crossed.to_csv(index_label="fakes_of"), names.CROSS_SOURCES)
     scores = measured.images.rows[["sha256", "group", "source", "member", "label"]].assign(score=measured.scores)
     log_text(best.run_id, scores.to_csv(index=False), names.SCORES)
 
 
 def log_robustness(best: TrainedCandidate, table: pd.DataFrame) -> None:
     """Log what changes of the images cost: the table of `measure_robustness`, and the most that each change cost."""
-    log_text(best.run_id, table.to_csv(index=False), "evaluation/robustness.csv")
+    log_text(best.run_id, table.to_csv(index=False), names.ROBUSTNESS)
     for change, rows in table.groupby("change", sort=False):
         name = str(change).split(",")[0].replace(" ", "_")
         log_metrics(best.run_id, {f"robustness/{name}_auc_lost": float(rows["auc_lost"].max())})
@@ -194,7 +196,7 @@ def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome
     log_metrics(run_id, metrics)
     if outcome.regression.images:
         table = pd.DataFrame(outcome.regression.images)
-        log_text(run_id, table.to_csv(index=False), "evaluation/regression.csv")
+        log_text(run_id, table.to_csv(index=False), names.REGRESSION_TABLE)
     compared = {names.COMPARED_WITH: outcome.production or names.NO_VERSION}
     tag_version(model_name, version, compared | {names.REASONS: outcome.decision.text})
 
