@@ -3,7 +3,7 @@
 from prefect import flow, runtime
 
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
-from deepfake_core.registry.challenge import choose_best
+from deepfake_core.registry.candidates import choose_best
 from deepfake_core.registry.fingerprint import fingerprint_training
 from deepfake_core.registry.runs import open_retrain
 from deepfake_core.registry.unfinished import find_unfinished, reopen_retrain

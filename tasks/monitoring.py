@@ -22,7 +22,7 @@ from deepfake_core.monitoring.reference import observe_images
 from deepfake_core.monitoring.reported import Reported
 from deepfake_core.registry import names, runs, windows
 from deepfake_core.registry.aliases import read_production
-from deepfake_core.registry.challenge import TrainedCandidate
+from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports import drift_report
 from tasks.announcement import announce_drift
