@@ -10,6 +10,7 @@ from deepfake_core.config import (
     DEFAULT_MODEL,
     DEFAULT_OBSERVATIONS,
 )
+from deepfake_core.housekeeping import sum_up
 from deepfake_core.storage.store import open_store
 from tasks.data import remove_unneeded
 
@@ -52,8 +53,7 @@ def clean(
         observations=observations,
         keep_observations_days=keep_observations_days,
     )
-    size = sum(removal.bytes for removal in removals) / 1e6
-    done = f"{len(removals)} items, {size:,.1f} MB, {'would be removed' if dry_run else 'removed'}"
+    done = f"{sum_up(removals)}, {'would be removed' if dry_run else 'removed'}"
     get_run_logger().info(done)
     create_table_artifact(
         [{"what": one.what, "why": one.why, "MB": round(one.bytes / 1e6, 1)} for one in removals],

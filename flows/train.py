@@ -14,7 +14,7 @@ from tasks.model import (
     evaluate_robustness,
     log_data,
     promote,
-    recall_candidates,
+    recall,
     register,
     report_on_model,
     state_hardware,
@@ -54,7 +54,7 @@ def train(
     )
     with opened as run_id:
         if begun:
-            trained = recall_candidates(begun, published, training, evaluation)
+            trained = recall(begun, published, training, evaluation)
         else:
             log_data(run_id, published, training, evaluation, promotion)
             trained = [train_architecture(one, published, training, evaluation, run_id) for one in training.candidates]

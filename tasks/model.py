@@ -95,7 +95,7 @@ def train_architecture(
 
 
 @task(name="recall candidates", **MLFLOW)
-def recall_candidates(
+def recall(
     version: ModelVersion, dataset: Dataset, parameters: TrainingParameters, evaluation: EvaluationParameters
 ) -> list[TrainedCandidate]:
     """Read back from MLflow what the retrain that registered a version, and was killed then, had trained."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deepfake_core.commands.model import MODEL_HELP, load_version
+from deepfake_core.commands.model import MODEL_HELP, load_named_model
 from deepfake_core.commands.predict import find_sources
 from deepfake_core.commands.production import confirm as ask
 from deepfake_core.config import CLASS_NAMES, DEFAULT_FEEDBACK, PRODUCTION_URI
@@ -75,7 +75,7 @@ def add(options: argparse.Namespace) -> int:
             f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
         )
     feedback = open_feedback(options.address)
-    detector, version = load_version(options.model)
+    detector, version = load_named_model(options.model)
     predictor = Predictor(detector, detect=not options.no_detect)
     failed = False
     for name, source in sources:

@@ -40,7 +40,7 @@ def load_model(model: str) -> Detector:
         return load_detector(pull_detector(model, Path(folder)))
 
 
-def load_version(model: str) -> tuple[Detector, str]:
+def load_named_model(model: str) -> tuple[Detector, str]:
     """Load a model as `load_model` does; return it with its name, such as `deepfake-detector version 3`.
 
     Of a folder, the last part of its path is the name.

@@ -109,17 +109,13 @@ def clean(options: argparse.Namespace) -> int:
         table.add_row(removal.what, removal.why, f"{removal.bytes / 1e6:,.1f}")
     Console().print(table)
     if options.dry_run:
-        print(f"{_sum_up(removals)}; none was removed.")
+        print(f"{housekeeping.sum_up(removals)}; none was removed.")
         return 0
-    if not confirm(options, f"Remove {_sum_up(removals)}?"):
+    if not confirm(options, f"Remove {housekeeping.sum_up(removals)}?"):
         return 1
     removed = clean(agreed=removals)
-    print(f"Removed: {_sum_up(removed)}.")
+    print(f"Removed: {housekeeping.sum_up(removed)}.")
     return 0
-
-
-def _sum_up(removals: list) -> str:
-    return f"{len(removals)} items, {sum(removal.bytes for removal in removals) / 1e6:,.1f} MB"
 
 
 def confirm(options: argparse.Namespace, question: str) -> bool:

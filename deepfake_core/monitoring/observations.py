@@ -91,6 +91,19 @@ def read_window(address: str, since: datetime, until: datetime) -> "pd.DataFrame
     return found[(found["time"] >= since) & (found["time"] < until)].reset_index(drop=True)
 
 
+def read_recent(address: str, days: int, version: str) -> "pd.DataFrame":
+    """Return what was observed of a version in the last days, as `read_window` does.
+
+    Args:
+        version: name/number.
+    """
+    now = datetime.now(UTC)
+    found = read_window(address, now - timedelta(days=days), now)
+    own = found[found["version"] == version]
+    log.info("%d observations, %d of them of %s", len(found), len(own), version)
+    return own
+
+
 def _list_days(store: Store) -> list[str]:
     if store.url:
         found = store.list_names(store.folder)
