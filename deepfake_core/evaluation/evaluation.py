@@ -11,7 +11,7 @@ from deepfake_core.evaluation.bootstrap import draw_resamples, resample_metrics
 from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.evaluation.metrics import METRIC_TITLES, compute_metrics
 from deepfake_core.evaluation.parts import Rows, find_parts
-from deepfake_core.input_gate import Measures
+from deepfake_core.input_gate import ImageQuality
 
 if TYPE_CHECKING:
     from deepfake_core.data.images import Images
@@ -180,24 +180,24 @@ def evaluate_scores(
 
 
 def evaluate_detector(
-    detector: Detector, images: "Images", measured: Sequence[Measures] = ()
+    detector: Detector, images: "Images", qualities: Sequence[ImageQuality] = ()
 ) -> tuple[Evaluation, np.ndarray]:
     """Score a split with what will be served, and evaluate it at the detector's own threshold.
 
     Args:
-        measured: of each image; none leaves out which verdicts are sure.
+        qualities: of each image; none leaves out which verdicts are sure.
 
     Returns:
         The evaluation, and P(fake) per image as float32 of shape (n,).
     """
     scores = detector.score(images.pixels)
-    sure = find_sure(detector, scores, measured) if measured else None
+    sure = find_sure(detector, scores, qualities) if qualities else None
     return evaluate_scores(images.labels, scores, detector.threshold, images.rows, sure=sure), scores
 
 
-def find_sure(detector: Detector, scores: np.ndarray, measured: Sequence[Measures]) -> np.ndarray | None:
+def find_sure(detector: Detector, scores: np.ndarray, qualities: Sequence[ImageQuality]) -> np.ndarray | None:
     """Return a mask of shape (n,) of the verdicts that are sure; None if the detector has no bounds."""
-    judged = [detector.judge(float(score), one).sure for score, one in zip(scores, measured, strict=True)]
+    judged = [detector.judge(float(score), one).sure for score, one in zip(scores, qualities, strict=True)]
     return None if None in judged else np.array(judged, bool)
 
 

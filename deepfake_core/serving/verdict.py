@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from deepfake_core.input_gate import Measures
+from deepfake_core.input_gate import ImageQuality
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Observed:
         shadow_probability: P(fake) by that version; likewise `shadow_fake`, whether it calls the face fake.
     """
 
-    measured: Measures
+    quality: ImageQuality
     version: str
     width: int
     height: int
@@ -86,7 +86,17 @@ class Verdict:
         cls, image: str, threshold: float, error: str, *, unreadable: bool = False, warning: str | None = None
     ) -> "Verdict":
         """Return that there is no verdict, and why."""
-        return cls(image, None, None, None, None, threshold, error=error, unreadable=unreadable, warning=warning)
+        return cls(
+            image,
+            face=None,
+            box=None,
+            label=None,
+            fake_probability=None,
+            threshold=threshold,
+            error=error,
+            unreadable=unreadable,
+            warning=warning,
+        )
 
     @property
     def outcome(self) -> str:

@@ -10,7 +10,7 @@ from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector, apply_temperature
 from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.evaluation.evaluation import evaluate_scores
-from deepfake_core.input_gate import Measures
+from deepfake_core.input_gate import ImageQuality
 from deepfake_core.training.calibration import calibrate_detector, choose_threshold, fit_bounds, fit_temperature
 from tests.builders import draw_scores, stripes
 
@@ -166,7 +166,7 @@ def test_all_is_stored_with_the_detector_and_used(candidate, tmp_path):
     assert detector.threshold == first["threshold"]
     raw = Detector(candidate.folder).score(val.pixels)
     assert np.allclose(detector.score(val.pixels), apply_temperature(raw, first["temperature"]), atol=1e-6)
-    measured = [Measures(32, 0.1 + 0.01 * number, 90 - number) for number in range(64)]
-    calibrate_detector(folder, val, EvaluationParameters(false_alarm_rate=0), measured)
+    qualities = [ImageQuality(32, 0.1 + 0.01 * number, 90 - number) for number in range(64)]
+    calibrate_detector(folder, val, EvaluationParameters(false_alarm_rate=0), qualities)
     assert Detector(folder).description["limits"] == {"side": 32, "sharpness": 0.1, "jpeg_quality": 27}
     assert Confusion.count(val.labels, detector.score(val.pixels), Detector(folder).threshold).false_positives == 0
