@@ -21,7 +21,7 @@ from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.storage.store import open_store
 from tests.builders import draw_image, encode, faces, jpeg, prepare, write_zip
-from tests.data.test_dataset import check_laws, link, pictures, split, worlds
+from tests.split_laws import check_laws, link, pictures, split, worlds
 
 
 @pytest.mark.slow

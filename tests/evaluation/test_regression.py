@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from deepfake_core.config import PromotionParameters
 from deepfake_core.evaluation.promotion import decide_promotion
 from deepfake_core.evaluation.regression import LEVEL, MAX_NAMED, Regression, ReportedImage
-from tests.evaluation.test_promotion import CHEAP, NO_FLOORS, comparison, evaluation
+from tests.builders import CHEAP, NO_FLOORS, make_comparison, make_evaluation
 
 
 def image(number: int, after: bool, before: bool | None, group: int | None = None) -> ReportedImage:
@@ -25,8 +25,8 @@ def count(worse: int, better: int, both: int = 0) -> Regression:
 
 
 def decide(regression: Regression, parameters: PromotionParameters = NO_FLOORS):
-    better = comparison(1.0)
-    return decide_promotion(evaluation(), better, CHEAP, parameters, regression=regression)
+    better = make_comparison(1.0)
+    return decide_promotion(make_evaluation(), better, CHEAP, parameters, regression=regression)
 
 
 def test_the_test_is_scipys():
@@ -59,7 +59,7 @@ def test_at_most_ten_images_are_named():
 def test_without_production_or_confirmed_reports_the_rule_says_nothing():
     alone = Regression(tuple(image(number, True, None) for number in range(20)))
     for regression in (None, Regression(), alone):
-        assert decide_promotion(evaluation(), None, CHEAP, NO_FLOORS, regression=regression).promoted
+        assert decide_promotion(make_evaluation(), None, CHEAP, NO_FLOORS, regression=regression).promoted
         assert "confirmed reports" not in decide(regression).text
     assert alone.flatten() == {"regression/images": 20, "regression/wrong": 20}
 

@@ -12,7 +12,7 @@ from deepfake_core.cli import main
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from tests.builders import draw_image, encode, jpeg, stripes
-from tests.serving.test_frames import CONTAINERS, write_numbered
+from tests.numbered_clips import CONTAINERS, write_numbered
 
 OTHERS = {
     "notes.txt": b"Got free Python notes\n" * 300,
