@@ -12,7 +12,7 @@ from deepfake_core.commands.production import confirm as ask
 from deepfake_core.config import CLASS_NAMES, DEFAULT_FEEDBACK, PRODUCTION_URI
 from deepfake_core.detector import UnreadableImageError
 from deepfake_core.errors import ConfigurationError
-from deepfake_core.feedback.records import STATUSES, Entry
+from deepfake_core.feedback.records import STATUSES, FeedbackEntry
 from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.serving.predictor import Predictor, read_image
 from deepfake_core.serving.wrong_verdict import pick_verdict
@@ -95,7 +95,7 @@ def add(options: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _sum_up(entry: Entry) -> str:
+def _sum_up(entry: FeedbackEntry) -> str:
     if not entry.reports:
         return "was rejected before; nothing is kept"
     last = entry.reports[-1]
@@ -143,7 +143,7 @@ def show(options: argparse.Namespace) -> int:
 
 
 def confirm(options: argparse.Namespace) -> int:
-    def decide(feedback: Feedback, by: str) -> Entry:
+    def decide(feedback: Feedback, by: str) -> FeedbackEntry:
         claimed = feedback.read(options.sha256).claimed
         if not options.label and len(claimed) != 1:
             raise ConfigurationError(
@@ -163,7 +163,7 @@ def withdraw(options: argparse.Namespace) -> int:
     return _decide(options, lambda feedback, by: feedback.withdraw(options.sha256, by, options.why))
 
 
-def _decide(options: argparse.Namespace, decide: Callable[[Feedback, str], Entry]) -> int:
+def _decide(options: argparse.Namespace, decide: Callable[[Feedback, str], FeedbackEntry]) -> int:
     entry = decide(open_feedback(options.address), options.by or _name_user())
     label = f" as {entry.label}" if entry.label else ""
     undo = "" if entry.status == "unreviewed" else " `deepfake feedback withdraw` takes it back."

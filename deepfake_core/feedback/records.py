@@ -101,7 +101,7 @@ T = TypeVar("T", Report, Decision)
 
 
 @dataclass(frozen=True)
-class Entry:
+class FeedbackEntry:
     """An image that was reported.
 
     Attributes:
@@ -198,7 +198,7 @@ def parse_time(name: str) -> datetime | None:
     return None
 
 
-def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> Entry:
+def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> FeedbackEntry:
     """Return what the files of an image say.
 
     Args:
@@ -223,7 +223,7 @@ def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> E
     count = sum(name.startswith("report") for name in records)
     if count and not size:
         problems.append("the image is gone or empty")
-    return Entry(sha256, size, tuple(reports), tuple(decisions), count, tuple(problems))
+    return FeedbackEntry(sha256, size, tuple(reports), tuple(decisions), count, tuple(problems))
 
 
 def _read_record(kind: type[T], name: str, content: bytes | None) -> T:

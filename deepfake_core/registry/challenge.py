@@ -20,7 +20,7 @@ from deepfake_core.evaluation.promotion import (
     NOT_MET,
     Comparison,
     Cost,
-    Decision,
+    PromotionDecision,
     Scored,
     compare_scores,
     decide_promotion,
@@ -58,7 +58,7 @@ class Outcome:
         regression: both on the regression set.
     """
 
-    decision: Decision
+    decision: PromotionDecision
     comparison: Comparison | None
     production: str | None
     cost: Cost
@@ -144,7 +144,7 @@ def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome
     tag_version(model_name, version, compared | {names.REASONS: outcome.decision.text})
 
 
-def _record_decision(model_name: str, version: str, decision: Decision, approval_hours: float) -> None:
+def _record_decision(model_name: str, version: str, decision: PromotionDecision, approval_hours: float) -> None:
     if not decision.promoted:
         name_challenger(model_name, version)
     until = datetime.now(UTC) + timedelta(hours=approval_hours)
@@ -167,7 +167,7 @@ def _recall_outcome(
             comparison, regression, _ = _compare_with(other, measured, regression, dataset, parameters)
     met = not any(reason.startswith(NOT_MET) for reason in version.reasons)
     promoted = version.decision == names.PROMOTED if version.decision else met
-    decision = Decision(promoted, tuple(version.reasons), waits=version.decision == names.WAITS)
+    decision = PromotionDecision(promoted, tuple(version.reasons), waits=version.decision == names.WAITS)
     if not version.decision:
         _record_decision(version.name, version.version, decision, parameters.approval_hours)
     return Outcome(decision, comparison, None if other == names.NO_VERSION else other, cost, regression)

@@ -1,6 +1,6 @@
 """From images as they come to verdicts, without TensorFlow.
 
 Read `file_kinds`, `faces`, `predictor` and `verdict`, then `packets`, `frames` and `video` (clips), `explained`
-(pictures with heat maps), `batch_scoring` (tables), `page` (`deepfake serve`),
-`wrong_verdict` (its reports).
+(pictures with heat maps), `batch_scoring` (tables), `load_versions` (from the registry), `comparison` (of two
+versions on a folder), `page` (`deepfake serve`), `wrong_verdict` (its reports), `request_guard` (what it refuses).
 """

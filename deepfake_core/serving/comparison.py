@@ -8,8 +8,8 @@ from deepfake_core.config import CLASS_NAMES
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.evaluation.promotion import Comparison, Scored, compare_scores
 from deepfake_core.registry.versions import ModelVersion
+from deepfake_core.serving.load_versions import load_version
 from deepfake_core.serving.predictor import Predictor
-from deepfake_core.serving.registered import load_version
 
 
 def compare_on_folder(first: ModelVersion, second: ModelVersion, folder: Path) -> tuple[Comparison, int]:

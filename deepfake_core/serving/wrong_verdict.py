@@ -25,7 +25,7 @@ KEPT = (
     "deleted, give them the code that you get: `deepfake feedback forget` removes all of it."
 )
 
-Shown = tuple[str, GivenVerdict]
+ShownVerdict = tuple[str, GivenVerdict]
 """The SHA-256 of an image, and the verdict on it that was shown."""
 
 
@@ -53,7 +53,7 @@ class Reporter:
         self._feedback, self._get = feedback, get
         self._sent: deque[float] = deque(maxlen=MAX_REPORTS_AN_HOUR)
 
-    def report(self, file: Path, label: str, note: str, shown: Shown | None) -> str:
+    def report(self, file: Path, label: str, note: str, shown: ShownVerdict | None) -> str:
         """Keep a report; return what to answer.
 
         Args:
@@ -89,7 +89,7 @@ def add_form(reporter: Reporter, upload: Any, shown: Any, judged: Any) -> None:
     """
     import gradio
 
-    def send(path: str | None, label: str | None, note: str | None, shown: Shown | None) -> str:
+    def send(path: str | None, label: str | None, note: str | None, shown: ShownVerdict | None) -> str:
         if not path or not label:
             raise gradio.Error("Choose an image, and what it is.", print_exception=False)
         try:
@@ -99,7 +99,7 @@ def add_form(reporter: Reporter, upload: Any, shown: Any, judged: Any) -> None:
         except (UnreadableImageError, DeepfakeError) as exc:
             raise gradio.Error(html.escape(f"{exc}"), print_exception=False) from exc
 
-    def reset(shown: Shown | None) -> tuple[Any, None, str, str]:
+    def reset(shown: ShownVerdict | None) -> tuple[Any, None, str, str]:
         return gradio.update(visible=shown is not None, open=False), None, "", ""
 
     with gradio.Accordion("This is wrong", open=False, visible=False) as form:

@@ -18,7 +18,7 @@ from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.registry import connection, detectors, names, probe, production, runs
 from deepfake_core.registry.versions import ModelVersion, list_versions, read_version
-from deepfake_core.serving.registered import find_shadow
+from deepfake_core.serving.load_versions import find_shadow
 from deepfake_core.training.calibration import calibrate_detector
 from tests.builders import find_events, jpeg, stripes, wait_until
 
