@@ -167,7 +167,16 @@ def report_on_model(
     """Log figures and `report.html` to the candidate's run, and describe the version by its model card."""
     settings = runs.read_parameters(best.run_id)
     report = model_report.build_report(
-        model_name, version, trained, best, dataset, measured, robustness, found, read_git_commit(), settings
+        model_name,
+        version,
+        trained=trained,
+        best=best,
+        dataset=dataset,
+        measured=measured,
+        robustness=robustness,
+        outcome=found,
+        commit=read_git_commit(),
+        settings=settings,
     )
     runs.log_figures(best.run_id, report.figures)
     runs.log_text(best.run_id, report.page, names.REPORT)

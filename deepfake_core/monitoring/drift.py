@@ -105,11 +105,16 @@ def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance:
     adjusted = adjust_holm([one.pvalue for one in results])
     shifts = [
         Shift(
-            kind, column, float(one.statistic), p, bool(p < LEVEL and one.statistic >= min_distance),
-            float(before.mean()), float(now.mean()),
+            kind=kind,
+            column=column,
+            distance=float(one.statistic),
+            p=p,
+            drifted=bool(p < LEVEL and one.statistic >= min_distance),
+            before=float(before.mean()),
+            now=float(now.mean()),
         )
         for (kind, column, before, now), one, p in zip(tests, results, adjusted, strict=True)
-    ]  # fmt: skip
+    ]
     return Drift(len(window), tuple(shifts))
 
 
@@ -167,6 +172,13 @@ def measure_agreement(window: pd.DataFrame) -> list[Agreement]:
         chance = ours.mean() * theirs.mean() + (1 - ours.mean()) * (1 - theirs.mean())
         kappa = (same / count - chance) / (1 - chance) if chance < 1 else float("nan")
         found.append(
-            Agreement(str(version), count, same / count, float(interval.low), float(interval.high), float(kappa))
+            Agreement(
+                version=str(version),
+                observations=count,
+                share=same / count,
+                low=float(interval.low),
+                high=float(interval.high),
+                kappa=float(kappa),
+            )
         )
     return found

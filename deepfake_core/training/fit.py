@@ -122,7 +122,9 @@ def train_candidate(
     remedy = "change a parameter of the training, such as its seed"
     with lock_folder(folder, f"a training of {architecture}", remedy):
         detector.mkdir(exist_ok=True)
-        record = EpochRecorder(architecture, recipe, folder, detector, on_epoch, on_progress, len(train))
+        record = EpochRecorder(
+            architecture, recipe, folder, detector, on_epoch=on_epoch, on_progress=on_progress, images=len(train)
+        )
         if not (detector / DESCRIPTION).exists():
             precision = train_checkpoint(training, train, val, folder, record, feeding)
             description = {"architecture": architecture, "trained_in": precision, "image_size": recipe.image_size}
