@@ -35,7 +35,7 @@ from deepfake_core.config import EvaluationParameters, TrainingParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_seen, measure_files
 from deepfake_core.detector import Detector
-from deepfake_core.monitoring.drift import KINDS, LEVEL, MIN_DISTANCE, compare_windows
+from deepfake_core.monitoring.drift import JUDGED_KINDS, MAX_DRIFT_P, MIN_DISTANCE, compare_windows
 from deepfake_core.monitoring.reference import observe_images
 from deepfake_core.storage.files import write_json
 from deepfake_core.training.calibration import calibrate_detector
@@ -154,9 +154,9 @@ def main() -> None:
             "images": {"test": len(ours), "unseen": len(others)},
             "windows": options.windows,
             "window": WINDOW,
-            "level": LEVEL,
+            "level": MAX_DRIFT_P,
             "min_distance": MIN_DISTANCE,
-            "kinds": {kind: measure(kind, seen, options.windows) for kind in KINDS},
+            "kinds": {kind: measure(kind, seen, options.windows) for kind in JUDGED_KINDS},
         },
     )
     print(f"written: {RESULTS}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 REMOVED = "[removed]"
-MIN_SECRET = 8
+MIN_SECRET_CHARACTERS = 8
 """Characters that a value of the environment must have to be searched for: shorter ones are in many words."""
 
 SECRET_NAMES = re.compile(r"(TOKEN|KEY|KEY_ID|SECRET|PASSWORD)$")
@@ -26,7 +26,7 @@ def redact(text: str) -> str:
     for name, value in os.environ.items():
         secret = value.strip()
         if (
-            len(secret) >= MIN_SECRET
+            len(secret) >= MIN_SECRET_CHARACTERS
             and SECRET_NAMES.search(name)
             and secret in text
             and not Path(secret).is_absolute()

@@ -17,23 +17,23 @@ from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.serving.predictor import Predictor, read_image
 from deepfake_core.serving.wrong_verdict import pick_verdict
 
-SHOWN = 12
+SHOWN_DIGITS = 12
 """Characters of a SHA-256 that are shown, and that the commands take for all of it."""
 
-KEPT = (
+WHAT_IS_KEPT = (
     "Kept are the image's bytes, the verdict, the label, the note and the time; nothing about who sends it. "
     "`deepfake feedback forget` removes it."
 )
-WHERE = f"folder or URL that keeps the reports (default: {DEFAULT_FEEDBACK})"
+ADDRESS_HELP = f"folder or URL that keeps the reports (default: {DEFAULT_FEEDBACK})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    adding = commands.add_parser("add", help="report wrong verdicts on images", description=KEPT)
+    adding = commands.add_parser("add", help="report wrong verdicts on images", description=WHAT_IS_KEPT)
     adding.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file, folder of these, or glob")
     adding.add_argument("--label", required=True, choices=CLASS_NAMES, help="what the images are")
     adding.add_argument("--note", default="", metavar="TEXT", help="why, in at most 1,000 characters")
-    adding.add_argument("--to", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=WHERE)
+    adding.add_argument("--to", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=ADDRESS_HELP)
     adding.add_argument("--model", default=PRODUCTION_URI, help=f"what judges them: {MODEL_HELP}")
     adding.add_argument(
         "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--why", default="", metavar="TEXT", help="recorded with the decision")
         command.add_argument("--by", metavar="NAME", help="who decides; recorded too (default: this user's name)")
     for command in (listing, showing, confirming, rejecting, withdrawing, forgetting):
-        command.add_argument("--in", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=WHERE)
+        command.add_argument("--in", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=ADDRESS_HELP)
 
 
 def add(options: argparse.Namespace) -> int:
@@ -91,7 +91,7 @@ def add(options: argparse.Namespace) -> int:
             failed = True
             continue
         entry = feedback.add(image, pick_verdict(judged.verdicts, version), options.label, options.note)
-        print(f"{entry.sha256[:SHOWN]}  {name}: {_sum_up(entry)}")
+        print(f"{entry.sha256[:SHOWN_DIGITS]}  {name}: {_sum_up(entry)}")
     return 2 if failed else 0
 
 
@@ -117,7 +117,7 @@ def list_entries(options: argparse.Namespace) -> int:
     )
     for entry in sorted(entries, key=lambda one: one.first_time):
         told = [entry.reports[-1].verdict.describe(), entry.reports[-1].note] if entry.reports else []
-        cells = (entry.sha256[:SHOWN], entry.label or entry.status, str(entry.count), ", ".join(entry.claimed))
+        cells = (entry.sha256[:SHOWN_DIGITS], entry.label or entry.status, str(entry.count), ", ".join(entry.claimed))
         table.add_row(*cells, escape("\n".join(filter(None, (*told, *entry.problems)))))
     Console().print(table)
     return 0
@@ -167,7 +167,7 @@ def _decide(options: argparse.Namespace, decide: Callable[[Feedback, str], Feedb
     entry = decide(open_feedback(options.address), options.by or _name_user())
     label = f" as {entry.label}" if entry.label else ""
     undo = "" if entry.status == "unreviewed" else " `deepfake feedback withdraw` takes it back."
-    print(f"{entry.sha256[:SHOWN]} is {entry.status}{label}.{undo}")
+    print(f"{entry.sha256[:SHOWN_DIGITS]} is {entry.status}{label}.{undo}")
     return 0
 
 
@@ -181,11 +181,11 @@ def _name_user() -> str:
 def forget(options: argparse.Namespace) -> int:
     feedback = open_feedback(options.address)
     entry = feedback.read(options.sha256)
-    if not ask(options, f"Remove {entry.sha256[:SHOWN]} with its {entry.counted} and decisions for good?"):
+    if not ask(options, f"Remove {entry.sha256[:SHOWN_DIGITS]} with its {entry.counted} and decisions for good?"):
         return 1
     feedback.forget(entry.sha256)
     print(
-        f"{entry.sha256[:SHOWN]} is forgotten in {feedback.address}. Data sets that hold it keep it until they are "
+        f"{entry.sha256[:SHOWN_DIGITS]} is forgotten in {feedback.address}. Data sets that hold it keep it until they are "
         "removed: `deepfake gc`."
     )
     return 0

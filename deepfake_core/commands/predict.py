@@ -18,7 +18,7 @@ from deepfake_core.detector import MAX_BYTES, Detector
 from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
-from deepfake_core.serving.verdict import COLUMNS, Judged, Verdict
+from deepfake_core.serving.verdict import VERDICT_COLUMNS, Judged, Verdict
 
 STANDARD_INPUT = "standard input"
 
@@ -189,7 +189,7 @@ def _print_json(verdicts: Sequence[Verdict]) -> None:
 
 
 def _make_csv_printer() -> Callable[[Sequence[Verdict]], None]:
-    writer = csv.DictWriter(sys.stdout, COLUMNS)
+    writer = csv.DictWriter(sys.stdout, VERDICT_COLUMNS)
     writer.writeheader()
 
     def show(verdicts: Sequence[Verdict]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, ks_2samp
 
-COLUMNS = {
+COMPARED_COLUMNS = {
     "probability": "P(fake)",
     "sure": "share of sure verdicts",
     "side": "face side in pixels",
@@ -18,11 +18,11 @@ COLUMNS = {
 }
 """The columns that are compared, and how they are called."""
 
-KINDS = {"face": "faces", "whole": "whole images"}
+JUDGED_KINDS = {"face": "faces", "whole": "whole images"}
 """Faces that were cut out of images are compared with such faces, and whole images with whole images."""
 
 MIN_OBSERVATIONS = 100
-LEVEL = 0.01
+MAX_DRIFT_P = 0.01
 """Probability that a window from the same world alarms, at most, over all columns together.
 
 That is the average over references. All windows of a version are compared with one, of which more than 1 in 100 may
@@ -38,7 +38,7 @@ class Shift:
     """One column of the window against the reference.
 
     Attributes:
-        kind: a name in `KINDS`.
+        kind: a name in `JUDGED_KINDS`.
         distance: of Kolmogorov and Smirnov, 0 to 1: the largest difference between the shares below any value.
         p: probability of such a distance by chance, adjusted for the number of columns (Holm).
         drifted: whether it is neither chance nor small.
@@ -58,7 +58,7 @@ class Shift:
         found = f"mean {_show(self.now)}, on the test split {_show(self.before)}"
         chance = f"distance {self.distance:.2f}, p {f'= {self.p:.2g}' if self.p >= 0.0001 else '< 0.0001'}"
         verdict = "has changed" if self.drifted else "no change"
-        return f"{COLUMNS[self.column]} of {KINDS[self.kind]}: {verdict} ({found}; {chance})"
+        return f"{COMPARED_COLUMNS[self.column]} of {JUDGED_KINDS[self.kind]}: {verdict} ({found}; {chance})"
 
 
 @dataclass(frozen=True)
@@ -84,20 +84,20 @@ class Drift:
 
 
 def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance: float = MIN_DISTANCE) -> Drift:
-    """Compare each column by the two-sample test of Kolmogorov and Smirnov, all together at `LEVEL` (Holm 1979).
+    """Compare each column by the two-sample test of Kolmogorov and Smirnov, all together at `MAX_DRIFT_P` (Holm 1979).
 
     A column that neither has is left out. No JPEG counts as quality 0, so that another share of JPEGs is a change too.
 
     Args:
-        reference: observations (`observations.SCHEMA`) of the version's test split; likewise `window`, of users.
+        reference: observations (`OBSERVATION_SCHEMA`) of the version's test split; likewise `window`, of users.
         min_distance: below it, a column has not drifted.
     """
     tests: list[tuple[str, str, np.ndarray, np.ndarray]] = []
-    for kind in KINDS:
+    for kind in JUDGED_KINDS:
         before, now = (rows[rows["face"].notna() == (kind == "face")] for rows in (reference, window))
         if min(len(before), len(now)) < MIN_OBSERVATIONS:
             continue
-        for column in COLUMNS:
+        for column in COMPARED_COLUMNS:
             ours, theirs = _read_column(before, column), _read_column(now, column)
             if min(len(ours), len(theirs)) >= MIN_OBSERVATIONS:
                 tests.append((kind, column, ours, theirs))
@@ -109,7 +109,7 @@ def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance:
             column=column,
             distance=float(one.statistic),
             p=p,
-            drifted=bool(p < LEVEL and one.statistic >= min_distance),
+            drifted=bool(p < MAX_DRIFT_P and one.statistic >= min_distance),
             before=float(before.mean()),
             now=float(now.mean()),
         )

@@ -14,7 +14,7 @@ import pyarrow
 from pyarrow import parquet
 
 from deepfake_core.errors import ConfigurationError
-from deepfake_core.monitoring.observations import SCHEMA, Row, list_rows
+from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA, Row, list_rows
 from deepfake_core.serving.verdict import Judged
 from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.store import open_store
@@ -135,9 +135,9 @@ def open_observer(address: str, shadow: bool = False) -> AbstractContextManager[
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a Parquet file anew with more rows, whole or not at all."""
-    with write_beside(path) as beside, parquet.ParquetWriter(beside, SCHEMA) as writer:
+    with write_beside(path) as beside, parquet.ParquetWriter(beside, OBSERVATION_SCHEMA) as writer:
         if path.exists():
             with parquet.ParquetFile(path) as before:
                 for batch in before.iter_batches(MAX_ROWS_AT_ONCE):
                     writer.write_batch(batch)
-        writer.write_table(pyarrow.Table.from_pylist(list(rows), SCHEMA))
+        writer.write_table(pyarrow.Table.from_pylist(list(rows), OBSERVATION_SCHEMA))

@@ -26,7 +26,7 @@ ROWS_READ = 8
 ROWS_WRITTEN = 5000
 """Rows of scores that are kept before they are written."""
 
-SCHEMA = pyarrow.schema(
+SCORES_SCHEMA = pyarrow.schema(
     [
         ("image", pyarrow.string()),
         ("sha256", pyarrow.string()),
@@ -79,7 +79,7 @@ def score_images(
     counts: Counter[str] = Counter()
     hashes: list[str] = []
     rows: list[dict[str, object]] = []
-    with write_beside(output) as beside, parquet.ParquetWriter(beside, SCHEMA) as writer:
+    with write_beside(output) as beside, parquet.ParquetWriter(beside, SCORES_SCHEMA) as writer:
         for done, judged in enumerate(predictor.judge(sources()), 1):
             hashes.append(judged.sha256)
             counts.update(verdict.outcome for verdict in judged.verdicts)
@@ -87,11 +87,11 @@ def score_images(
                 observer.add(judged)
             rows += _list_rows(judged)
             if len(rows) >= ROWS_WRITTEN:
-                writer.write_table(pyarrow.Table.from_pylist(rows, SCHEMA))
+                writer.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA))
                 rows = []
             if on_progress:
                 on_progress(done, total)
-        writer.write_table(pyarrow.Table.from_pylist(rows, SCHEMA))
+        writer.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA))
     digest = hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()[:16]
     return ScoredTable(len(hashes), digest, dict(counts))
 
@@ -130,4 +130,4 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
 def _list_rows(judged: Judged) -> Iterator[dict[str, object]]:
     for verdict in judged.verdicts:
         row = verdict.as_row()
-        yield {name: judged.sha256 if name == "sha256" else row[name] for name in SCHEMA.names}
+        yield {name: judged.sha256 if name == "sha256" else row[name] for name in SCORES_SCHEMA.names}

@@ -9,7 +9,7 @@ from deepfake_core.errors import ConfigurationError
 
 HEAD_BYTES = 4096
 
-MAX_NAMED = 20
+MAX_FILES_NAMED = 20
 """Files that a message names."""
 
 PICTURE_BRANDS = rb"avi[fs]|crx |hei[cfmsx]|hev[cmsx]|jxl |mi[af][1f]|msf1"
@@ -62,8 +62,8 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def list_names(files: Sequence[Path]) -> str:
     """Return the files' names as a line: the first of them, where there are many."""
-    more = f" and {len(files) - MAX_NAMED:,} more" if len(files) > MAX_NAMED else ""
-    return ", ".join(map(str, files[:MAX_NAMED])) + more
+    more = f" and {len(files) - MAX_FILES_NAMED:,} more" if len(files) > MAX_FILES_NAMED else ""
+    return ", ".join(map(str, files[:MAX_FILES_NAMED])) + more
 
 
 def _name_kind(file: Path) -> str:

@@ -104,7 +104,7 @@ class Verdict:
         return "unreadable" if self.unreadable else self.label or "no face"
 
     def as_row(self) -> dict[str, Any]:
-        """Return it as plain values by `COLUMNS`; those of a clip for a clip alone."""
+        """Return it as plain values by `VERDICT_COLUMNS`; those of a clip for a clip alone."""
         row = asdict(self)
         clip, _ = row.pop("clip"), row.pop("observed")
         return row | (clip or {})
@@ -120,7 +120,7 @@ class Verdict:
         return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}{unsure}{warning}"
 
 
-COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name not in ("clip", "observed"))
+VERDICT_COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name not in ("clip", "observed"))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from prefect.client.orchestration import get_client
 
 from deepfake_core.config import WatchParameters
 from deepfake_core.errors import ModelError
-from deepfake_core.monitoring.observations import SCHEMA
+from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA
 from deepfake_core.monitoring.observer import append_rows
 from deepfake_core.registry import connection, production, runs, windows
 from deepfake_core.registry.versions import read_version
@@ -27,7 +27,7 @@ def draw_rows(count: int, version: str = f"{NAME}/1", seed: int = 0, quality: fl
     random = np.random.default_rng(seed)
     return [
         {
-            **dict.fromkeys(SCHEMA.names),
+            **dict.fromkeys(OBSERVATION_SCHEMA.names),
             "time": datetime.now(UTC) - timedelta(minutes=1),
             "version": version,
             "face": 1,
@@ -59,7 +59,7 @@ def watched(tracking):
     client = connection.connect()
     client.create_registered_model(NAME)
     with runs.open_run("cnn") as run_id:
-        windows.log_reference(run_id, pyarrow.Table.from_pylist(draw_rows(500, seed=1), SCHEMA))
+        windows.log_reference(run_id, pyarrow.Table.from_pylist(draw_rows(500, seed=1), OBSERVATION_SCHEMA))
     client.create_model_version(NAME, "file:///nowhere", run_id, tags={"decision": "promoted"})
     production.move_production(NAME, "1", None, "test")
     return run_id, tracking / "seen"
