@@ -4,6 +4,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
 from deepfake_core.config import (
+    DEFAULT_DATA_DIR,
     DEFAULT_KEEP,
     DEFAULT_KEEP_OBSERVATIONS_DAYS,
     DEFAULT_KEEP_REJECTED_DAYS,
@@ -18,7 +19,7 @@ from tasks.data import remove_unneeded
 @flow(name="clean")
 def clean(
     keep: int = DEFAULT_KEEP,
-    data_dir: str = "data",
+    data_dir: str = DEFAULT_DATA_DIR,
     model_name: str = DEFAULT_MODEL,
     dry_run: bool = False,
     feedback: str = "",

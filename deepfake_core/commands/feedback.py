@@ -185,7 +185,7 @@ def forget(options: argparse.Namespace) -> int:
         return 1
     feedback.forget(entry.sha256)
     print(
-        f"{entry.sha256[:SHOWN_DIGITS]} is forgotten in {feedback.address}. Data sets that hold it keep it until they are "
-        "removed: `deepfake gc`."
+        f"{entry.sha256[:SHOWN_DIGITS]} is forgotten in {feedback.address}. Data sets that hold it keep it until they "
+        "are removed: `deepfake gc`."
     )
     return 0

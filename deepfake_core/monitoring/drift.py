@@ -29,9 +29,6 @@ That is the average over references. All windows of a version are compared with 
 alarm: it is lower than the 5 in 100 that are promised, therefore.
 """
 
-MIN_DISTANCE = 0.1
-"""Smallest distance between two distributions that counts as a change, however many observations there are."""
-
 
 @dataclass(frozen=True)
 class Shift:
@@ -83,7 +80,7 @@ class Drift:
         return bool(self.changed) if self.shifts else None
 
 
-def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance: float = MIN_DISTANCE) -> Drift:
+def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance: float) -> Drift:
     """Compare each column by the two-sample test of Kolmogorov and Smirnov, all together at `MAX_DRIFT_P` (Holm 1979).
 
     A column that neither has is left out. No JPEG counts as quality 0, so that another share of JPEGs is a change too.

@@ -64,7 +64,7 @@ def _plot_column(axes: "object", reference: pd.DataFrame, window: pd.DataFrame, 
     parts = [rows.loc[rows["face"].notna() == (shift.kind == "face"), shift.column] for rows in (reference, window)]
     values = [part.astype("float64").fillna(0).to_numpy() for part in parts]
     edges = np.histogram_bin_edges(np.concatenate(values), BINS)
-    for one, label, colour in zip(values, ("test split", "production"), ("#bbbbbb", "#d95f0e"), strict=True):
+    for one, label, colour in zip(values, ("test split", "production"), ("#bbbbbb", "#756bb1"), strict=True):
         axes.hist(  # type: ignore[attr-defined]
             one, bins=edges, weights=np.full(len(one), 1 / len(one)), color=colour, alpha=0.6, label=label
         )
