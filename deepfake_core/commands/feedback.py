@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepfake_core.commands.model import MODEL_HELP, load_named_model
-from deepfake_core.commands.predict import find_sources
+from deepfake_core.commands.predict import find_images
 from deepfake_core.commands.production import confirm as ask
 from deepfake_core.config import CLASS_NAMES, DEFAULT_FEEDBACK, PRODUCTION_URI
 from deepfake_core.detector import UnreadableImageError
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add(options: argparse.Namespace) -> int:
     """Judge the images and report them; return 2 if one could not be read."""
-    sources, _ = find_sources(options.images)
-    if not sources:
+    named, _ = find_images(options.images)
+    if not named:
         raise ConfigurationError(
             f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
         )
@@ -78,9 +78,9 @@ def add(options: argparse.Namespace) -> int:
     detector, version = load_named_model(options.model)
     predictor = Predictor(detector, detect=not options.no_detect)
     failed = False
-    for name, source in sources:
+    for name, data in named:
         try:
-            image = read_image(source)
+            image = read_image(data)
         except (UnreadableImageError, OSError) as exc:
             print(f"deepfake: {name}: {getattr(exc, 'strerror', None) or exc}", file=sys.stderr)
             failed = True

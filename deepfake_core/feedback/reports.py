@@ -196,7 +196,7 @@ class Feedback:
         if entry.status != "rejected":
             return False
         for name in sorted(self._objects.scan(entry.sha256)):  # the image first
-            if not name[65:].startswith("decision"):
+            if not name.partition("/")[2].startswith("decision"):
                 self._objects.remove(name)
         return True
 
@@ -234,11 +234,11 @@ class Feedback:
             sha256, _, file = name.partition("/")
             if SHA256.fullmatch(sha256) and (file == IMAGE or parse_time(file)):
                 found[sha256] = {}
-                images |= {sha256: size} if file == IMAGE else {}
-                records |= {name: size} if file != IMAGE else {}
+                (images if file == IMAGE else records)[name] = size
         for name, content in self._objects.read_all(records, MAX_RECORD_BYTES).items():
-            found[name[:64]][name[65:]] = content
-        return [make_entry(sha256, images.get(sha256, 0), found[sha256]) for sha256 in sorted(found)]
+            sha256, _, file = name.partition("/")
+            found[sha256][file] = content
+        return [make_entry(sha256, images.get(f"{sha256}/{IMAGE}", 0), found[sha256]) for sha256 in sorted(found)]
 
 
 def open_feedback(address: str | Path) -> Feedback:

@@ -88,13 +88,13 @@ class Observer:
             with self._lock:
                 rows, self._rows = self._rows, []
             try:
-                self._write(rows)
+                self.write_rows(rows)
             except Exception as exc:  # noqa: BLE001 - whatever fails here, verdicts go on
                 self._warn(str(exc))
             with self._lock:
                 self._rows = [*rows, *self._rows][-MAX_WAITING_ROWS:]
 
-    def _write(self, rows: list[Row]) -> None:
+    def write_rows(self, rows: list[Row]) -> None:
         """Write rows, and remove them from the list once they are on this disk; then publish them."""
         while rows:
             day = rows[0]["time"].date()

@@ -28,15 +28,15 @@ def compare_on_folder(first: ModelVersion, second: ModelVersion, folder: Path) -
     images = [(file, label) for file, label in files if file.is_file()]
     if {label for _, label in images} != {0, 1}:
         raise ConfigurationError(f"--split must be a folder with images in real/ and in fake/. Received: {folder}")
-    sources = [(str(file), file) for file, _ in images]
+    named = [(str(file), file) for file, _ in images]
     scored, readable = [], np.ones(len(images), bool)
     detectors = [load_version(version.name, version.version) for version in (first, second)]
     for detector in detectors:
-        judged = Predictor(detector, detect=False).judge(sources)
+        judged = Predictor(detector, detect=False).judge(named)
         scores = np.array([one.verdicts[0].fake_probability for one in judged], np.float64)  # None becomes NaN
         readable &= ~np.isnan(scores)
         scored.append(Scored(scores, detector.threshold))
-    names = [name for name, _ in sources]
+    names = [name for name, _ in named]
     rows = {"source": [folder.name] * len(images), "member": names, "group": names}
     labels = np.array([label for _, label in images])
     comparison = compare_scores(labels, rows, scored[0], scored[1], left_out=~readable)

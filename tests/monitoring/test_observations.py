@@ -85,7 +85,7 @@ def test_rows_of_a_day_are_one_file_and_midnight_begins_another(tmp_path):
     writer = Observer(str(tmp_path))
     rows = [make_row(NOW + timedelta(seconds=20 * step), probability=step / 10) for step in range(6)]
     for some in (rows[:2], rows[2:5], rows[5:]):
-        writer._write(some)
+        writer.write_rows(some)
     writer.close()
     files = list_files(tmp_path)
     assert [file.parent.name for file in files] == ["2030-01-01", "2030-01-02"]

@@ -120,7 +120,7 @@ def test_a_decision_stays_what_it_was_when_only_the_report_is_missing(killed, mo
     assert moves == []
 
 
-def test_a_version_that_a_person_promoted_before_it_was_decided_is_compared_with_what_it_replaced(killed):
+def test_a_version_promoted_by_hand_is_compared_with_what_it_replaced(killed):
     other = mlflow.MlflowClient().copy_model_version(f"models:/{NAME}/1", NAME).version
     mlflow.MlflowClient().set_model_version_tag(NAME, other, names.FINGERPRINT, "another")
     production.move_production(NAME, other, None, "first")

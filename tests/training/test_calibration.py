@@ -99,7 +99,7 @@ def test_the_worst_source_decides_and_one_of_few_reals_is_taken_with_the_others(
     assert "the 160 reals of all sources, as hard has fewer than 50" in caplog.text
 
 
-def test_no_false_alarm_rate_is_kept_on_confirmed_reports_which_are_chosen_for_their_false_alarms(caplog):
+def test_confirmed_reports_set_no_false_alarm_rate(caplog):
     scores = np.concatenate([np.linspace(0, 0.6, 100), np.linspace(0.6, 1, 60), np.linspace(0.5, 1, 100)])
     labels = np.repeat([0, 1], [160, 100])
     sources = np.repeat(["usual", "feedback", "usual"], [100, 60, 100])
