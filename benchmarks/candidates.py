@@ -28,7 +28,7 @@ from deepfake_core.config import Architecture, DataParameters, Recipe, TrainingP
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.data.images import load_seen
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation.metrics import Evaluation, evaluate_detector
+from deepfake_core.evaluation.evaluation import Evaluation, evaluate_detector
 from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.models import CANDIDATES

@@ -31,11 +31,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from deepfake_core.config import EvaluationParameters, TrainingParameters
+from deepfake_core.config import EvaluationParameters, TrainingParameters, WatchParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_seen, measure_files
 from deepfake_core.detector import Detector
-from deepfake_core.monitoring.drift import KINDS, LEVEL, MIN_DISTANCE, compare_windows
+from deepfake_core.monitoring.drift import JUDGED_KINDS, MAX_DRIFT_P, compare_windows
 from deepfake_core.monitoring.reference import observe_images
 from deepfake_core.storage.files import write_json
 from deepfake_core.training.calibration import calibrate_detector
@@ -86,7 +86,9 @@ def draw(rows: pd.DataFrame, count: int, random: np.random.Generator) -> pd.Data
 
 
 def count_alarms(reference: pd.DataFrame, windows: list[pd.DataFrame]) -> float:
-    return float(np.mean([compare_windows(reference, window).drifted for window in windows]))
+    return float(
+        np.mean([compare_windows(reference, window, WatchParameters().min_distance).drifted for window in windows])
+    )
 
 
 def mix(ours: pd.DataFrame, others: pd.DataFrame, share: float, count: int, random: Any) -> pd.DataFrame:
@@ -106,7 +108,9 @@ def measure(kind: str, seen: dict[str, pd.DataFrame], windows: int) -> dict[str,
     for _ in range(windows):
         order = random.permutation(len(ours))
         halves.append((ours.iloc[order[::2]], draw(ours.iloc[order[1::2]], WINDOW, random)))
-    alarms["disjoint"] = float(np.mean([compare_windows(*half).drifted for half in halves]))
+    alarms["disjoint"] = float(
+        np.mean([compare_windows(*half, WatchParameters().min_distance).drifted for half in halves])
+    )
     fifth = [mix(ours, rows["unseen"], 0.2, WINDOW, random) for _ in range(windows)]
     alarms["one in five unseen"] = count_alarms(ours, fifth)
     smallest = {
@@ -154,9 +158,9 @@ def main() -> None:
             "images": {"test": len(ours), "unseen": len(others)},
             "windows": options.windows,
             "window": WINDOW,
-            "level": LEVEL,
-            "min_distance": MIN_DISTANCE,
-            "kinds": {kind: measure(kind, seen, options.windows) for kind in KINDS},
+            "level": MAX_DRIFT_P,
+            "min_distance": WatchParameters().min_distance,
+            "kinds": {kind: measure(kind, seen, options.windows) for kind in JUDGED_KINDS},
         },
     )
     print(f"written: {RESULTS}")

@@ -36,10 +36,10 @@ from deepfake_core.config import (
 )
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.detector import Detector, open_image, resize_image
-from deepfake_core.evaluation.metrics import evaluate_scores
+from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
-from deepfake_core.registry import runs, versions
+from deepfake_core.registry import names, runs, versions
 from deepfake_core.registry.detectors import pull_detector
 from deepfake_core.storage.files import write_json
 from flows.prepare import prepare
@@ -162,7 +162,7 @@ def run_twice(
     reals = full.manifest[full.manifest["sha256"].isin(tested.loc[tested["label"] == "real", "sha256"])]
     reals = reals[reals["kept"] & (reals["source"] == SET)]
     feedback = dataset.manifest[dataset.manifest["kept"] & (dataset.manifest["source"] == FEEDBACK)]
-    table = runs.read_text(version.run_id, "evaluation/regression.csv")
+    table = runs.read_text(version.run_id, names.REGRESSION_TABLE)
     return {
         "training": training.model_dump(mode="json"),
         "images": {name: len(rows) for name, rows in parts.items()} | {"reals": len(reals)},

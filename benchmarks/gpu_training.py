@@ -44,7 +44,7 @@ from deepfake_core.data.images import Images
 from deepfake_core.models import CANDIDATES
 from deepfake_core.training.accelerator import Feeding
 from deepfake_core.training.augmentation import crop_side
-from deepfake_core.training.checkpoints import HISTORY, Record
+from deepfake_core.training.checkpoints import HISTORY, EpochRecorder
 from deepfake_core.training.devices import describe_hardware
 from deepfake_core.training.fit import Training, train_checkpoint
 
@@ -115,7 +115,7 @@ def measure(
     training = Training(architecture, recipe)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as state:
-        record = Record(architecture, recipe, Path(state), Path(state), None, None, count)
+        record = EpochRecorder(architecture, recipe, Path(state), Path(state), None, None, count)
         train_checkpoint(training, train, val, Path(state), record, feeding)
         history = pd.read_csv(Path(state) / HISTORY)
     keras.utils.clear_session(free_memory=True)

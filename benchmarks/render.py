@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from deepfake_core.config import SPLITS
-from deepfake_core.evaluation.metrics import Estimate, per_100
+from deepfake_core.evaluation.evaluation import Estimate, per_100
 
 ROOT = Path(__file__).parents[1]
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from deepfake_core.config import DataParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
-from deepfake_core.registry import runs, versions
+from deepfake_core.registry import names, runs, versions
 from deepfake_core.reports.outcome import print_outcome
 from deepfake_core.storage.files import write_json
 from flows.prepare import prepare
@@ -65,7 +65,7 @@ def main() -> None:
                 "dataset_version": published.version,
                 "metrics": dict(sorted(registered.metrics.items())),
                 "architecture": registered.tags["architecture"],
-                "threshold": float(runs.read_parameters(registered.run_id)["threshold"]),
+                "threshold": float(runs.read_parameters(registered.run_id)[names.THRESHOLD]),
                 "decision": registered.tags["decision"],
                 "reasons": registered.tags["reasons"],
                 "seconds": {"prepare": prepared, "prepare again": prepared_again, "retrain": trained},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deepfake_core.commands import feedback, model, predict, production, versions
 from deepfake_core.config import (
+    DEFAULT_DATA_DIR,
     DEFAULT_KEEP,
     DEFAULT_KEEP_OBSERVATIONS_DAYS,
     DEFAULT_KEEP_REJECTED_DAYS,
@@ -128,7 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="newest data sets, archives of each source, and versions' model files that stay, besides those in use "
         f"(default: {DEFAULT_KEEP})",
     )
-    gc.add_argument("--data-dir", default="data", metavar="DIR", help="data folder, or its URL (default: data)")
+    gc.add_argument(
+        "--data-dir",
+        default=DEFAULT_DATA_DIR,
+        metavar="DIR",
+        help=f"data folder, or its URL (default: {DEFAULT_DATA_DIR})",
+    )
     gc.add_argument(
         "--keep-rejected-days",
         type=int,

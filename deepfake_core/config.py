@@ -44,10 +44,12 @@ DEFAULT_KEEP = 3
 DEFAULT_KEEP_REJECTED_DAYS = 30
 """How long housekeeping keeps the image and the notes of a report that a person rejected."""
 
-DEFAULT_FEEDBACK = "data/feedback"
+DEFAULT_DATA_DIR = "data"
+
+DEFAULT_FEEDBACK = f"{DEFAULT_DATA_DIR}/feedback"
 """Folder of reports on wrong verdicts."""
 
-DEFAULT_OBSERVATIONS = "data/observations"
+DEFAULT_OBSERVATIONS = f"{DEFAULT_DATA_DIR}/observations"
 """Folder of what is observed in production, which `watch` reads and housekeeping cleans."""
 
 DEFAULT_KEEP_OBSERVATIONS_DAYS = 90
@@ -190,7 +192,7 @@ class DataParameters(Parameters):
         description="Data sets to merge. Where two hold the same picture equally large, the one listed first keeps it.",
     )
     data_dir: str = Field(
-        default="data",
+        default=DEFAULT_DATA_DIR,
         min_length=1,
         description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
         "without credentials, such as s3://bucket/deepfake.",

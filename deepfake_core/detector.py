@@ -23,7 +23,7 @@ from .description import CLASS_NAMES as CLASS_NAMES
 from .description import DESCRIPTION as DESCRIPTION
 from .description import InvalidModelError as InvalidModelError
 from .description import read_description, require
-from .input_gate import Measures, find_reason, read_jpeg_quality
+from .input_gate import ImageQuality, find_reason, read_jpeg_quality
 
 BATCH_SIZE = 8
 """Images scored at a time: larger batches take longer on CPUs, and more memory."""
@@ -180,18 +180,18 @@ class Detector:
         return CLASS_NAMES[float(score) >= self.threshold]
 
     def judge(
-        self, score: float, measured: Measures | None = None, low: float | None = None, high: float | None = None
+        self, score: float, quality: ImageQuality | None = None, low: float | None = None, high: float | None = None
     ) -> Judgement:
         """Return what a P(fake) means.
 
         Args:
-            measured: of what was scored; None leaves the limits out.
+            quality: of what was scored; None leaves the limits out.
             low: the lowest P(fake) that must be beyond the bound too, for a clip; likewise `high`, the highest.
         """
         label, bounds = self.label(score), self.description.get("bounds")
         if bounds is None:
             return Judgement(label, None, None)
-        reason = find_reason(measured, self.description["limits"]) if measured else None
+        reason = find_reason(quality, self.description["limits"]) if quality else None
         lower, upper = bounds["lower"], bounds["upper"]
         least, most = score if low is None else low, score if high is None else high
         if reason is None and not (least > upper if label == "fake" else most < lower):
@@ -207,12 +207,12 @@ class Detector:
 
     def _predict_batch(self, images: Sequence[bytes]) -> list[Prediction]:
         pixels: list[np.ndarray] = []
-        found: list[Measures | str] = []
+        found: list[ImageQuality | str] = []
         for data in images:
             try:
                 with open_image(data) as image:
                     pixels.append(resize_image(image, self.image_size))
-                    found.append(Measures.take(image, pixels[-1], read_jpeg_quality(image)))
+                    found.append(ImageQuality.take(image, pixels[-1], read_jpeg_quality(image)))
             except UnreadableImageError as exc:
                 found.append(str(exc))
         scores = iter(self.score(np.stack(pixels)) if pixels else ())
@@ -223,6 +223,6 @@ class Detector:
             for one in found
         ]
 
-    def _predict(self, score: float, measured: Measures) -> Prediction:
-        judged = self.judge(score, measured)
+    def _predict(self, score: float, quality: ImageQuality) -> Prediction:
+        judged = self.judge(score, quality)
         return Prediction(judged.label, score, self.threshold, judged.sure, judged.reason)

@@ -24,12 +24,7 @@ from deepfake_core.errors import ConfigurationError
 from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.monitoring.observations import list_day, list_old_days, remove_day
 from deepfake_core.registry.connection import connect
-from deepfake_core.registry.model_files import (
-    ModelFiles,
-    find_needed_datasets,
-    find_unneeded_files,
-    remove_model_files,
-)
+from deepfake_core.registry.model_files import ModelFiles, find_needed_datasets, find_unneeded_files, remove_model_files
 from deepfake_core.registry.versions import has_versions
 from deepfake_core.storage.files import remove_folder
 from deepfake_core.storage.locks import lock_folder
@@ -60,6 +55,10 @@ class Removal:
     model_files: ModelFiles | None = None
     rejected: str = ""
     day: tuple[Store, str] | None = None
+
+
+def sum_up(removals: Sequence[Removal]) -> str:
+    return f"{len(removals)} items, {sum(one.bytes for one in removals) / 1e6:,.1f} MB"
 
 
 def clean(

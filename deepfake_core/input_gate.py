@@ -17,7 +17,7 @@ JPEG_LUMA_SUM = 3688
 
 
 @dataclass(frozen=True)
-class Measures:
+class ImageQuality:
     """What is measured of an image, or of the part of one that is judged; the more, the better.
 
     Attributes:
@@ -32,7 +32,7 @@ class Measures:
     jpeg_quality: float | None = None
 
     @classmethod
-    def take(cls, part: Image.Image, pixels: np.ndarray, jpeg_quality: float | None) -> "Measures":
+    def take(cls, part: Image.Image, pixels: np.ndarray, jpeg_quality: float | None) -> "ImageQuality":
         """Measure a part of an image.
 
         Args:
@@ -42,7 +42,7 @@ class Measures:
         return cls(min(part.size), measure_sharpness(pixels), jpeg_quality)
 
 
-MEASURES = tuple(one.name for one in fields(Measures))
+MEASURES = tuple(one.name for one in fields(ImageQuality))
 
 REASONS = {
     "side": "shorter side of {value:.0f} pixels; calibrated on {limit:.0f} and more",
@@ -79,20 +79,20 @@ def estimate_jpeg_quality(table: Sequence[int]) -> float | None:
     return (200 - percent) / 2 if percent <= 100 else 5000 / percent
 
 
-def fit_limits(measured: Sequence[Measures]) -> dict[str, float]:
+def fit_limits(qualities: Sequence[ImageQuality]) -> dict[str, float]:
     """Return the limit of each measure, below which 1 in 100 of the images lie; none where no image has the measure."""
     limits = {}
     for name in MEASURES:
-        values = sorted(value for one in measured if (value := getattr(one, name)) is not None)
+        values = sorted(value for one in qualities if (value := getattr(one, name)) is not None)
         if values:
             limits[name] = float(values[int(LIMIT_SHARE * len(values))])
     return limits
 
 
-def find_reason(measured: Measures, limits: Mapping[str, float]) -> str | None:
+def find_reason(quality: ImageQuality, limits: Mapping[str, float]) -> str | None:
     """Return why an image is unlike those that the limits come from; None if it is like them."""
     for name, limit in limits.items():
-        value = getattr(measured, name)
+        value = getattr(quality, name)
         if value is not None and value < limit:
             return REASONS[name].format(value=value, limit=limit)
     return None

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 CODE = HERE / "code" if (HERE / "code").is_dir() else HERE  # in a registered version; while it is being logged
 
 
-def load_detector() -> Any:
+def import_detector() -> Any:
     """Import `Detector` from the files beside this one, as a package of which this process knows no name.
 
     As modules of their names, two versions in one process, or another `detector` there, would share what came first.
@@ -37,7 +37,7 @@ def load_detector() -> Any:
             del sys.modules[name]
 
 
-Detector = load_detector()
+Detector = import_detector()
 
 
 FORMS = "must be an image as bytes, base64 or a base64 data URL, not a path, an address or nothing"

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote
 
 REMOVED = "[removed]"
-MIN_SECRET = 8
+MIN_SECRET_CHARACTERS = 8
 """Characters that a value of the environment must have to be searched for: shorter ones are in many words."""
 
 SECRET_NAMES = re.compile(
@@ -34,10 +34,10 @@ def redact(text: str) -> str:
     """Return the text without what is secret by its form, or as a value of the environment whose name says so."""
     for name, value in os.environ.items():
         secret = value.strip()
-        if len(secret) < MIN_SECRET or not SECRET_NAMES.search(name) or os.path.exists(secret):  # noqa: PTH110 - any text
+        if len(secret) < MIN_SECRET_CHARACTERS or not SECRET_NAMES.search(name) or os.path.exists(secret):  # noqa: PTH110 - any text
             continue
-        for form in (secret, quote(secret, safe="")):
-            text = text.replace(form, REMOVED)
+        for written in (secret, quote(secret, safe="")):
+            text = text.replace(written, REMOVED)
     for form, shown in SECRET_FORMS:
         text = form.sub(shown, text)
     return text

@@ -19,7 +19,7 @@ BLOCK = "deepfake-alerts"
 RETRAIN = "retrain/manual"
 """The deployment that drift may start."""
 
-OURS = {"prefect.resource.id": "prefect.tag.deepfake", "prefect.resource.role": "tag"}
+OWN_FLOWS = {"prefect.resource.id": "prefect.tag.deepfake", "prefect.resource.role": "tag"}
 """All deployments of prefect.yaml have this tag."""
 
 LATE = timedelta(minutes=10)
@@ -76,7 +76,7 @@ def make_automations(
         name="deepfake: a run that fell silent is crashed",
         description="Its process or machine is gone. Set to Crashed, it no longer blocks the next run.",
         trigger=EventTrigger(
-            match_related=[OURS, HAS_A_PROCESS],
+            match_related=[OWN_FLOWS, HAS_A_PROCESS],
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *ENDED},
             for_each={"prefect.resource.id"},
@@ -113,7 +113,7 @@ def make_automations(
     failed = AutomationCore(
         name="deepfake: a run failed",
         trigger=EventTrigger(
-            match_related=OURS,
+            match_related=OWN_FLOWS,
             expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut"},
             for_each={"prefect.resource.id"},
             posture=Posture.Reactive,  # a default, which the client leaves out when it updates, and the server misses
@@ -130,7 +130,7 @@ def make_automations(
     waiting = AutomationCore(
         name="deepfake: a run is late",
         trigger=EventTrigger(
-            match_related=OURS,
+            match_related=OWN_FLOWS,
             after={"prefect.flow-run.Late"},
             expect={f"prefect.flow-run.{state}" for state in ("Pending", "Running", "AwaitingConcurrencySlot")} | ENDED,
             for_each={"prefect.resource.id"},

@@ -4,12 +4,14 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import create_table_artifact
 
 from deepfake_core.config import (
+    DEFAULT_DATA_DIR,
     DEFAULT_KEEP,
     DEFAULT_KEEP_OBSERVATIONS_DAYS,
     DEFAULT_KEEP_REJECTED_DAYS,
     DEFAULT_MODEL,
     DEFAULT_OBSERVATIONS,
 )
+from deepfake_core.housekeeping import sum_up
 from deepfake_core.storage.store import open_store
 from tasks.data import remove_unneeded
 
@@ -17,7 +19,7 @@ from tasks.data import remove_unneeded
 @flow(name="clean")
 def clean(
     keep: int = DEFAULT_KEEP,
-    data_dir: str = "data",
+    data_dir: str = DEFAULT_DATA_DIR,
     model_name: str = DEFAULT_MODEL,
     dry_run: bool = False,
     feedback: str = "",
@@ -52,8 +54,7 @@ def clean(
         observations=observations,
         keep_observations_days=keep_observations_days,
     )
-    size = sum(removal.bytes for removal in removals) / 1e6
-    done = f"{len(removals)} items, {size:,.1f} MB, {'would be removed' if dry_run else 'removed'}"
+    done = f"{sum_up(removals)}, {'would be removed' if dry_run else 'removed'}"
     get_run_logger().info(done)
     create_table_artifact(
         [{"what": one.what, "why": one.why, "MB": round(one.bytes / 1e6, 1)} for one in removals],

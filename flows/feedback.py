@@ -3,13 +3,13 @@
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from deepfake_core.config import ReviewDecision
+from deepfake_core.config import DEFAULT_FEEDBACK, ReviewDecision
 from deepfake_core.feedback.reports import open_feedback
 from tasks.feedback import decide, describe
 
 
 @flow(name="feedback")
-def feedback(address: str = "data/feedback", decisions: tuple[ReviewDecision, ...] = (), by: str = "") -> str:
+def feedback(address: str = DEFAULT_FEEDBACK, decisions: tuple[ReviewDecision, ...] = (), by: str = "") -> str:
     """Record decisions about images that were reported, and show those that nobody has reviewed yet.
 
     Args:

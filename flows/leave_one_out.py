@@ -16,8 +16,8 @@ from rich.table import Table
 from deepfake_core.config import FEEDBACK, DataParameters, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import open_dataset
 from deepfake_core.errors import DeepfakeError
-from deepfake_core.evaluation.metrics import Evaluation
-from deepfake_core.registry.challenge import choose_best
+from deepfake_core.evaluation.evaluation import Evaluation
+from deepfake_core.registry.candidates import choose_best
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import end_killed_runs, open_retrain
 from deepfake_core.reports.outcome import list_left_out

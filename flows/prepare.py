@@ -8,7 +8,7 @@ from deepfake_core.storage.store import open_store
 from tasks.data import (
     deduplicate,
     download,
-    fetch_confirmed,
+    fetch_reports,
     find_near_copies,
     index_archive,
     merge,
@@ -31,7 +31,7 @@ def prepare(data: DataParameters = DataParameters()) -> str:
     store = open_store(data.data_dir)
     store.check()
     with lock_folder(store.folder, holder=f"flow run {runtime.flow_run.name}"):
-        sources = (*data.sources, *fetch_confirmed(data.feedback, store))
+        sources = (*data.sources, *fetch_reports(data.feedback, store))
         archives = download.map(sources, unmapped(store)).result()
         indexes = index_archive.map(archives, unmapped(store)).result()
         links = find_near_copies(indexes, store)

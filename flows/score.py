@@ -6,7 +6,7 @@ from prefect import flow, runtime
 from prefect.artifacts import create_table_artifact
 
 from deepfake_core.config import PRODUCTION_URI
-from deepfake_core.registry import runs
+from deepfake_core.registry import names, runs
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.detectors import resolve
 from deepfake_core.registry.versions import read_version
@@ -38,7 +38,7 @@ def score(
     connect()
     name, version = resolve(model)
     written = Path(output).expanduser().absolute()
-    with runs.open_run(runtime.flow_run.name, tags={"prefect.flow_run_id": runtime.flow_run.id}) as run_id:
+    with runs.open_run(runtime.flow_run.name, tags={names.PREFECT_FLOW_RUN_ID: runtime.flow_run.id}) as run_id:
         runs.log_parameters(run_id, {"images": images, "output": str(written), "model": model, "detect": detect})
         scored = judge(Path(images).expanduser(), written, name, version, detect, observe, shadow)
         runs.log_scoring(run_id, read_version(name, version), images, scored.digest, scored.images)

@@ -3,7 +3,7 @@
 from prefect import flow, runtime
 
 from deepfake_core.config import EvaluationParameters, PromotionParameters, TrainingParameters
-from deepfake_core.registry.challenge import choose_best
+from deepfake_core.registry.candidates import choose_best
 from deepfake_core.registry.fingerprint import fingerprint_training
 from deepfake_core.registry.runs import open_retrain
 from deepfake_core.registry.unfinished import find_unfinished, reopen_retrain
@@ -14,7 +14,7 @@ from tasks.model import (
     evaluate_robustness,
     log_data,
     promote,
-    recall_candidates,
+    recall,
     register,
     report_on_model,
     state_hardware,
@@ -54,7 +54,7 @@ def train(
     )
     with opened as run_id:
         if begun:
-            trained = recall_candidates(begun, published, training, evaluation)
+            trained = recall(begun, published, training, evaluation)
         else:
             log_data(run_id, published, training, evaluation, promotion)
             trained = [train_architecture(one, published, training, evaluation, run_id) for one in training.candidates]

@@ -4,7 +4,7 @@ from prefect import flow
 
 from deepfake_core.config import WatchParameters
 from deepfake_core.registry.connection import connect
-from tasks.monitoring import compare, judge_reported, read_observations, read_watched, report_window
+from tasks.monitoring import compare, judge_confirmed, read_observations, read_watched, report_window
 
 
 @flow(name="watch")
@@ -21,4 +21,4 @@ def watch(watch: WatchParameters = WatchParameters()) -> str:
     version, reference = read_watched(watch)
     window = read_observations(watch, version)
     drift, agreements = compare(reference, window, watch)
-    return report_window(version, watch, reference, window, drift, agreements, judge_reported(watch, version))
+    return report_window(version, watch, reference, window, drift, agreements, judge_confirmed(watch, version))

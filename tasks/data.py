@@ -56,7 +56,7 @@ def ask_for_version(source: Source, store: Store) -> int | None:
 
 
 @task(name="fetch confirmed reports", **NETWORK)
-def fetch_confirmed(address: str, store: Store) -> tuple[Source, ...]:
+def fetch_reports(address: str, store: Store) -> tuple[Source, ...]:
     """Bring the images of confirmed reports to this disk, as a source; none where there are no such reports."""
     return confirmed.fetch_confirmed(address, store)
 

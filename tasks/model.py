@@ -14,8 +14,9 @@ from deepfake_core.evaluation import test_split
 from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import Measured
-from deepfake_core.registry import challenge, names, runs, unfinished, versions
-from deepfake_core.registry.challenge import Outcome, TrainedCandidate
+from deepfake_core.registry import candidates, challenge, names, runs, unfinished, versions
+from deepfake_core.registry.candidates import TrainedCandidate
+from deepfake_core.registry.challenge import Outcome
 from deepfake_core.registry.fingerprint import read_git_commit
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports import model_report, outcome, plots
@@ -90,11 +91,11 @@ def train_architecture(
         on_progress(1, 1)  # it may have stopped early
         calibration.calibrate_detector(candidate.folder, val, evaluation, measure_files(val, dataset.path))
         runs.log_figures(run_id, {"history": plots.plot_history(candidate.history, candidate.best_epoch)})
-        return challenge.log_candidate(run_id, candidate, val, dataset)
+        return candidates.log_candidate(run_id, candidate, val, dataset)
 
 
 @task(name="recall candidates", **MLFLOW)
-def recall_candidates(
+def recall(
     version: ModelVersion, dataset: Dataset, parameters: TrainingParameters, evaluation: EvaluationParameters
 ) -> list[TrainedCandidate]:
     """Read back from MLflow what the retrain that registered a version, and was killed then, had trained."""
@@ -111,7 +112,7 @@ def discard_trainings(dataset: Dataset, parameters: TrainingParameters, evaluati
 def evaluate(best: TrainedCandidate, dataset: Dataset, evaluation: EvaluationParameters, parent_run: str) -> Measured:
     """Score the test split with the best candidate: the only time that any candidate sees it."""
     measured = test_split.evaluate_on_test(best.candidate.folder, dataset, evaluation.holdout_sources)
-    challenge.log_measured(best, parent_run, measured)
+    candidates.log_measured(best, parent_run, measured)
     return measured
 
 
@@ -122,7 +123,7 @@ def evaluate_robustness(
     """Measure what recompression, scaling, blur and other changes of the test images cost."""
     with report_progress("evaluate robustness") as on_progress:
         table = measure_robustness(best.candidate.folder, dataset, measured, evaluation.robustness_images, on_progress)
-    challenge.log_robustness(best, table)
+    candidates.log_robustness(best, table)
     return table
 
 
@@ -166,7 +167,16 @@ def report_on_model(
     """Log figures and `report.html` to the candidate's run, and describe the version by its model card."""
     settings = runs.read_parameters(best.run_id)
     report = model_report.build_report(
-        model_name, version, trained, best, dataset, measured, robustness, found, read_git_commit(), settings
+        model_name,
+        version,
+        trained=trained,
+        best=best,
+        dataset=dataset,
+        measured=measured,
+        robustness=robustness,
+        outcome=found,
+        commit=read_git_commit(),
+        settings=settings,
     )
     runs.log_figures(best.run_id, report.figures)
     runs.log_text(best.run_id, report.page, names.REPORT)

@@ -1,28 +1,23 @@
 """What is observed of production, compared with its test split."""
 
-import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import UTC, datetime
 
 import pandas as pd
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
-from pyarrow import parquet
 
 from deepfake_core.config import WatchParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.detector import Detector
 from deepfake_core.evaluation.test_split import Measured
-from deepfake_core.monitoring import drift as statistics
-from deepfake_core.monitoring import reported
-from deepfake_core.monitoring.drift import Agreement, Drift
-from deepfake_core.monitoring.observations import read_window
+from deepfake_core.monitoring.drift import Agreement, Drift, compare_windows, measure_agreement
+from deepfake_core.monitoring.observations import read_recent
 from deepfake_core.monitoring.reference import observe_images
-from deepfake_core.monitoring.reported import Reported
-from deepfake_core.registry import names, runs, windows
+from deepfake_core.monitoring.reported import Reported, judge_reported
+from deepfake_core.registry import runs, windows
 from deepfake_core.registry.aliases import read_production
-from deepfake_core.registry.challenge import TrainedCandidate
+from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports import drift_report
 from tasks.announcement import announce_drift
@@ -33,11 +28,7 @@ from tasks.options import CPU, MLFLOW, NETWORK
 def record_reference(best: TrainedCandidate, measured: Measured, dataset: Dataset) -> None:
     """Log the observations of the test split, with which those of users are compared."""
     files = [dataset.path / path for path in measured.images.rows["path"]]
-    observed = observe_images(Detector(best.candidate.folder), files)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / Path(names.REFERENCE).name
-        parquet.write_table(observed, file)
-        runs.log_file(best.run_id, file, str(Path(names.REFERENCE).parent))
+    windows.log_reference(best.run_id, observe_images(Detector(best.candidate.folder), files))
 
 
 @task(name="read reference", **MLFLOW)
@@ -50,23 +41,19 @@ def read_watched(watch: WatchParameters) -> tuple[ModelVersion, pd.DataFrame]:
 @task(name="read observations", **NETWORK)
 def read_observations(watch: WatchParameters, version: ModelVersion) -> pd.DataFrame:
     """Return the window: what was observed of a version in the last days."""
-    now = datetime.now(UTC)
-    found = read_window(watch.observations, now - timedelta(days=watch.window_days), now)
-    mine = found[found["version"] == f"{version.name}/{version.version}"]
-    get_run_logger().info("%d observations, %d of them of version %s", len(found), len(mine), version.version)
-    return mine
+    return read_recent(watch.observations, watch.window_days, f"{version.name}/{version.version}")
 
 
 @task(name="judge confirmed reports", **CPU)
-def judge_reported(watch: WatchParameters, version: ModelVersion) -> Reported:
+def judge_confirmed(watch: WatchParameters, version: ModelVersion) -> Reported:
     """Count on how many confirmed reports production, and the challenger, are wrong."""
-    return reported.judge_reported(watch.feedback, version)
+    return judge_reported(watch.feedback, version)
 
 
 @task(name="compare", **CPU)
 def compare(reference: pd.DataFrame, window: pd.DataFrame, watch: WatchParameters) -> tuple[Drift, list[Agreement]]:
     """Compare the window with the reference, and production with the version beside it."""
-    return statistics.compare_windows(reference, window, watch.min_distance), statistics.measure_agreement(window)
+    return compare_windows(reference, window, watch.min_distance), measure_agreement(window)
 
 
 @task(name="report on window", **MLFLOW)
@@ -81,10 +68,8 @@ def report_window(
 ) -> str:
     """Log the window to the version's run, show it, and announce drift."""
     text = drift_report.describe_drift(version, drift, agreements, judged, watch.window_days)
-    day = datetime.now(UTC).toordinal() - datetime(1970, 1, 1, tzinfo=UTC).toordinal()
-    lasts = windows.record_window(
-        version, drift_report.name_metrics(drift, agreements) | judged.flatten(version.name), drift.drifted, day
-    )
+    metrics = drift_report.name_metrics(drift, agreements) | judged.flatten(version.name)
+    lasts = windows.record_window(version, metrics, drift.drifted, day=datetime.now(UTC).date())
     figure = drift_report.plot_drift(reference, window, drift)
     if figure:
         runs.log_figures(version.run_id, {"drift": figure})

@@ -63,7 +63,7 @@ def check_deployment(name: str, parameter: str) -> None:
 
 def run_remotely(
     name: str,
-    dataset: str,
+    address: str,
     training: TrainingParameters,
     evaluation: EvaluationParameters,
     promotion: PromotionParameters,
@@ -78,7 +78,7 @@ def run_remotely(
         run_deployment(
             name,
             parameters={
-                "dataset": dataset,
+                "dataset": address,
                 # What was set alone: a whole augmentation would override what each candidate's recipe sets.
                 "training": training.model_dump(mode="json", exclude_unset=True),
                 "evaluation": evaluation.model_dump(mode="json"),

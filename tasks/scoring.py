@@ -6,8 +6,8 @@ from prefect import task
 
 from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.serving.batch_scoring import ScoredTable, score_images
+from deepfake_core.serving.load_versions import find_shadow, load_version
 from deepfake_core.serving.predictor import Predictor
-from deepfake_core.serving.registered import find_shadow, load_version
 from tasks.options import CPU
 from tasks.progress import report_progress
 

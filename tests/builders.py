@@ -20,7 +20,14 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFilter
 
-from deepfake_core.config import DEFAULT_MODEL, AugmentationParameters, DataParameters, Recipe, Source
+from deepfake_core.config import (
+    DEFAULT_MODEL,
+    AugmentationParameters,
+    DataParameters,
+    PromotionParameters,
+    Recipe,
+    Source,
+)
 from deepfake_core.data.confirmed import fetch_confirmed
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.duplicates import find_links, mark_duplicates
@@ -32,6 +39,10 @@ from deepfake_core.data.split_memory import read_memory
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.demo.faces import Pose
 from deepfake_core.demo.forgeries import take_photograph
+from deepfake_core.evaluation.confusion import Confusion
+from deepfake_core.evaluation.evaluation import Estimate, Evaluation
+from deepfake_core.evaluation.promotion import Comparison, Cost
+from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.storage.store import open_store
 
 T = TypeVar("T")
@@ -225,3 +236,23 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *targets: str) -> None:
             raise AssertionError(f"{target} must not be called")
 
         monkeypatch.setattr(target, refuse)
+
+
+NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0, max_false_alarm_rate=1)
+CHEAP = Cost(latency=5, size=10)
+GOOD = Confusion(true_positives=80, false_positives=20, true_negatives=80, false_negatives=20)
+
+
+def make_evaluation(confusion: Confusion = GOOD, auc: float = 0.9, recall: float = 0.8) -> Evaluation:
+    source = Evaluation(confusion, {"recall": Estimate(recall, recall - 0.1, recall + 0.1)})
+    return Evaluation(confusion, {"auc": Estimate(auc, auc - 0.02, auc + 0.02)}, {"source": {"a": source}})
+
+
+def make_comparison(probability: float, auc: float = 0.9, other: float = 0.85, recall: float = 0.8) -> Comparison:
+    difference = Estimate(auc - other, 0.01, 0.09)
+    return Comparison(
+        make_evaluation(auc=auc, recall=recall), make_evaluation(auc=other), "auc", difference, probability
+    )
+
+
+VERDICT = GivenVerdict(label="real", probability=0.1, sure=True, version="a model version 1", box=(0, 0, 9, 9), faces=1)

@@ -1,5 +1,6 @@
 """Fixtures that several files of tests use."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -40,6 +41,8 @@ TOGETHER = {
     **dict.fromkeys(("test_kills.py", "test_two_at_once.py"), "forked"),
 }
 """Files that one process runs, so that Prefect's server, or what processes are forked from, starts once."""
+
+buckets = itertools.count()
 
 COLLECTED = pytest.StashKey[Counter[str]]()
 """How many cases each test has, whatever marks are asked for."""
@@ -112,6 +115,42 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["KaggleS
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         yield server
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    """Serve S3 on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make a bucket, and let this process see it with credentials."""
+    import fsspec
+
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_endpoint,
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "XDG_CACHE_HOME": str(tmp_path / "a"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # each holds the endpoint and credentials of its first use
+    bucket = f"faces-{next(buckets)}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}/deepfake"
 
 
 @pytest.fixture(scope="session")

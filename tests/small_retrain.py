@@ -43,7 +43,7 @@ from deepfake_core.data.split_memory import read_memory
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.models import cnn
-from deepfake_core.registry import challenge, fingerprint, names, production, runs, unfinished
+from deepfake_core.registry import candidates, challenge, fingerprint, names, production, runs, unfinished
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.versions import describe_version
 from deepfake_core.storage.files import remove_folder, write_beside
@@ -115,7 +115,7 @@ def train(dataset: Dataset, known: str) -> str:
             runs.log_inputs(parent, dataset, TRAINING, EVALUATION, PROMOTION)
             best = fit(plan, dataset, parent)
         measured = evaluate_on_test(best.candidate.folder, dataset)
-        challenge.log_measured(best, parent, measured)
+        candidates.log_measured(best, parent, measured)
         tags = {names.FINGERPRINT: known, names.FLOW_RUN_ID: flow_run}
         version = begun.version if begun else challenge.register_challenger(best, measured, dataset, NAME, tags)
         outcome = challenge.promote_challenger(version, best, measured, dataset, PROMOTION)
@@ -125,7 +125,7 @@ def train(dataset: Dataset, known: str) -> str:
     return version
 
 
-def fit(plan: Training, dataset: Dataset, parent: str) -> challenge.TrainedCandidate:
+def fit(plan: Training, dataset: Dataset, parent: str) -> candidates.TrainedCandidate:
     """Do what the task `train` does."""
     train, val = (load_seen(dataset, split, SIZE, ()) for split in ("train", "val"))
     with runs.open_run("cnn", parent) as run_id:
@@ -136,7 +136,7 @@ def fit(plan: Training, dataset: Dataset, parent: str) -> challenge.TrainedCandi
 
         candidate = train_candidate(plan, train, val, plan.folder(dataset), on_epoch=on_epoch)
         calibrate_detector(candidate.folder, val, EVALUATION)
-        return challenge.log_candidate(run_id, candidate, val, dataset)
+        return candidates.log_candidate(run_id, candidate, val, dataset)
 
 
 def retrain_by_flow(folder: Path, api: str) -> None:

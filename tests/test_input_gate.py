@@ -6,7 +6,7 @@ from PIL import ImageFilter
 
 from deepfake_core.detector import decode_image, resize_image
 from deepfake_core.input_gate import (
-    Measures,
+    ImageQuality,
     estimate_jpeg_quality,
     find_reason,
     fit_limits,
@@ -41,18 +41,18 @@ def test_blur_and_scaling_up_lower_the_sharpness_and_brightness_does_not(seed):
 
 
 def test_of_100_images_one_lies_below_each_limit():
-    measured = [Measures(200 + number, 0.1 + number / 1000, 50 + number / 4) for number in range(100)]
-    limits = fit_limits(measured)
+    qualities = [ImageQuality(200 + number, 0.1 + number / 1000, 50 + number / 4) for number in range(100)]
+    limits = fit_limits(qualities)
     for name, limit in limits.items():
-        assert sum(getattr(one, name) < limit for one in measured) == 1
-    assert fit_limits([Measures(64, 0.2)]) == {"side": 64, "sharpness": 0.2}  # no JPEG, no limit
+        assert sum(getattr(one, name) < limit for one in qualities) == 1
+    assert fit_limits([ImageQuality(64, 0.2)]) == {"side": 64, "sharpness": 0.2}  # no JPEG, no limit
     assert fit_limits([]) == {}
 
 
 def test_the_reason_says_what_is_unlike_the_calibration_images():
     limits = {"side": 200, "sharpness": 0.1, "jpeg_quality": 60}
-    assert find_reason(Measures(200, 0.1, 60), limits) is None
-    assert find_reason(Measures(200, 0.1), limits) is None
-    assert "shorter side of 150 pixels" in find_reason(Measures(150, 0.1, 60), limits)
-    assert "blurred or scaled up, sharpness 0.050" in find_reason(Measures(200, 0.05, 60), limits)
-    assert "JPEG quality 40" in find_reason(Measures(200, 0.1, 40), limits)
+    assert find_reason(ImageQuality(200, 0.1, 60), limits) is None
+    assert find_reason(ImageQuality(200, 0.1), limits) is None
+    assert "shorter side of 150 pixels" in find_reason(ImageQuality(150, 0.1, 60), limits)
+    assert "blurred or scaled up, sharpness 0.050" in find_reason(ImageQuality(200, 0.05, 60), limits)
+    assert "JPEG quality 40" in find_reason(ImageQuality(200, 0.1, 40), limits)

@@ -17,6 +17,7 @@ from deepfake_core.errors import ModelError
 from deepfake_core.models import CANDIDATES, efficientnet_lite0, hpf_cnn
 from deepfake_core.models.backbone import BatchNormalization
 from deepfake_core.models.torch_checkpoint import read_checkpoint
+from deepfake_core.training.heat_map import ExplainedNetwork
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -139,6 +140,13 @@ def test_weights_that_can_t_be_downloaded_are_said_with_the_way_out(tmp_path, mo
     monkeypatch.setattr("keras.src.utils.file_utils.config.keras_home", lambda: str(tmp_path))
     with pytest.raises(ModelError, match=r"must be downloaded once, which failed.*set training.weights to none"):
         build("efficientnet_v2_b0", image_size=32, weights="imagenet")
+
+
+def test_a_head_whose_slope_is_unknown_is_refused():
+    layers = [keras.layers.Conv2D(2, 3), keras.layers.Flatten(), keras.layers.Dense(2, "tanh")]
+    network = keras.Sequential([keras.Input((8, 8, 3)), *layers, keras.layers.Dense(1, "sigmoid")])
+    with pytest.raises(ModelError, match=r"Received: dense\w*, tanh\. Add its slope"):
+        ExplainedNetwork(network)
 
 
 def write_checkpoint(path, content, elements=(), claimed=None):

@@ -258,7 +258,7 @@ def test_a_run_that_falls_silent_is_crashed_and_told(stack):
         "prefect.flow-run.heartbeat",
         resource={"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name},
         related=[
-            alerts.OURS,
+            alerts.OWN_FLOWS,
             {
                 "prefect.resource.id": f"prefect.flow.{run.flow_id}",
                 "prefect.resource.role": "flow",

@@ -6,34 +6,34 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deepfake_core.commands.model import MODEL_HELP, load_version
-from deepfake_core.commands.predict import find_sources
+from deepfake_core.commands.model import MODEL_HELP, load_named_model
+from deepfake_core.commands.predict import find_images
 from deepfake_core.commands.production import confirm as ask
 from deepfake_core.config import CLASS_NAMES, DEFAULT_FEEDBACK, PRODUCTION_URI
 from deepfake_core.detector import UnreadableImageError
-from deepfake_core.errors import ConfigurationError, ModelError
-from deepfake_core.feedback.records import STATUSES, Entry
+from deepfake_core.errors import ConfigurationError
+from deepfake_core.feedback.records import STATUSES, FeedbackEntry
 from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.serving.predictor import Predictor, read_image
 from deepfake_core.serving.wrong_verdict import pick_verdict
 
-SHOWN = 12
+SHOWN_DIGITS = 12
 """Characters of a SHA-256 that are shown, and that the commands take for all of it."""
 
-KEPT = (
+WHAT_IS_KEPT = (
     "A report keeps the image's bytes, the verdict, the label, the note and the time, and nothing about the sender. "
     "`deepfake feedback forget` removes it."
 )
-WHERE = f"folder or URL that keeps the reports (default: {DEFAULT_FEEDBACK})"
+ADDRESS_HELP = f"folder or URL that keeps the reports (default: {DEFAULT_FEEDBACK})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    adding = commands.add_parser("add", help="report wrong verdicts on images", description=KEPT)
+    adding = commands.add_parser("add", help="report wrong verdicts on images", description=WHAT_IS_KEPT)
     adding.add_argument("images", nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP file, folder of these, or glob")
     adding.add_argument("--label", required=True, choices=CLASS_NAMES, help="what the images are")
     adding.add_argument("--note", default="", metavar="TEXT", help="why, in at most 1,000 characters")
-    adding.add_argument("--to", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=WHERE)
+    adding.add_argument("--to", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=ADDRESS_HELP)
     adding.add_argument("--model", default=PRODUCTION_URI, help=f"what judges them: {MODEL_HELP}")
     adding.add_argument(
         "--no-detect", action="store_true", help="judge whole images: they are cropped to a face already"
@@ -64,21 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--why", default="", metavar="TEXT", help="recorded with the decision")
         command.add_argument("--by", metavar="NAME", help="who decides; recorded too (default: this user's name)")
     for command in (listing, showing, confirming, rejecting, withdrawing, forgetting):
-        command.add_argument("--in", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=WHERE)
+        command.add_argument("--in", dest="address", default=DEFAULT_FEEDBACK, metavar="DIR_OR_URL", help=ADDRESS_HELP)
 
 
 def add(options: argparse.Namespace) -> int:
     """Judge the images and report them; return 2 if one could not be read."""
-    sources, _ = find_sources(options.images)
-    if not sources:
-        raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
+    named, _ = find_images(options.images)
+    if not named:
+        raise ConfigurationError(
+            f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
+        )
     feedback = open_feedback(options.address)
-    detector, version = load_version(options.model)
+    detector, version = load_named_model(options.model)
     predictor = Predictor(detector, detect=not options.no_detect)
     failed = False
-    for name, source in sources:
+    for name, data in named:
         try:
-            image = read_image(source)
+            image = read_image(data)
         except (UnreadableImageError, OSError) as exc:
             print(f"deepfake: {name}: {getattr(exc, 'strerror', None) or exc}", file=sys.stderr)
             failed = True
@@ -89,11 +91,11 @@ def add(options: argparse.Namespace) -> int:
             failed = True
             continue
         entry = feedback.add(image, pick_verdict(judged.verdicts, version), options.label, options.note)
-        print(f"{entry.sha256[:SHOWN]}  {name}: {_sum_up(entry)}")
+        print(f"{entry.sha256[:SHOWN_DIGITS]}  {name}: {_sum_up(entry)}")
     return 2 if failed else 0
 
 
-def _sum_up(entry: Entry) -> str:
+def _sum_up(entry: FeedbackEntry) -> str:
     if not entry.reports:
         return "was rejected before; nothing is kept"
     last = entry.reports[-1]
@@ -115,7 +117,7 @@ def list_entries(options: argparse.Namespace) -> int:
     )
     for entry in sorted(entries, key=lambda one: one.first_time):
         told = [entry.reports[-1].verdict.describe(), entry.reports[-1].note] if entry.reports else []
-        cells = (entry.sha256[:SHOWN], entry.label or entry.status, str(entry.count), ", ".join(entry.claimed))
+        cells = (entry.sha256[:SHOWN_DIGITS], entry.label or entry.status, str(entry.count), ", ".join(entry.claimed))
         table.add_row(*cells, escape("\n".join(filter(None, (*told, *entry.problems)))))
     Console().print(table)
     return 0
@@ -141,7 +143,7 @@ def show(options: argparse.Namespace) -> int:
 
 
 def confirm(options: argparse.Namespace) -> int:
-    def decide(feedback: Feedback, by: str) -> Entry:
+    def decide(feedback: Feedback, by: str) -> FeedbackEntry:
         claimed = feedback.read(options.sha256).claimed
         if not options.label and len(claimed) != 1:
             raise ConfigurationError(
@@ -161,11 +163,11 @@ def withdraw(options: argparse.Namespace) -> int:
     return _decide(options, lambda feedback, by: feedback.withdraw(options.sha256, by, options.why))
 
 
-def _decide(options: argparse.Namespace, decide: Callable[[Feedback, str], Entry]) -> int:
+def _decide(options: argparse.Namespace, decide: Callable[[Feedback, str], FeedbackEntry]) -> int:
     entry = decide(open_feedback(options.address), options.by or _name_user())
     label = f" as {entry.label}" if entry.label else ""
     undo = "" if entry.status == "unreviewed" else " `deepfake feedback withdraw` takes it back."
-    print(f"{entry.sha256[:SHOWN]} is {entry.status}{label}.{undo}")
+    print(f"{entry.sha256[:SHOWN_DIGITS]} is {entry.status}{label}.{undo}")
     return 0
 
 
@@ -179,11 +181,11 @@ def _name_user() -> str:
 def forget(options: argparse.Namespace) -> int:
     feedback = open_feedback(options.address)
     entry = feedback.read(options.sha256)
-    if not ask(options, f"Remove {entry.sha256[:SHOWN]} with its {entry.counted} and decisions for good?"):
+    if not ask(options, f"Remove {entry.sha256[:SHOWN_DIGITS]} with its {entry.counted} and decisions for good?"):
         return 1
     feedback.forget(entry.sha256)
     print(
-        f"{entry.sha256[:SHOWN]} is forgotten in {feedback.address}. Data sets that hold it keep it until they are "
-        "removed: `deepfake gc`."
+        f"{entry.sha256[:SHOWN_DIGITS]} is forgotten in {feedback.address}. Data sets that hold it keep it until they "
+        "are removed: `deepfake gc`."
     )
     return 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from deepfake_core.config import PRODUCTION_URI
 from deepfake_core.detector import DESCRIPTION, Detector
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.serving.predictor import load_detector
 
@@ -40,7 +40,7 @@ def load_model(model: str) -> Detector:
         return load_detector(pull_detector(model, Path(folder)))
 
 
-def load_version(model: str) -> tuple[Detector, str]:
+def load_named_model(model: str) -> tuple[Detector, str]:
     """Load a model as `load_model` does; return it with its name, such as `deepfake-detector version 3`.
 
     Of a folder, the last part of its path is the name.
@@ -91,7 +91,7 @@ def pull(options: argparse.Namespace) -> int:
     from deepfake_core.registry.detectors import pull_detector
 
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
-        raise ModelError(f"DIR must be an empty or new folder. Received: {options.folder}, which holds files.")
+        raise ConfigurationError(f"DIR must be an empty or new folder. Received: {options.folder}, which holds files.")
     pull_detector(options.model, options.folder)
     print(f"{options.model} is in {options.folder}. Try: deepfake predict FACE.jpg --model {options.folder}")
     return 0
@@ -102,7 +102,7 @@ def serve(options: argparse.Namespace) -> int:
 
     check_model(options.model)
     if options.shadow and not options.model.startswith("models:/"):
-        raise ModelError(f"--shadow needs a --model from the registry. Received: {options.model}.")
+        raise ConfigurationError(f"--shadow needs a --model from the registry. Received: {options.model}.")
     feedback = open_feedback(options.feedback) if options.feedback else None
     if feedback:
         feedback.create()  # so that a folder that can't be written is said now

@@ -15,14 +15,14 @@ from typing import Any
 from deepfake_core.commands.model import OBSERVE_HELP, load_model, observe, resolve_version
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import MAX_BYTES, Detector
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
-from deepfake_core.serving.verdict import COLUMNS, Judged, Verdict
+from deepfake_core.serving.verdict import VERDICT_COLUMNS, Judged, Verdict
 
 STANDARD_INPUT = "standard input"
 
-Source = tuple[str, Encoded]
+NamedImage = tuple[str, Encoded]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Judge what was named; return 1 if `--fail-on` applies, else 2 if a file could not be read, or a clip in part."""
-    sources, skipped = find_sources(options.images)
-    if not sources:
-        raise ModelError(f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs.")
+    named, skipped = find_images(options.images)
+    if not named:
+        raise ConfigurationError(
+            f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
+        )
     model, version = resolve_version(options.model) if options.observe else (options.model, "")
     detector = load_model(model)
     if options.threshold is not None:
         try:
             detector = detector.at(options.threshold)
         except ValueError as exc:
-            raise ModelError(f"--{exc}.") from exc
+            raise ConfigurationError(f"--{exc}.") from exc
     predictor = Predictor(detector, not options.no_detect, version)
     if options.explain and not detector.explains:
         raise ModelError(
@@ -89,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             options.explain.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
-            raise ModelError(
+            raise ConfigurationError(
                 f"--explain must be a folder, or one that can be made. Received: {options.explain} ({exc.strerror})"
             ) from exc
     verdicts: list[Verdict] = []
@@ -102,8 +104,8 @@ def run(options: argparse.Namespace) -> int:
     names: set[str] = set()
     incomplete, unsure = False, 0
     quiet = (options.json or options.csv) and sys.stdout.isatty()
-    with _show_progress(len(sources), quiet) as advance, observe(options.observe) as observer:
-        for judged in _judge(predictor, sources, bool(options.explain), advance):
+    with _show_progress(len(named), quiet) as advance, observe(options.observe) as observer:
+        for judged in _judge(predictor, named, bool(options.explain), advance):
             if observer:
                 observer.add(judged)
             if options.explain:
@@ -124,35 +126,35 @@ def run(options: argparse.Namespace) -> int:
     return 2 if incomplete else 0
 
 
-def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[Path]]:
+def find_images(arguments: Sequence[str]) -> tuple[list[NamedImage], list[Path]]:
     """Return what was named, each with its name, and the files in folders that are neither image nor clip.
 
     Raises:
-        ModelError: if a glob or a folder yields nothing.
+        ConfigurationError: if a glob or a folder yields nothing.
     """
-    sources: list[Source] = []
+    named: list[NamedImage] = []
     skipped: list[Path] = []
     for argument in arguments:
         path = Path(argument)
         if argument == "-":
-            sources += _read_standard_input()
+            named += _read_standard_input()
         elif path.is_dir():
             known, others = find_files(path)
             skipped += others
-            sources += [(str(file), file) for file in known]
+            named += [(str(file), file) for file in known]
         elif not path.exists() and glob.has_magic(argument):
             found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute patterns too
             if not found:
-                raise ModelError(f"A glob must match files. Received: {argument}, which matches none.")
-            sources += [(file, Path(file)) for file in found if not Path(file).is_dir()]
+                raise ConfigurationError(f"A glob must match files. Received: {argument}, which matches none.")
+            named += [(file, Path(file)) for file in found if not Path(file).is_dir()]
             if "**" not in argument:  # which opens folders, as others don't
                 skipped += [Path(file) for file in found if Path(file).is_dir()]
         else:
-            sources.append((argument, path))
-    return sources, skipped
+            named.append((argument, path))
+    return named, skipped
 
 
-def _read_standard_input() -> list[Source]:
+def _read_standard_input() -> list[NamedImage]:
     data = sys.stdin.buffer.read(MAX_BYTES + 1)
     try:
         lines = data.decode().splitlines()  # no JPEG, PNG or WebP is text
@@ -164,11 +166,11 @@ def _read_standard_input() -> list[Source]:
 
 
 def _judge(
-    predictor: Predictor, sources: Sequence[Source], explain: bool, advance: Callable[[float], None]
+    predictor: Predictor, named: Sequence[NamedImage], explain: bool, advance: Callable[[float], None]
 ) -> Iterator[Judged]:
     """Judge images and clips in order, and advance by 1 for each, by parts of it for the frames of a clip."""
 
-    for clips, some in groupby(sources, lambda source: isinstance(source[1], Path) and is_clip(source[1])):
+    for clips, some in groupby(named, lambda one: isinstance(one[1], Path) and is_clip(one[1])):
         if clips:
             from deepfake_core.serving.video import MAX_FRAMES, judge_clip
 
@@ -187,7 +189,7 @@ def _print_json(verdicts: Sequence[Verdict]) -> None:
 
 
 def _make_csv_printer() -> Callable[[Sequence[Verdict]], None]:
-    writer = csv.DictWriter(sys.stdout, COLUMNS)
+    writer = csv.DictWriter(sys.stdout, VERDICT_COLUMNS)
     writer.writeheader()
 
     def show(verdicts: Sequence[Verdict]) -> None:

@@ -108,29 +108,25 @@ def clean(options: argparse.Namespace) -> int:
         table.add_row(removal.what, removal.why, f"{removal.bytes / 1e6:,.1f}")
     Console().print(table)
     if options.dry_run:
-        print(f"{_sum_up(removals)}; none was removed.")
+        print(f"{housekeeping.sum_up(removals)}; none was removed.")
         return 0
-    if not confirm(options, f"Remove {_sum_up(removals)}?"):
+    if not confirm(options, f"Remove {housekeeping.sum_up(removals)}?"):
         return 1
     removed = clean(agreed=removals)
-    print(f"Removed: {_sum_up(removed)}.")
+    print(f"Removed: {housekeeping.sum_up(removed)}.")
     return 0
-
-
-def _sum_up(removals: list) -> str:
-    return f"{len(removals)} items, {sum(removal.bytes for removal in removals) / 1e6:,.1f} MB"
 
 
 def confirm(options: argparse.Namespace, question: str) -> bool:
     """Ask a person, unless `--yes` was given.
 
     Raises:
-        ModelError: if nobody answers.
+        ConfigurationError: if nobody answers.
     """
     if options.yes:
         return True
     try:
         answer = input(f"{question} [y/N] ")
     except EOFError as exc:
-        raise ModelError("A person must confirm. Received: no answer. Where nobody can, pass --yes.") from exc
+        raise ConfigurationError("A person must confirm. Received: no answer. Where nobody can, pass --yes.") from exc
     return answer.strip().lower() in ("y", "yes")

@@ -3,21 +3,12 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
-
-from deepfake_core.commands.model import load_model
-from deepfake_core.config import CLASS_NAMES
-from deepfake_core.errors import ModelError
-from deepfake_core.serving.predictor import Predictor
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from deepfake_core.evaluation.promotion import Comparison
-    from deepfake_core.registry.versions import ModelVersion
 
 
 def list_versions(options: argparse.Namespace) -> int:
@@ -55,7 +46,11 @@ def compare(options: argparse.Namespace) -> int:
     connect()
     first, second = (versions.read_version(options.model_name, number) for number in options.versions)
     if options.split:
-        comparison = compare_on_folder(first, second, options.split)
+        from deepfake_core.serving.comparison import compare_on_folder
+
+        comparison, unreadable = compare_on_folder(first, second, options.split)
+        if unreadable:
+            print(f"{unreadable} files could not be read and are left out.", file=sys.stderr)
     else:
         comparison = compare_logged_scores(first, second)
     Console().print(_tabulate_comparison(comparison, options.versions))
@@ -73,7 +68,7 @@ def compare(options: argparse.Namespace) -> int:
 def _tabulate_comparison(comparison: "Comparison", numbers: Sequence[str]) -> "Table":
     from rich.table import Column, Table
 
-    from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+    from deepfake_core.evaluation.metrics import METRIC_TITLES
 
     ours, theirs = comparison.challenger, comparison.production
     rows: list[tuple[str, Mapping, Mapping, str]] = [
@@ -89,34 +84,3 @@ def _tabulate_comparison(comparison: "Comparison", numbers: Sequence[str]) -> "T
         if name in mine or name in other:
             table.add_row(title, str(mine.get(name, "-")), str(other.get(name, "-")))
     return table
-
-
-def compare_on_folder(first: "ModelVersion", second: "ModelVersion", folder: Path) -> "Comparison":
-    """Compare two versions on a folder's images, each judged as a whole; unreadable ones are left out, with a note.
-
-    Args:
-        folder: holds images in `real/` and `fake/`.
-
-    Raises:
-        ModelError: if a class has no images.
-    """
-    from deepfake_core.evaluation.promotion import Scored, compare_scores
-
-    files = [(file, label) for label, name in enumerate(CLASS_NAMES) for file in sorted((folder / name).rglob("*"))]
-    images = [(file, label) for file, label in files if file.is_file()]
-    if {label for _, label in images} != {0, 1}:
-        raise ModelError(f"--split must be a folder with images in real/ and in fake/. Received: {folder}")
-    sources = [(str(file), file) for file, _ in images]
-    scored, readable = [], np.ones(len(images), bool)
-    detectors = [load_model(f"models:/{version.name}/{version.version}") for version in (first, second)]
-    for detector in detectors:
-        judged = Predictor(detector, detect=False).judge(sources)
-        scores = np.array([one.verdicts[0].fake_probability for one in judged], np.float64)  # None becomes NaN
-        readable &= ~np.isnan(scores)
-        scored.append(Scored(scores, detector.threshold))
-    if not readable.all():
-        print(f"{int((~readable).sum())} files could not be read and are left out.", file=sys.stderr)
-    names = [name for name, _ in sources]
-    rows = {"source": [folder.name] * len(images), "member": names, "group": names}
-    labels = np.array([label for _, label in images])
-    return compare_scores(labels, rows, scored[0], scored[1], left_out=~readable)

@@ -16,7 +16,7 @@ from deepfake_core.data.dataset import Dataset
 from deepfake_core.decoding import open_header
 from deepfake_core.detector import open_image, resize_image
 from deepfake_core.errors import ConfigurationError
-from deepfake_core.input_gate import Measures, read_jpeg_quality
+from deepfake_core.input_gate import ImageQuality, read_jpeg_quality
 from deepfake_core.storage.files import hash_file, require_space, write_beside
 from deepfake_core.storage.progress import Progress
 
@@ -109,12 +109,12 @@ def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path,
     pixels.flush()
 
 
-def measure_files(images: Images, folder: Path) -> list[Measures]:
+def measure_files(images: Images, folder: Path) -> list[ImageQuality]:
     """Measure images, whose files lie in a data set's folder; of the files, only headers are read."""
 
-    def measure(position: int) -> Measures:
+    def measure(position: int) -> ImageQuality:
         with open_header((folder / images.rows["path"].iloc[position]).read_bytes()) as header:
-            return Measures.take(header, images.pixels[position], read_jpeg_quality(header))
+            return ImageQuality.take(header, images.pixels[position], read_jpeg_quality(header))
 
     return [measure(position) for position in range(len(images))]
 

@@ -19,7 +19,7 @@ NUMBERS = {
     "bytes": ("larger files", "smaller files"),
     "bytes_per_pixel": ("more bytes per pixel", "fewer bytes per pixel"),
 }
-KINDS = {"format": "format", "jpeg_table": "JPEG table"}
+CATEGORIES = {"format": "format", "jpeg_table": "JPEG table"}
 SHORTCUT_COLUMNS = ["scope", "shortcut", "auc", "real", "fake"]
 
 
@@ -38,11 +38,11 @@ def score_file_facts(
     Returns:
         P(fake) per test image, float64 of shape (n,).
     """
-    kinds = {name: {value: code for code, value in enumerate(sorted(set(train[name])))} for name in KINDS}
+    kinds = {name: {value: code for code, value in enumerate(sorted(set(train[name])))} for name in CATEGORIES}
 
     def collect(rows: pd.DataFrame, colours: np.ndarray) -> np.ndarray:
         numbers = rows.assign(bytes_per_pixel=rows["bytes"] / (rows["width"] * rows["height"]))[list(NUMBERS)]
-        codes = np.column_stack([rows[name].map(kinds[name]).fillna(-1) for name in KINDS])
+        codes = np.column_stack([rows[name].map(kinds[name]).fillna(-1) for name in CATEGORIES])
         return np.column_stack([numbers.to_numpy(np.float64), codes, colours])
 
     trees = HistGradientBoostingClassifier(max_iter=50, max_leaf_nodes=8, random_state=seed)
@@ -85,7 +85,7 @@ def _compare_numbers(rows: pd.DataFrame) -> Iterator[tuple[str, float, str, str]
 
 
 def _compare_kinds(rows: pd.DataFrame) -> Iterator[tuple[str, float, str, str]]:
-    for name, title in KINDS.items():
+    for name, title in CATEGORIES.items():
         for value in sorted(set(rows[name]) - {""}):
             has = rows[name] == value
             auc = _measure(rows["label"], has)

@@ -10,8 +10,9 @@ import numpy as np
 
 from deepfake_core.config import FEEDBACK, NOT_PROMOTED, PROMOTED, WAITS, PrimaryMetric, PromotionParameters
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES, draw_resamples, resample_metrics
-from deepfake_core.evaluation.metrics import Estimate, Evaluation, evaluate_scores
+from deepfake_core.evaluation.bootstrap import draw_resamples, resample_metrics
+from deepfake_core.evaluation.evaluation import Estimate, Evaluation, evaluate_scores
+from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.evaluation.parts import Rows
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decision:
+class PromotionDecision:
     """Promote or not, and every reason, readable on its own.
 
     Attributes:
@@ -166,7 +167,7 @@ def decide_promotion(
     parameters: PromotionParameters,
     blockers: Sequence[str] = (),
     regression: "Regression | None" = None,
-) -> Decision:
+) -> PromotionDecision:
     """Promote a challenger that meets the floors and beats production by more than chance, at no source's cost.
 
     Args:
@@ -209,7 +210,7 @@ def decide_promotion(
     passed = all(check.passed for check in checks)
     close = not passed and all(check.passed or check.is_close for check in checks)
     waits = {"never": False, "borderline": close, "always": close or passed}[parameters.approval]
-    return Decision(
+    return PromotionDecision(
         promoted=passed and not waits,
         reasons=tuple(f"{'met' if check.passed else NOT_MET}: {check.text}" for check in checks),
         waits=waits,

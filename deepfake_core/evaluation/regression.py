@@ -12,11 +12,11 @@ from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_images
 from deepfake_core.detector import Detector
 
-LEVEL = 0.05
+MAX_REGRESSION_P = 0.05
 """Probability, at most, that a challenger which is as good as production is refused for the regression set."""
 
-MAX_NAMED = 10
-PREFIX = 12
+MAX_IMAGES_NAMED = 10
+SHA256_DIGITS_NAMED = 12
 """Digits of a SHA-256 by which a reason names an image."""
 
 
@@ -44,7 +44,7 @@ class ReportedImage:
     @property
     def name(self) -> str:
         """The first digits of its SHA-256, or of that of the image that was sent."""
-        return (PurePosixPath(self.member).name if self.source == FEEDBACK else self.sha256)[:PREFIX]
+        return (PurePosixPath(self.member).name if self.source == FEEDBACK else self.sha256)[:SHA256_DIGITS_NAMED]
 
     @property
     def change(self) -> int:
@@ -89,18 +89,18 @@ class Regression:
         """Return whether the challenger may replace production, and why; nothing where there is nothing to compare."""
         if not self.compared:
             return []
-        passed = self.p_value >= LEVEL
+        passed = self.p_value >= MAX_REGRESSION_P
         text = (
             f"confirmed reports: wrong on {self.wrong_after} of {len(self.compared)}, "
             f"production on {self.wrong_before}; "
-            f"the probability of so much worse by chance is {self.p_value:.3f}, at least {LEVEL:g} is needed"
+            f"the probability of so much worse by chance is {self.p_value:.3f}, at least {MAX_REGRESSION_P:g} is needed"
         )
         return [(passed, text if passed else f"{text}, wrong in this version alone: {self._name_worse()}")]
 
     def _name_worse(self) -> str:
         worse = [image.name for image in self.images if image.change > 0]
-        more = f" and {len(worse) - MAX_NAMED} more" if len(worse) > MAX_NAMED else ""
-        return ", ".join(worse[:MAX_NAMED]) + more
+        more = f" and {len(worse) - MAX_IMAGES_NAMED} more" if len(worse) > MAX_IMAGES_NAMED else ""
+        return ", ".join(worse[:MAX_IMAGES_NAMED]) + more
 
     def flatten(self) -> dict[str, float]:
         """Return MLflow's names and values; none where there are no images."""

@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.detector import Detector, decode_image, resize_image
-from deepfake_core.evaluation.bootstrap import compute_metrics
+from deepfake_core.evaluation.metrics import compute_metrics
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.storage.progress import Progress
 

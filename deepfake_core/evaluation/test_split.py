@@ -14,7 +14,7 @@ from deepfake_core.data.images import Images, load_images, load_seen, measure_fi
 from deepfake_core.data.shortcuts import score_file_facts
 from deepfake_core.detector import Detector
 from deepfake_core.evaluation.confusion import Confusion
-from deepfake_core.evaluation.metrics import Evaluation, cross_sources, evaluate_detector, evaluate_scores, find_sure
+from deepfake_core.evaluation.evaluation import Evaluation, cross_sources, evaluate_detector, evaluate_scores, find_sure
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ Status = Literal["unreviewed", "confirmed", "rejected"]
 STATUSES: tuple[str, ...] = get_args(Status)
 
 RECORD = re.compile(r"(?:report|decision)-(?P<time>20\d{6}T\d{12}Z)-[0-9a-f]{8}\.json")
-TIME = "%Y%m%dT%H%M%S%fZ"
+TIME_FORMAT = "%Y%m%dT%H%M%S%fZ"
 
-MAX_TEXT = 1000
+MAX_TEXT_CHARACTERS = 1000
 """Characters of a note, or of why something was decided."""
 
-MAX_NAME = 200
+MAX_NAME_CHARACTERS = 200
 """Characters of who decided, or of a version."""
 
 MAX_RECORD_BYTES = 20_000
@@ -35,8 +35,8 @@ def _clean(text: object) -> object:
     return "".join(one if one.isprintable() else " " for one in text).strip() if isinstance(text, str) else text
 
 
-Text = Annotated[str, Field(max_length=MAX_TEXT), BeforeValidator(_clean)]
-Name = Annotated[str, Field(max_length=MAX_NAME), BeforeValidator(_clean)]
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARACTERS), BeforeValidator(_clean)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS), BeforeValidator(_clean)]
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Pixel = Annotated[int, Field(ge=0, le=2**31)]
 
@@ -101,7 +101,7 @@ T = TypeVar("T", Report, Decision)
 
 
 @dataclass(frozen=True)
-class Entry:
+class FeedbackEntry:
     """An image that was reported.
 
     Attributes:
@@ -187,18 +187,18 @@ def make_record(kind: type[T], **values: object) -> T:
 
 def name_record(record: Record) -> str:
     """Return the name of a record's file: names in order are records in order."""
-    return f"{type(record).__name__.lower()}-{record.time.strftime(TIME)}-{uuid.uuid4().hex[:8]}.json"
+    return f"{type(record).__name__.lower()}-{record.time.strftime(TIME_FORMAT)}-{uuid.uuid4().hex[:8]}.json"
 
 
 def parse_time(name: str) -> datetime | None:
     """Return the time that the name of a record's file states; None of any other file."""
     if match := RECORD.fullmatch(name):
         with suppress(ValueError):  # such as the 32nd of a month
-            return datetime.strptime(match["time"], TIME).replace(tzinfo=UTC)
+            return datetime.strptime(match["time"], TIME_FORMAT).replace(tzinfo=UTC)
     return None
 
 
-def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> Entry:
+def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> FeedbackEntry:
     """Return what the files of an image say.
 
     Args:
@@ -223,7 +223,7 @@ def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> E
     count = sum(name.startswith("report") for name in records)
     if count and not size:
         problems.append("the image is gone or empty")
-    return Entry(sha256, size, tuple(reports), tuple(decisions), count, tuple(problems))
+    return FeedbackEntry(sha256, size, tuple(reports), tuple(decisions), count, tuple(problems))
 
 
 def _read_record(kind: type[T], name: str, content: bytes | None) -> T:

@@ -25,7 +25,7 @@ from deepfake_core.feedback.records import (
     MAX_RECORD_BYTES,
     Confirmed,
     Decision,
-    Entry,
+    FeedbackEntry,
     GivenVerdict,
     Record,
     Report,
@@ -68,7 +68,7 @@ class Feedback:
         if self._objects.read(MARKER, MAX_RECORD_BYTES) is None:
             self._objects.write(MARKER, MARK)
 
-    def add(self, image: bytes, verdict: GivenVerdict, label: str, note: str = "") -> Entry:
+    def add(self, image: bytes, verdict: GivenVerdict, label: str, note: str = "") -> FeedbackEntry:
         """Keep a report. The same image again adds to its count. A rejected image that was removed is not kept again.
 
         Args:
@@ -97,7 +97,7 @@ class Feedback:
             self._write(sha256, report)
         return self.read(sha256)
 
-    def list_entries(self, status: str | None = None) -> list[Entry]:
+    def list_entries(self, status: str | None = None) -> list[FeedbackEntry]:
         """Return the images that were reported, in the order of their SHA-256; of one status, or all."""
         found = self._read_entries(self._objects.scan())
         return [entry for entry in found if status is None or entry.status == status]
@@ -137,7 +137,7 @@ class Feedback:
             )
         return found[0]
 
-    def read(self, sha256: str) -> Entry:
+    def read(self, sha256: str) -> FeedbackEntry:
         """Return what is kept of an image.
 
         Raises:
@@ -166,7 +166,7 @@ class Feedback:
             )
         return data
 
-    def confirm(self, sha256: str, label: str, by: str, why: str = "") -> Entry:
+    def confirm(self, sha256: str, label: str, by: str, why: str = "") -> FeedbackEntry:
         """Decide that an image is `real` or `fake`: it may be trained on.
 
         Raises:
@@ -176,11 +176,11 @@ class Feedback:
         self.read_image(sha256)
         return self._decide(sha256, "confirmed", by, why, label)
 
-    def reject(self, sha256: str, by: str, why: str = "") -> Entry:
+    def reject(self, sha256: str, by: str, why: str = "") -> FeedbackEntry:
         """Decide that nothing is to be learned from an image."""
         return self._decide(sha256, "rejected", by, why)
 
-    def withdraw(self, sha256: str, by: str, why: str = "") -> Entry:
+    def withdraw(self, sha256: str, by: str, why: str = "") -> FeedbackEntry:
         """Take the last decision back: the image is unreviewed again."""
         return self._decide(sha256, "withdrawn", by, why)
 
@@ -196,11 +196,11 @@ class Feedback:
         if entry.status != "rejected":
             return False
         for name in sorted(self._objects.scan(entry.sha256)):  # the image first
-            if not name[65:].startswith("decision"):
+            if not name.partition("/")[2].startswith("decision"):
                 self._objects.remove(name)
         return True
 
-    def _decide(self, sha256: str, decision: str, by: str, why: str, label: str | None = None) -> Entry:
+    def _decide(self, sha256: str, decision: str, by: str, why: str, label: str | None = None) -> FeedbackEntry:
         entry = self.read(sha256)
         if decision == "withdrawn" and entry.status == "unreviewed":
             raise ConfigurationError(f"Only a decision can be withdrawn. Received: {entry.sha256}, which has none.")
@@ -224,21 +224,21 @@ class Feedback:
             )
         self._total += needed
 
-    def _read(self, sha256: str) -> Entry | None:
+    def _read(self, sha256: str) -> FeedbackEntry | None:
         return next(iter(self._read_entries(self._objects.scan(sha256))), None)
 
-    def _read_entries(self, sizes: Mapping[str, int]) -> list[Entry]:
+    def _read_entries(self, sizes: Mapping[str, int]) -> list[FeedbackEntry]:
         """Return what files that were found say; those of other names don't count."""
         images, records, found = dict[str, int](), dict[str, int](), dict[str, dict[str, bytes | None]]()
         for name, size in sizes.items():
             sha256, _, file = name.partition("/")
             if SHA256.fullmatch(sha256) and (file == IMAGE or parse_time(file)):
                 found[sha256] = {}
-                images |= {sha256: size} if file == IMAGE else {}
-                records |= {name: size} if file != IMAGE else {}
+                (images if file == IMAGE else records)[name] = size
         for name, content in self._objects.read_all(records, MAX_RECORD_BYTES).items():
-            found[name[:64]][name[65:]] = content
-        return [make_entry(sha256, images.get(sha256, 0), found[sha256]) for sha256 in sorted(found)]
+            sha256, _, file = name.partition("/")
+            found[sha256][file] = content
+        return [make_entry(sha256, images.get(f"{sha256}/{IMAGE}", 0), found[sha256]) for sha256 in sorted(found)]
 
 
 def open_feedback(address: str | Path) -> Feedback:

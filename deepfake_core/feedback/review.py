@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from deepfake_core.config import ReviewDecision
 from deepfake_core.decoding import UnreadableImageError, open_image
 from deepfake_core.errors import ArchiveError, ConfigurationError
-from deepfake_core.feedback.records import Entry
+from deepfake_core.feedback.records import FeedbackEntry
 from deepfake_core.feedback.reports import Feedback
 
 MAX_SHOWN = 20
@@ -19,7 +19,7 @@ MAX_NOTES = 10
 THUMBNAIL_PIXELS = 160
 
 
-def apply_decisions(feedback: Feedback, decisions: Sequence[ReviewDecision], by: str) -> list[Entry]:
+def apply_decisions(feedback: Feedback, decisions: Sequence[ReviewDecision], by: str) -> list[FeedbackEntry]:
     """Record decisions; none, if one of them names no reported image. Return what is kept of their images now.
 
     Raises:
@@ -32,7 +32,7 @@ def apply_decisions(feedback: Feedback, decisions: Sequence[ReviewDecision], by:
     return [_decide(feedback, sha256, one, by) for sha256, one in zip(found, decisions, strict=True)]
 
 
-def _decide(feedback: Feedback, sha256: str, decision: ReviewDecision, by: str) -> Entry:
+def _decide(feedback: Feedback, sha256: str, decision: ReviewDecision, by: str) -> FeedbackEntry:
     match decision.decision:
         case "reject":
             return feedback.reject(sha256, by, decision.why)
@@ -42,7 +42,7 @@ def _decide(feedback: Feedback, sha256: str, decision: ReviewDecision, by: str) 
             return feedback.confirm(sha256, label, by, decision.why)
 
 
-def describe_review(feedback: Feedback, decided: Sequence[Entry]) -> str:
+def describe_review(feedback: Feedback, decided: Sequence[FeedbackEntry]) -> str:
     """Return as Markdown what was decided, and the unreviewed images that were reported first, with what was said.
 
     Texts of senders are shown as text: nothing in them is Markdown, HTML or a link.
@@ -60,7 +60,7 @@ def describe_review(feedback: Feedback, decided: Sequence[Entry]) -> str:
     return "\n".join(lines)
 
 
-def _draw(feedback: Feedback, entry: Entry) -> str:
+def _draw(feedback: Feedback, entry: FeedbackEntry) -> str:
     try:
         with open_image(feedback.read_image(entry.sha256)) as image:
             image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))

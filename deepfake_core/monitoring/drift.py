@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, ks_2samp
 
-COLUMNS = {
+COMPARED_COLUMNS = {
     "probability": "P(fake)",
     "sure": "share of sure verdicts",
     "side": "shorter side in pixels",
@@ -18,19 +18,16 @@ COLUMNS = {
 }
 """The columns that are compared, and how they are called."""
 
-KINDS = {"face": "faces", "whole": "whole images"}
+JUDGED_KINDS = {"face": "faces", "whole": "whole images"}
 """Faces that were cut out of images are compared with such faces, and whole images with whole images."""
 
 MIN_OBSERVATIONS = 100
-LEVEL = 0.01
+MAX_DRIFT_P = 0.01
 """Probability that a window from the same world alarms, at most, over all columns together.
 
 That is the average over references. All windows of a version are compared with one reference, and of these more than
 1 in 100 may alarm. So the level is lower than the 5 in 100 that we accept.
 """
-
-MIN_DISTANCE = 0.1
-"""Smallest distance between two distributions that counts as a change, however many observations there are."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Shift:
     """One column of the window against the reference.
 
     Attributes:
-        kind: a name in `KINDS`.
+        kind: a name in `JUDGED_KINDS`.
         distance: of Kolmogorov and Smirnov, 0 to 1: the largest difference between the shares below any value.
         p: probability of such a distance by chance, adjusted for the number of columns (Holm).
         drifted: whether it is neither chance nor small.
@@ -58,7 +55,7 @@ class Shift:
         found = f"mean {_show(self.now)}, on the test split {_show(self.before)}"
         chance = f"distance {self.distance:.2f}, p {f'= {self.p:.2g}' if self.p >= 0.0001 else '< 0.0001'}"
         verdict = "has changed" if self.drifted else "no change"
-        return f"{COLUMNS[self.column]} of {KINDS[self.kind]}: {verdict} ({found}; {chance})"
+        return f"{COMPARED_COLUMNS[self.column]} of {JUDGED_KINDS[self.kind]}: {verdict} ({found}; {chance})"
 
 
 @dataclass(frozen=True)
@@ -83,21 +80,21 @@ class Drift:
         return bool(self.changed) if self.shifts else None
 
 
-def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance: float = MIN_DISTANCE) -> Drift:
-    """Compare each column by the two-sample test of Kolmogorov and Smirnov, all together at `LEVEL` (Holm 1979).
+def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance: float) -> Drift:
+    """Compare each column by the two-sample test of Kolmogorov and Smirnov, all together at `MAX_DRIFT_P` (Holm 1979).
 
     A column that neither has is left out. No JPEG counts as quality 0, so that another share of JPEGs is a change too.
 
     Args:
-        reference: observations (`observations.SCHEMA`) of the version's test split; likewise `window`, of users.
+        reference: observations (`OBSERVATION_SCHEMA`) of the version's test split; likewise `window`, of users.
         min_distance: below it, a column has not drifted.
     """
     tests: list[tuple[str, str, np.ndarray, np.ndarray]] = []
-    for kind in KINDS:
+    for kind in JUDGED_KINDS:
         before, now = (rows[rows["face"].notna() == (kind == "face")] for rows in (reference, window))
         if min(len(before), len(now)) < MIN_OBSERVATIONS:
             continue
-        for column in COLUMNS:
+        for column in COMPARED_COLUMNS:
             ours, theirs = _read_column(before, column), _read_column(now, column)
             if min(len(ours), len(theirs)) >= MIN_OBSERVATIONS:
                 tests.append((kind, column, ours, theirs))
@@ -105,11 +102,16 @@ def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance:
     adjusted = adjust_holm([one.pvalue for one in results])
     shifts = [
         Shift(
-            kind, column, float(one.statistic), p, bool(p < LEVEL and one.statistic >= min_distance),
-            float(before.mean()), float(now.mean()),
+            kind=kind,
+            column=column,
+            distance=float(one.statistic),
+            p=p,
+            drifted=bool(p < MAX_DRIFT_P and one.statistic >= min_distance),
+            before=float(before.mean()),
+            now=float(now.mean()),
         )
         for (kind, column, before, now), one, p in zip(tests, results, adjusted, strict=True)
-    ]  # fmt: skip
+    ]
     return Drift(len(window), tuple(shifts))
 
 
@@ -167,6 +169,13 @@ def measure_agreement(window: pd.DataFrame) -> list[Agreement]:
         chance = ours.mean() * theirs.mean() + (1 - ours.mean()) * (1 - theirs.mean())
         kappa = (same / count - chance) / (1 - chance) if chance < 1 else float("nan")
         found.append(
-            Agreement(str(version), count, same / count, float(interval.low), float(interval.high), float(kappa))
+            Agreement(
+                version=str(version),
+                observations=count,
+                share=same / count,
+                low=float(interval.low),
+                high=float(interval.high),
+                kappa=float(kappa),
+            )
         )
     return found

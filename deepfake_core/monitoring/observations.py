@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCHEMA = pyarrow.schema(
+OBSERVATION_SCHEMA = pyarrow.schema(
     [
         ("time", pyarrow.timestamp("us", tz="UTC")),
         ("version", pyarrow.string()),
@@ -44,13 +44,13 @@ SCHEMA = pyarrow.schema(
 """`version` is name/number, empty for a model from a folder; `face` is 1 for the largest, null for a whole image."""
 
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
-OURS = re.compile(r"[0-9a-f]{16}\.parquet")
+OBSERVATION_FILE = re.compile(r"[0-9a-f]{16}\.parquet")
 
 Row = dict[str, Any]
 
 
 def list_rows(judged: Judged) -> Iterator[Row]:
-    """Yield a row by `SCHEMA` for each verdict on an image that has a label."""
+    """Yield a row by `OBSERVATION_SCHEMA` for each verdict on an image that has a label."""
     now = datetime.now(UTC)
     for verdict in judged.verdicts:
         seen = verdict.observed
@@ -63,9 +63,9 @@ def list_rows(judged: Judged) -> Iterator[Row]:
             "fake": verdict.label == "fake",
             "probability": verdict.fake_probability,
             "sure": verdict.sure,
-            "side": seen.measured.side,
-            "sharpness": seen.measured.sharpness,
-            "jpeg_quality": seen.measured.jpeg_quality,
+            "side": seen.quality.side,
+            "sharpness": seen.quality.sharpness,
+            "jpeg_quality": seen.quality.jpeg_quality,
             "width": seen.width,
             "height": seen.height,
             "shadow_version": seen.shadow_version,
@@ -75,7 +75,7 @@ def list_rows(judged: Judged) -> Iterator[Row]:
 
 
 def read_window(address: str, since: datetime, until: datetime) -> "pd.DataFrame":
-    """Return the observations of a time, from `since` on and before `until`, by `SCHEMA`.
+    """Return the observations of a time, from `since` on and before `until`, by `OBSERVATION_SCHEMA`.
 
     A file that is none of ours is left out, with a warning.
 
@@ -83,12 +83,25 @@ def read_window(address: str, since: datetime, until: datetime) -> "pd.DataFrame
         ConfigurationError, CredentialsError, DownloadError: if a store can't be used.
     """
     store = open_store(address)
-    tables = [SCHEMA.empty_table()]
+    tables = [OBSERVATION_SCHEMA.empty_table()]
     for day in _list_days(store):
         if since.date() <= date.fromisoformat(day) <= until.date():
             tables += _read_day(store, day)
     found = pyarrow.concat_tables(tables).to_pandas()
     return found[(found["time"] >= since) & (found["time"] < until)].reset_index(drop=True)
+
+
+def read_recent(address: str, days: int, version: str) -> "pd.DataFrame":
+    """Return what was observed of a version in the last days, as `read_window` does.
+
+    Args:
+        version: name/number.
+    """
+    now = datetime.now(UTC)
+    found = read_window(address, now - timedelta(days=days), now)
+    own = found[found["version"] == version]
+    log.info("%d observations, %d of them of %s", len(found), len(own), version)
+    return own
 
 
 def _list_days(store: Store) -> list[str]:
@@ -110,7 +123,9 @@ def _read_day(store: Store, day: str) -> Iterator[pyarrow.Table]:
     for path in list_day(store, day):
         try:
             data = store.read(path) if store.url else path.read_bytes()
-            yield parquet.read_table(pyarrow.BufferReader(data or b""), columns=SCHEMA.names).cast(SCHEMA)
+            yield parquet.read_table(pyarrow.BufferReader(data or b""), columns=OBSERVATION_SCHEMA.names).cast(
+                OBSERVATION_SCHEMA
+            )
         except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, ValueError) as exc:
             log.warning("%s holds no observations and is left out: %s", store.address_of(path), exc)
 
@@ -125,7 +140,7 @@ def list_day(store: Store, day: str) -> list[Path]:
     """Return the files of observations of a day, and no other that may lie there."""
     folder = store.folder / day
     names = store.list_names(folder) if store.url else sorted(path.name for path in folder.iterdir())
-    return [folder / name for name in names if OURS.fullmatch(name)]
+    return [folder / name for name in names if OBSERVATION_FILE.fullmatch(name)]
 
 
 def remove_day(store: Store, day: str) -> None:

@@ -14,7 +14,7 @@ import pyarrow
 from pyarrow import parquet
 
 from deepfake_core.errors import ConfigurationError
-from deepfake_core.monitoring.observations import SCHEMA, Row, list_rows
+from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA, Row, list_rows
 from deepfake_core.serving.verdict import Judged
 from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.store import open_store
@@ -88,13 +88,13 @@ class Observer:
             with self._lock:
                 rows, self._rows = self._rows, []
             try:
-                self._write(rows)
+                self.write_rows(rows)
             except Exception as exc:  # noqa: BLE001 - whatever fails here, verdicts go on
                 self._warn(str(exc))
             with self._lock:
                 self._rows = [*rows, *self._rows][-MAX_WAITING_ROWS:]
 
-    def _write(self, rows: list[Row]) -> None:
+    def write_rows(self, rows: list[Row]) -> None:
         """Write rows, and remove them from the list once they are on this disk; then publish them."""
         while rows:
             day = rows[0]["time"].date()
@@ -135,9 +135,9 @@ def open_observer(address: str, shadow: bool = False) -> AbstractContextManager[
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a Parquet file anew with more rows, whole or not at all."""
-    with write_beside(path) as beside, parquet.ParquetWriter(beside, SCHEMA) as writer:
+    with write_beside(path) as beside, parquet.ParquetWriter(beside, OBSERVATION_SCHEMA) as writer:
         if path.exists():
             with parquet.ParquetFile(path) as before:
                 for batch in before.iter_batches(MAX_ROWS_AT_ONCE):
                     writer.write_batch(batch)
-        writer.write_table(pyarrow.Table.from_pylist(list(rows), SCHEMA))
+        writer.write_table(pyarrow.Table.from_pylist(list(rows), OBSERVATION_SCHEMA))

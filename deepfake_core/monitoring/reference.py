@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 
 from deepfake_core.detector import Detector
-from deepfake_core.monitoring.observations import SCHEMA, list_rows
+from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA, list_rows
 from deepfake_core.serving.predictor import Predictor
 
 MAX_REFERENCE_IMAGES = 2000
@@ -15,7 +15,7 @@ MAX_REFERENCE_IMAGES = 2000
 
 
 def observe_images(detector: Detector, files: Sequence[Path]) -> pyarrow.Table:
-    """Judge images twice, with faces looked for and as they are, and return the observations by `SCHEMA`.
+    """Judge images twice, with faces looked for and as they are, and return the observations by `OBSERVATION_SCHEMA`.
 
     What is observed of a face that was cut out of an image is not comparable with what is of a whole one.
     """
@@ -23,4 +23,4 @@ def observe_images(detector: Detector, files: Sequence[Path]) -> pyarrow.Table:
     named = [(str(position), files[position]) for position in chosen]
     predictors = [Predictor(detector, detect) for detect in (True, False)]
     judged = (one for predictor in predictors for one in predictor.judge(named))
-    return pyarrow.Table.from_pylist([row for one in judged for row in list_rows(one)], SCHEMA)
+    return pyarrow.Table.from_pylist([row for one in judged for row in list_rows(one)], OBSERVATION_SCHEMA)

@@ -9,7 +9,7 @@ from deepfake_core.errors import ArchiveError
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.registry.aliases import find_challenger
 from deepfake_core.registry.versions import ModelVersion
-from deepfake_core.serving.registered import load_version
+from deepfake_core.serving.load_versions import load_version
 
 log = logging.getLogger(__name__)
 

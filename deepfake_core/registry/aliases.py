@@ -49,18 +49,18 @@ def find_previous(model_name: str) -> str | None:
     return next(iter(list_rollbacks(model_name)), None)
 
 
-def list_rollbacks(model_name: str, with_gone: bool = False) -> list[str]:
+def list_rollbacks(model_name: str, with_deleted: bool = False) -> list[str]:
     """Return where rollbacks lead, one after the other: what production replaced, if it can still be served.
 
     Where the version in production was deleted, that is the version with the alias `previous`, and what it replaced.
 
     Args:
-        with_gone: versions too that were deleted, or whose model files were removed.
+        with_deleted: versions too that were deleted, or whose model files were removed.
     """
     known, current = list_known(model_name), find_production(model_name)
     previous = None if current else find_alias(model_name, names.PREVIOUS)
     replaced = follow(current, known) if current else [previous, *follow(previous, known)] if previous else []
-    return [one for one in replaced if with_gone or (one in known and names.FILES_REMOVED not in known[one].tags)]
+    return [one for one in replaced if with_deleted or (one in known and names.FILES_REMOVED not in known[one].tags)]
 
 
 def list_known(model_name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import logging
 from datetime import UTC, datetime
 
 from deepfake_core.errors import ModelError
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES
+from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.registry import names
 from deepfake_core.registry.aliases import find_production
 from deepfake_core.registry.versions import (

@@ -1,7 +1,7 @@
 """A challenger meets production: the best candidate is registered, compared with production, and promoted or not."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -12,16 +12,15 @@ import pandas as pd
 
 from deepfake_core.config import FEEDBACK, REGRESSION, PromotionParameters
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.images import Images, load_same
+from deepfake_core.data.images import load_same
 from deepfake_core.description import DESCRIPTION, read_description
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
-from deepfake_core.evaluation.metrics import Evaluation, evaluate_detector
 from deepfake_core.evaluation.promotion import (
     NOT_MET,
     Comparison,
     Cost,
-    Decision,
+    PromotionDecision,
     Scored,
     compare_scores,
     decide_promotion,
@@ -30,8 +29,8 @@ from deepfake_core.evaluation.promotion import (
 from deepfake_core.evaluation.regression import Regression, add_production, score_regression
 from deepfake_core.evaluation.test_split import Measured, find_trained_on, tabulate_rates
 from deepfake_core.registry import names
+from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.detectors import pull_detector, register_detector
-from deepfake_core.registry.probe import log_probe
 from deepfake_core.registry.production import (
     complete_move,
     find_previous,
@@ -39,25 +38,13 @@ from deepfake_core.registry.production import (
     move_production,
     name_challenger,
 )
-from deepfake_core.registry.runs import log_file, log_metrics, log_parameters, log_text, read_manifest
+from deepfake_core.registry.runs import log_metrics, log_text, read_manifest
 from deepfake_core.registry.versions import ModelVersion, read_version, tag_version
 from deepfake_core.storage.files import write_json
-from deepfake_core.training.checkpoints import CHECKPOINT
 from deepfake_core.training.export import check_parity
-from deepfake_core.training.fit import Candidate
 
-PROBE_IMAGES = 16
 MAX_COMPARISONS = 5
 """How often production may move while a challenger is compared with it."""
-
-
-@dataclass(frozen=True)
-class TrainedCandidate:
-    """A candidate, the MLflow run it is logged in, and how it did on validation."""
-
-    candidate: Candidate
-    run_id: str
-    validation: Evaluation
 
 
 @dataclass(frozen=True)
@@ -71,53 +58,11 @@ class Outcome:
         regression: both on the regression set.
     """
 
-    decision: Decision
+    decision: PromotionDecision
     comparison: Comparison | None
     production: str | None
     cost: Cost
     regression: Regression = field(default_factory=Regression)
-
-
-def log_candidate(run_id: str, candidate: Candidate, val: Images, dataset: Dataset) -> TrainedCandidate:
-    """Evaluate a calibrated candidate on validation, and log all that is kept of it to its run."""
-    detector = Detector(candidate.folder)
-    validation, scores = evaluate_detector(detector, val)
-    log_metrics(run_id, validation.flatten("val") | {"best_epoch": candidate.best_epoch})
-    log_parameters(run_id, {name: detector.description[name] for name in ("trained_in", "temperature", "threshold")})
-    log_text(run_id, candidate.summarise(), "model_summary.txt")
-    log_file(run_id, candidate.folder / CHECKPOINT, names.CHECKPOINT_FOLDER)
-    chosen = np.linspace(0, len(val) - 1, min(PROBE_IMAGES, len(val))).astype(int)
-    images = [(dataset.path / val.rows["path"].iloc[position]).read_bytes() for position in chosen]
-    log_probe(run_id, images, scores[chosen].tolist())
-    return TrainedCandidate(candidate, run_id, validation)
-
-
-def choose_best(trained: Sequence[TrainedCandidate]) -> TrainedCandidate:
-    """Return the candidate with the highest AUC on validation, the mean of its sources'; the first of equals."""
-    return max(trained, key=lambda one: one.validation.mean_source_auc or 0.0)
-
-
-def log_measured(best: TrainedCandidate, parent_run: str, measured: Measured) -> None:
-    """Log what was measured on the test split: metrics to both runs, tables and scores to the candidate's."""
-    metrics = measured.evaluation.flatten("test") | measured.file_facts.flatten("file_facts")
-    for source, unseen in measured.unseen.items():
-        metrics |= unseen.flatten(f"unseen/{source}")
-    for run_id in (best.run_id, parent_run):
-        log_metrics(run_id, metrics)
-    table = pd.DataFrame(list(measured.evaluation.list_rows()))
-    log_text(best.run_id, table.to_csv(index=False), "evaluation/metrics.csv")
-    crossed = pd.DataFrame(measured.cross_sources).T
-    log_text(best.run_id, crossed.to_csv(index_label="fakes_of"), "evaluation/cross_sources.csv")
-    scores = measured.images.rows[["sha256", "group", "source", "member", "label"]].assign(score=measured.scores)
-    log_text(best.run_id, scores.to_csv(index=False), names.SCORES)
-
-
-def log_robustness(best: TrainedCandidate, table: pd.DataFrame) -> None:
-    """Log what changes of the images cost: the table of `measure_robustness`, and the most that each change cost."""
-    log_text(best.run_id, table.to_csv(index=False), "evaluation/robustness.csv")
-    for change, rows in table.groupby("change", sort=False):
-        name = str(change).split(",")[0].replace(" ", "_")
-        log_metrics(best.run_id, {f"robustness/{name}_auc_lost": float(rows["auc_lost"].max())})
 
 
 def register_challenger(
@@ -194,12 +139,12 @@ def _record_reasons(model_name: str, version: str, run_id: str, outcome: Outcome
     log_metrics(run_id, metrics)
     if outcome.regression.images:
         table = pd.DataFrame(outcome.regression.images)
-        log_text(run_id, table.to_csv(index=False), "evaluation/regression.csv")
+        log_text(run_id, table.to_csv(index=False), names.REGRESSION_TABLE)
     compared = {names.COMPARED_WITH: outcome.production or names.NO_VERSION}
     tag_version(model_name, version, compared | {names.REASONS: outcome.decision.text})
 
 
-def _record_decision(model_name: str, version: str, decision: Decision, approval_hours: float) -> None:
+def _record_decision(model_name: str, version: str, decision: PromotionDecision, approval_hours: float) -> None:
     if not decision.promoted:
         name_challenger(model_name, version)
     until = datetime.now(UTC) + timedelta(hours=approval_hours)
@@ -222,7 +167,7 @@ def _recall_outcome(
             comparison, regression, _ = _compare_with(other, measured, regression, dataset, parameters)
     met = not any(reason.startswith(NOT_MET) for reason in version.reasons)
     promoted = version.decision == names.PROMOTED if version.decision else met
-    decision = Decision(promoted, tuple(version.reasons), waits=version.decision == names.WAITS)
+    decision = PromotionDecision(promoted, tuple(version.reasons), waits=version.decision == names.WAITS)
     if not version.decision:
         _record_decision(version.name, version.version, decision, parameters.approval_hours)
     return Outcome(decision, comparison, None if other == names.NO_VERSION else other, cost, regression)

@@ -20,8 +20,15 @@ CHECKPOINT_FOLDER = "checkpoint"
 MANIFEST = "dataset/manifest.parquet"
 PROBE = "probe"
 REPORT = "report.html"
+METRICS_TABLE = "evaluation/metrics.csv"
 SCORES = "evaluation/scores.csv"
+CROSS_SOURCES = "evaluation/cross_sources.csv"
+ROBUSTNESS = "evaluation/robustness.csv"
+REGRESSION_TABLE = "evaluation/regression.csv"
 REFERENCE = "evaluation/reference.parquet"
+
+# Parameters of candidates' runs, besides the recipe's
+THRESHOLD = "threshold"
 
 # Tags of the registered model
 RECORDED_PRODUCTION = "recorded_production"
@@ -33,6 +40,10 @@ OUTSIDE_MOVE = "moved_outside"
 DATA_FOLDER = "data_folder"
 """What tells the data folder, which one run at a time uses, from others."""
 PARENT = "mlflow.parentRunId"
+PREFECT_FLOW_RUN_ID = "prefect.flow_run_id"
+HARDWARE = "hardware"
+SCORED_BY = "model_version"
+"""Of a run of the flow `score`: name/number of the version that scored."""
 
 # Tags of versions, and the first ones of runs too
 DATASET_VERSION = "dataset_version"

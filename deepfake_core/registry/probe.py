@@ -92,7 +92,7 @@ def check_probe(version: ModelVersion) -> ProbeResult:
     client = mlflow.MlflowClient()
     with tempfile.TemporaryDirectory() as folder, set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
         try:
-            threshold = float(client.get_run(version.run_id).data.params["threshold"])
+            threshold = float(client.get_run(version.run_id).data.params[names.THRESHOLD])
             probe = Path(client.download_artifacts(version.run_id, names.PROBE, folder))
         except (KeyError, MlflowException, OSError) as exc:
             raise ModelError(

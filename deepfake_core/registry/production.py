@@ -207,7 +207,7 @@ def roll_back(model_name: str, reason: str) -> tuple[str, str | None]:
 
 def explain_passed(model_name: str) -> str:
     """Return a remark on versions that the next rollback passes over; empty if it passes over none."""
-    replaced, previous = list_rollbacks(model_name, with_gone=True), find_previous(model_name)
+    replaced, previous = list_rollbacks(model_name, with_deleted=True), find_previous(model_name)
     passed = replaced[: replaced.index(previous)] if previous else replaced
     return f" (passed over, as deleted or without model files: {', '.join(passed)})" if passed else ""
 

@@ -78,10 +78,10 @@ def hold_run(run_id: str) -> Iterator[str]:
 def open_retrain(name: str, flow_run_id: str, hardware: str, dataset: "Dataset") -> AbstractContextManager[str]:
     """Open the run of a retrain, below which its candidates have theirs."""
     tags = {
-        "prefect.flow_run_id": flow_run_id,
+        names.PREFECT_FLOW_RUN_ID: flow_run_id,
         names.DRAWN_IMAGES: str(dataset.is_drawn).lower(),
         names.DATA_FOLDER: dataset.store.identify(),
-        "hardware": hardware,
+        names.HARDWARE: hardware,
     }
     return open_run(name, tags=tags)
 
@@ -190,7 +190,7 @@ def log_scoring(run_id: str, version: ModelVersion, images: str, digest: str, co
         datasets=[mlflow.entities.DatasetInput(dataset, tags)],
         models=[mlflow.entities.LoggedModelInput(source.removeprefix("models:/"))],
     )
-    client.set_tag(run_id, "model_version", f"{version.name}/{version.version}")
+    client.set_tag(run_id, names.SCORED_BY, f"{version.name}/{version.version}")
 
 
 def log_training(run_id: str, training: "Training") -> None:

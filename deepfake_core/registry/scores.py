@@ -44,5 +44,5 @@ def _read_scores(version: ModelVersion) -> tuple[dict[str, dict[str, str]], floa
             f"A version's run must hold its test scores. Received: version {version.version}, run {version.run_id}, "
             "which does not. Name a folder of labelled images with --split."
         )
-    threshold = float(read_parameters(version.run_id)["threshold"])
+    threshold = float(read_parameters(version.run_id)[names.THRESHOLD])
     return {row["sha256"]: row for row in csv.DictReader(text.splitlines())}, threshold

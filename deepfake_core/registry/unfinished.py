@@ -12,9 +12,9 @@ import pandas as pd
 
 from deepfake_core.config import EvaluationParameters, TrainingParameters
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.evaluation.metrics import Evaluation
+from deepfake_core.evaluation.evaluation import Evaluation
 from deepfake_core.registry import names
-from deepfake_core.registry.challenge import TrainedCandidate
+from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.detectors import pull_detector
 from deepfake_core.registry.fingerprint import find_newest
 from deepfake_core.registry.runs import hold_run, search_runs

@@ -10,7 +10,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from deepfake_core.errors import ModelError
-from deepfake_core.evaluation.metrics import Estimate
+from deepfake_core.evaluation.evaluation import Estimate
 from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.registry import names
 from deepfake_core.registry.connection import DEFAULT_TRACKING_URI, connect

@@ -25,7 +25,7 @@ SHOWN_PIXELS = 160
 MAX_BARS = 12
 
 
-class Shown(NamedTuple):
+class GalleryPicture(NamedTuple):
     """A picture in the gallery."""
 
     source: str
@@ -49,7 +49,7 @@ def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archi
         return path
     with write_beside(dataset.path / "links.parquet") as beside:
         links.to_parquet(beside, index=False)
-    found = collect(dataset, links, archives)
+    found = collect_report_values(dataset, links, archives)
     with write_beside(path) as beside:
         beside.write_text(render_page("data_report.html.jinja", **found))
     log.info(
@@ -62,7 +62,7 @@ def write_report(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archi
     return path
 
 
-def collect(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> dict[str, Any]:
+def collect_report_values(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> dict[str, Any]:
     """Return what the page shows, by the names that its template uses."""
     manifest = dataset.manifest
     kept = manifest[manifest["kept"]]
@@ -148,7 +148,7 @@ def _list_reasons(reasons: dict[str, int]) -> list[str]:
     return ["kept", *sorted(set(reasons) - {"kept"})]
 
 
-def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) -> dict[str, Shown]:
+def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) -> dict[str, GalleryPicture]:
     """Read pictures from the archives, as small JPEGs in data URLs, by SHA-256."""
     if not rows:
         return {}
@@ -166,7 +166,7 @@ def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) ->
     return shown
 
 
-def _show(row: Any, image: Image.Image) -> Shown:
+def _show(row: Any, image: Image.Image) -> GalleryPicture:
     place = row.split if row.kept else row.reason.replace("_", " ")
     text = f"{row.label}, {place}, {row.width} x {row.height}, {row.bytes / 1000:,.0f}\N{NO-BREAK SPACE}kB"
-    return Shown(row.source, row.label, row.member, text, encode_picture(image, SHOWN_PIXELS))
+    return GalleryPicture(row.source, row.label, row.member, text, encode_picture(image, SHOWN_PIXELS))

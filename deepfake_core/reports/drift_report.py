@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from deepfake_core.monitoring.drift import COLUMNS, KINDS, MIN_OBSERVATIONS, Agreement, Drift, Shift
+from deepfake_core.monitoring.drift import COMPARED_COLUMNS, JUDGED_KINDS, MIN_OBSERVATIONS, Agreement, Drift, Shift
 from deepfake_core.monitoring.reported import Reported
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports.pages import encode_figure
@@ -64,9 +64,9 @@ def _plot_column(axes: "object", reference: pd.DataFrame, window: pd.DataFrame, 
     parts = [rows.loc[rows["face"].notna() == (shift.kind == "face"), shift.column] for rows in (reference, window)]
     values = [part.astype("float64").fillna(0).to_numpy() for part in parts]
     edges = np.histogram_bin_edges(np.concatenate(values), BINS)
-    for one, label, colour in zip(values, ("test split", "production"), ("#bbbbbb", "#d95f0e"), strict=True):
+    for one, label, colour in zip(values, ("test split", "production"), ("#bbbbbb", "#756bb1"), strict=True):
         axes.hist(  # type: ignore[attr-defined]
             one, bins=edges, weights=np.full(len(one), 1 / len(one)), color=colour, alpha=0.6, label=label
         )
-    title = f"{COLUMNS[shift.column]}\nof {KINDS[shift.kind]}{': changed' if shift.drifted else ''}"
+    title = f"{COMPARED_COLUMNS[shift.column]}\nof {JUDGED_KINDS[shift.kind]}{': changed' if shift.drifted else ''}"
     axes.set_title(title, fontsize=9)  # type: ignore[attr-defined]

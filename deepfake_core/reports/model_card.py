@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES
-from deepfake_core.evaluation.metrics import Evaluation, per_100
-from deepfake_core.evaluation.promotion import Cost, Decision
+from deepfake_core.evaluation.evaluation import Evaluation, per_100
+from deepfake_core.evaluation.metrics import METRIC_TITLES
+from deepfake_core.evaluation.promotion import Cost, PromotionDecision
 from deepfake_core.evaluation.test_split import Measured
 
 MIN_CLASS_IMAGES = 100
@@ -40,7 +40,7 @@ class ModelFacts:
 
 
 def write_model_card(
-    facts: ModelFacts, dataset: Dataset, measured: Measured, decision: Decision, robustness: pd.DataFrame
+    facts: ModelFacts, dataset: Dataset, measured: Measured, decision: PromotionDecision, robustness: pd.DataFrame
 ) -> str:
     """Return the registered version's description as Markdown, after Mitchell et al., "Model Cards for Model
     Reporting", FAT* 2019, section 4."""

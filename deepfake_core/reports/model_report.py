@@ -12,12 +12,13 @@ from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.decoding import decode_image
 from deepfake_core.detector import Detector
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES, SURE_METRICS
-from deepfake_core.evaluation.metrics import per_100
+from deepfake_core.evaluation.evaluation import per_100
+from deepfake_core.evaluation.metrics import METRIC_TITLES, SURE_METRICS
 from deepfake_core.evaluation.promotion import Comparison
 from deepfake_core.evaluation.regression import Regression
 from deepfake_core.evaluation.test_split import Measured
-from deepfake_core.registry.challenge import Outcome, TrainedCandidate
+from deepfake_core.registry.candidates import TrainedCandidate
+from deepfake_core.registry.challenge import Outcome
 from deepfake_core.reports import plots
 from deepfake_core.reports.model_card import ModelFacts, list_warnings, write_model_card
 from deepfake_core.reports.pages import encode_figure, encode_picture, render_page

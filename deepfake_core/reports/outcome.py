@@ -9,8 +9,8 @@ from rich.table import Table
 
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.evaluation.bootstrap import METRIC_TITLES
-from deepfake_core.evaluation.metrics import Evaluation, per_100
+from deepfake_core.evaluation.evaluation import Evaluation, per_100
+from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry import challenge, names
 from deepfake_core.registry.connection import DEFAULT_TRACKING_URI

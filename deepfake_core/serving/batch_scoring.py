@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.errors import ConfigurationError
 from deepfake_core.monitoring.observer import Observer
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
@@ -26,7 +26,7 @@ ROWS_READ = 8
 ROWS_WRITTEN = 5000
 """Rows of scores that are kept before they are written."""
 
-SCHEMA = pyarrow.schema(
+SCORES_SCHEMA = pyarrow.schema(
     [
         ("image", pyarrow.string()),
         ("sha256", pyarrow.string()),
@@ -73,14 +73,13 @@ def score_images(
         observer: of the verdicts.
 
     Raises:
-        ConfigurationError: if `images` is neither.
-        ModelError: if the folder holds no image.
+        ConfigurationError: if `images` is neither, or a folder without images.
     """
     total, sources = _open(images)
     counts: Counter[str] = Counter()
     hashes: list[str] = []
     rows: list[dict[str, object]] = []
-    with write_beside(output) as beside, parquet.ParquetWriter(beside, SCHEMA) as writer:
+    with write_beside(output) as beside, parquet.ParquetWriter(beside, SCORES_SCHEMA) as writer:
         for done, judged in enumerate(predictor.judge(sources()), 1):
             hashes.append(judged.sha256)
             counts.update(verdict.outcome for verdict in judged.verdicts)
@@ -88,11 +87,11 @@ def score_images(
                 observer.add(judged)
             rows += _list_rows(judged)
             if len(rows) >= ROWS_WRITTEN:
-                writer.write_table(pyarrow.Table.from_pylist(rows, SCHEMA))
+                writer.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA))
                 rows = []
             if on_progress:
                 on_progress(done, total)
-        writer.write_table(pyarrow.Table.from_pylist(rows, SCHEMA))
+        writer.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA))
     digest = hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()[:16]
     return ScoredTable(len(hashes), digest, dict(counts))
 
@@ -105,7 +104,7 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
         if others:
             log.warning("%s: %d files are no images and are not scored: %s", images, len(others), list_names(others))
         if not files:
-            raise ModelError(f"A folder must hold images. Received: {images}, which holds none.")
+            raise ConfigurationError(f"A folder must hold images. Received: {images}, which holds none.")
         return len(files), lambda: ((str(file.relative_to(images)), file) for file in files)
     rule = "Images must be a folder, or a Parquet file with a column `image` of bytes"
     try:
@@ -131,4 +130,4 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
 def _list_rows(judged: Judged) -> Iterator[dict[str, object]]:
     for verdict in judged.verdicts:
         row = verdict.as_row()
-        yield {name: judged.sha256 if name == "sha256" else row[name] for name in SCHEMA.names}
+        yield {name: judged.sha256 if name == "sha256" else row[name] for name in SCORES_SCHEMA.names}

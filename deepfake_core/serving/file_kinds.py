@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError
 
 HEAD_BYTES = 4096
 
-MAX_NAMED = 20
+MAX_FILES_NAMED = 20
 """Files that a message names."""
 
 PICTURE_BRANDS = rb"avi[fs]|crx |hei[cfmsx]|hev[cmsx]|jxl |mi[af][1f]|msf1"
@@ -49,21 +49,21 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
     image but can't be read is among the images, so that it is missed by nobody.
 
     Raises:
-        ModelError: if the folder holds neither image nor clip.
+        ConfigurationError: if the folder holds neither image nor clip.
     """
     known: list[Path] = []
     others: list[Path] = []
     for file in _walk(folder, folder.resolve(), set(), known):
         (known if _name_kind(file) else others).append(file)
     if not known:
-        raise ModelError(f"A folder must hold images or clips. Received: {folder}, which holds none.")
+        raise ConfigurationError(f"A folder must hold images or clips. Received: {folder}, which holds none.")
     return sorted(known), sorted(others)
 
 
 def list_names(files: Sequence[Path]) -> str:
     """Return the files' names as a line: the first of them, where there are many."""
-    more = f" and {len(files) - MAX_NAMED:,} more" if len(files) > MAX_NAMED else ""
-    return ", ".join(map(str, files[:MAX_NAMED])) + more
+    more = f" and {len(files) - MAX_FILES_NAMED:,} more" if len(files) > MAX_FILES_NAMED else ""
+    return ", ".join(map(str, files[:MAX_FILES_NAMED])) + more
 
 
 def _name_kind(file: Path) -> str:

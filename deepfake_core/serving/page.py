@@ -17,15 +17,15 @@ from PIL import Image
 
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import Detector
-from deepfake_core.errors import DeepfakeError, ModelError
+from deepfake_core.errors import ConfigurationError, DeepfakeError, ModelError
 from deepfake_core.feedback.reports import Feedback
 from deepfake_core.registry import connection, detectors
 from deepfake_core.serving.file_kinds import is_clip
+from deepfake_core.serving.load_versions import find_shadow, load_version
 from deepfake_core.serving.predictor import Predictor, load_detector
-from deepfake_core.serving.registered import find_shadow, load_version
 from deepfake_core.serving.verdict import Verdict
 from deepfake_core.serving.video import judge_clip, plot_timeline
-from deepfake_core.serving.wrong_verdict import Reporter, Shown, add_form, pick_verdict
+from deepfake_core.serving.wrong_verdict import Reporter, ShownVerdict, add_form, pick_verdict
 
 if TYPE_CHECKING:
     from deepfake_core.monitoring.observer import Observer
@@ -105,7 +105,7 @@ class ModelKeeper:
             self._predictor = self._predictor.beside(find_shadow(name, self._predictor.shadow))
 
 
-def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any, Shown | None]:
+def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | None, Any, ShownVerdict | None]:
     """Return the verdict as HTML, the picture that explains it, a clip's timeline, and what an image's report keeps."""
     predictor, version = keeper.get()
     timeline = shown = None
@@ -155,7 +155,8 @@ def serve(
         feedback: keeps reports on wrong verdicts; None: the page takes none.
 
     Raises:
-        ModelError: if Gradio is not installed, the port is taken, or there is no such model.
+        ConfigurationError: if the port is taken.
+        ModelError: if Gradio is not installed, or there is no such model.
         ServiceError: if MLflow can't be reached.
     """
     with keep_uploads():
@@ -204,14 +205,14 @@ def launch_page(keeper: ModelKeeper, port: int, feedback: Feedback | None = None
             app_kwargs={"middleware": [_guard(page, port)]},
         )
     except OSError as exc:
-        raise ModelError(f"The port must be free. Received: {port}, which is taken. Choose another by --port.") from exc
+        raise ConfigurationError(f"--port must be free. Received: {port}, which is taken. Choose another.") from exc
     return page
 
 
 def _guard(page: Any, port: int) -> Any:
     from starlette.middleware import Middleware
 
-    from deepfake_core.serving.guard import RequestGuard
+    from deepfake_core.serving.request_guard import RequestGuard
 
     form_bytes = 10_000  # around the file, in an upload's body
     functions = {number: str(function.api_name) for number, function in page.fns.items()}
@@ -230,7 +231,7 @@ def build_page(keeper: ModelKeeper, feedback: Feedback | None = None) -> Any:
     except ImportError as exc:
         raise ModelError("The page needs Gradio, which is not installed. Install deepfake-retraining[serve].") from exc
 
-    def answer(path: str | None) -> tuple[str, Image.Image | None, Any, Shown | None]:
+    def answer(path: str | None) -> tuple[str, Image.Image | None, Any, ShownVerdict | None]:
         text, picture, timeline, shown = judge_upload(keeper, Path(path)) if path else ("", None, None, None)
         return text, picture, gradio.update(value=timeline, visible=timeline is not None), shown
 

@@ -24,7 +24,7 @@ from deepfake_core.detector import (
     resize_image,
 )
 from deepfake_core.errors import ModelError
-from deepfake_core.input_gate import Measures, read_jpeg_quality
+from deepfake_core.input_gate import ImageQuality, read_jpeg_quality
 from deepfake_core.serving.explained import draw_heat, shrink
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
 from deepfake_core.serving.shadow import Shadow
@@ -51,7 +51,7 @@ class Crop:
 
     box: Box
     pixels: np.ndarray
-    measured: Measures
+    quality: ImageQuality
     shadow: np.ndarray | None = None
 
 
@@ -154,7 +154,7 @@ class Predictor:
             part = image if box == whole else image.crop((box.left, box.top, box.right, box.bottom))
             pixels = resize_image(part, self.detector.image_size)
             shadow = self.shadow.resize(part) if self.shadow else None
-            crops.append(Crop(box, pixels, Measures.take(part, pixels, quality), shadow))
+            crops.append(Crop(box, pixels, ImageQuality.take(part, pixels, quality), shadow))
         return crops
 
     def _prepare(self, name: str, image: Encoded, explain: bool) -> _Prepared:
@@ -213,17 +213,17 @@ class Predictor:
             yield Judged(one.name, verdicts, picture, one.sha256)
 
     def _judge(self, one: _Prepared, face: int | None, crop: Crop, score: float, shadow: Mapping[str, Any]) -> Verdict:
-        judged = self.detector.judge(score, crop.measured)
+        judged = self.detector.judge(score, crop.quality)
         return Verdict(
-            one.name,
-            face,
-            crop.box.corners,
-            judged.label,
-            score,
-            self.detector.threshold,
-            judged.sure,
-            judged.reason,
-            observed=Observed(crop.measured, self.version, one.width, one.height, **shadow),
+            image=one.name,
+            face=face,
+            box=crop.box.corners,
+            label=judged.label,
+            fake_probability=score,
+            threshold=self.detector.threshold,
+            sure=judged.sure,
+            reason=judged.reason,
+            observed=Observed(crop.quality, self.version, one.width, one.height, **shadow),
         )
 
 

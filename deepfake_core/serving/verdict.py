@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from deepfake_core.input_gate import Measures
+from deepfake_core.input_gate import ImageQuality
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Observed:
         shadow_probability: P(fake) by that version; likewise `shadow_fake`, whether it calls the face fake.
     """
 
-    measured: Measures
+    quality: ImageQuality
     version: str
     width: int
     height: int
@@ -86,7 +86,17 @@ class Verdict:
         cls, image: str, threshold: float, error: str, *, unreadable: bool = False, warning: str | None = None
     ) -> "Verdict":
         """Return that there is no verdict, and why."""
-        return cls(image, None, None, None, None, threshold, error=error, unreadable=unreadable, warning=warning)
+        return cls(
+            image,
+            face=None,
+            box=None,
+            label=None,
+            fake_probability=None,
+            threshold=threshold,
+            error=error,
+            unreadable=unreadable,
+            warning=warning,
+        )
 
     @property
     def outcome(self) -> str:
@@ -94,7 +104,7 @@ class Verdict:
         return "unreadable" if self.unreadable else self.label or "no face"
 
     def as_row(self) -> dict[str, Any]:
-        """Return it as plain values by `COLUMNS`; those of a clip for a clip alone."""
+        """Return it as plain values by `VERDICT_COLUMNS`; those of a clip for a clip alone."""
         row = asdict(self)
         clip, _ = row.pop("clip"), row.pop("observed")
         return row | (clip or {})
@@ -110,7 +120,7 @@ class Verdict:
         return f"{face}{self.label}, P(fake) = {self.fake_probability:.2f}{spread}{unsure}{warning}"
 
 
-COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name not in ("clip", "observed"))
+VERDICT_COLUMNS = tuple(one.name for one in (*fields(Verdict), *fields(Clip)) if one.name not in ("clip", "observed"))
 
 
 @dataclass(frozen=True)

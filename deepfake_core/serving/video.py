@@ -11,7 +11,7 @@ from PIL import Image
 
 from deepfake_core.config import CLASS_COLOURS
 from deepfake_core.detector import BATCH_SIZE, UnreadableImageError
-from deepfake_core.input_gate import Measures
+from deepfake_core.input_gate import ImageQuality
 from deepfake_core.serving.explained import draw_heat
 from deepfake_core.serving.faces import Box
 from deepfake_core.serving.frames import ClipFrames
@@ -46,7 +46,7 @@ class _Track:
 
     seconds: list[float] = field(default_factory=list)
     boxes: list[Box] = field(default_factory=list)
-    measured: list[Measures] = field(default_factory=list)
+    qualities: list[ImageQuality] = field(default_factory=list)
     crops: list[np.ndarray] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     shown: np.ndarray | None = None
@@ -125,7 +125,7 @@ def _follow(tracks: list[_Track], second: float, crops: list[Crop]) -> None:
             tracks.append(track)
         track.seconds.append(second)
         track.boxes.append(crop.box)
-        track.measured.append(crop.measured)
+        track.qualities.append(crop.quality)
         track.crops.append(crop.pixels)
 
 
@@ -149,8 +149,8 @@ def _judge(predictor: Predictor, clip: ClipFrames, name: str, face: int | None, 
     bound, their median is as large and sharp as the model was calibrated on, and there are enough of them."""
     detector, probability = predictor.detector, average_scores(track.scores)
     low, high = (float(value) for value in np.quantile(track.scores, SPREAD))
-    sides, sharpness = zip(*((one.side, one.sharpness) for one in track.measured), strict=True)
-    middle = Measures(float(np.median(sides)), float(np.median(sharpness)))  # a frame has no JPEG quality
+    sides, sharpness = zip(*((one.side, one.sharpness) for one in track.qualities), strict=True)
+    middle = ImageQuality(float(np.median(sides)), float(np.median(sharpness)))  # a frame has no JPEG quality
     judged = detector.judge(probability, middle, low, high)
     sure, reason = judged.sure, judged.reason
     if sure and len(track.scores) < MIN_SURE_FRAMES:

@@ -11,7 +11,7 @@ from typing import Any
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.detector import UnreadableImageError
 from deepfake_core.errors import DeepfakeError, TransientError
-from deepfake_core.feedback.records import MAX_NAME, MAX_TEXT, GivenVerdict
+from deepfake_core.feedback.records import MAX_NAME_CHARACTERS, MAX_TEXT_CHARACTERS, GivenVerdict
 from deepfake_core.feedback.reports import Feedback
 from deepfake_core.serving.predictor import Predictor, read_image
 from deepfake_core.serving.verdict import Verdict
@@ -19,13 +19,13 @@ from deepfake_core.serving.verdict import Verdict
 MAX_REPORTS_AN_HOUR = 60
 """From one process of the page."""
 
-KEPT = (
+WHAT_IS_KEPT = (
     "If you send it, this image is kept, with the verdict, your label, your note and the time. Nothing about you is "
     "kept. Whoever runs this page looks at the image and decides; only then may a model learn from it. To have it "
     "deleted, give them the code that you get: `deepfake feedback forget` removes all of it."
 )
 
-Shown = tuple[str, GivenVerdict]
+ShownVerdict = tuple[str, GivenVerdict]
 """The SHA-256 of an image, and the verdict on it that was shown."""
 
 
@@ -36,7 +36,7 @@ def pick_verdict(verdicts: Sequence[Verdict], version: str) -> GivenVerdict:
         label=verdict.label,
         probability=verdict.fake_probability,
         sure=verdict.sure,
-        version=version[:MAX_NAME],
+        version=version[:MAX_NAME_CHARACTERS],
         box=verdict.box,
         faces=sum(one.face is not None for one in verdicts),
     )
@@ -53,7 +53,7 @@ class Reporter:
         self._feedback, self._get = feedback, get
         self._sent: deque[float] = deque(maxlen=MAX_REPORTS_AN_HOUR)
 
-    def report(self, file: Path, label: str, note: str, shown: Shown | None) -> str:
+    def report(self, file: Path, label: str, note: str, shown: ShownVerdict | None) -> str:
         """Keep a report; return what to answer.
 
         Args:
@@ -89,7 +89,7 @@ def add_form(reporter: Reporter, upload: Any, shown: Any, judged: Any) -> None:
     """
     import gradio
 
-    def send(path: str | None, label: str | None, note: str | None, shown: Shown | None) -> str:
+    def send(path: str | None, label: str | None, note: str | None, shown: ShownVerdict | None) -> str:
         if not path or not label:
             raise gradio.Error("Choose an image, and what it is.", print_exception=False)
         try:
@@ -99,13 +99,13 @@ def add_form(reporter: Reporter, upload: Any, shown: Any, judged: Any) -> None:
         except (UnreadableImageError, DeepfakeError) as exc:
             raise gradio.Error(html.escape(f"{exc}"), print_exception=False) from exc
 
-    def reset(shown: Shown | None) -> tuple[Any, None, str, str]:
+    def reset(shown: ShownVerdict | None) -> tuple[Any, None, str, str]:
         return gradio.update(visible=shown is not None, open=False), None, "", ""
 
     with gradio.Accordion("This is wrong", open=False, visible=False) as form:
-        gradio.Markdown(KEPT)
+        gradio.Markdown(WHAT_IS_KEPT)
         label = gradio.Radio(CLASS_NAMES, label="What is it?")
-        note = gradio.Textbox(label="How do you know? (optional)", max_length=MAX_TEXT)
+        note = gradio.Textbox(label="How do you know? (optional)", max_length=MAX_TEXT_CHARACTERS)
         answer = gradio.Markdown()
         gradio.Button("Send").click(send, [upload, label, note, shown], answer, api_name="report")
     judged.then(reset, shown, [form, label, note, answer], api_visibility="private")

@@ -15,7 +15,7 @@ from typing import Any
 
 from deepfake_core.errors import DeepfakeError, DiskError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def translate_disk_errors(place: Path) -> Iterator[None]:
             raise
         name = getattr(exc, "filename", None)
         path = Path(os.fsdecode(name) if isinstance(name, str | bytes) else place).absolute()
-        if code in FULL:
+        if code in NO_SPACE_ERRORS:
             folder = next(each for each in (path, *path.parents) if each.is_dir())
             message = (
                 f"What is written must fit on the disk. Received: {os.strerror(code)} at {path}; "
@@ -59,7 +59,7 @@ def find_disk_failure(error: Exception) -> int | None:
     if not isinstance(error, OSError):
         return None
     denied = error.errno in (errno.EACCES, errno.EPERM) and error.filename is not None
-    return error.errno if denied or error.errno in (*FULL, errno.EROFS) else None
+    return error.errno if denied or error.errno in (*NO_SPACE_ERRORS, errno.EROFS) else None
 
 
 @contextmanager

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 Feeding = Literal["resident", "streamed", "host"]
 """Where images are changed: on the accelerator, which has the whole split or gets it in shards; or on the CPU."""
 
-CALLS = 10
+REPORTS_PER_EPOCH = 10
 """In each epoch of a resident split: how often progress is reported."""
 
 SHARD_BYTES = 2**28
@@ -67,7 +67,9 @@ class Feed:
         replicas = count_replicas()
         self._width = -(-batches.batch_size // replicas) * replicas
         fitting = SHARD_BYTES // int(np.prod(self._array.shape[1:])) // self._width
-        self._size = -(-len(batches) // CALLS) if feeding == "resident" else min(max(1, fitting), len(batches))
+        self._size = (
+            -(-len(batches) // REPORTS_PER_EPOCH) if feeding == "resident" else min(max(1, fitting), len(batches))
+        )
 
     def blocks(self) -> Iterator[Block]:
         """Yield the epoch's blocks, all of one shape."""

@@ -12,7 +12,7 @@ from scipy.optimize import minimize_scalar
 from deepfake_core.config import FEEDBACK, EvaluationParameters, ThresholdRule
 from deepfake_core.data.images import Images
 from deepfake_core.detector import DESCRIPTION, Detector, apply_temperature
-from deepfake_core.input_gate import Measures, fit_limits
+from deepfake_core.input_gate import ImageQuality, fit_limits
 from deepfake_core.storage.files import write_json
 
 log = logging.getLogger(__name__)
@@ -25,13 +25,13 @@ MIN_SOURCE_REALS = 50
 
 
 def calibrate_detector(
-    folder: Path, val: Images, parameters: EvaluationParameters, measured: Sequence[Measures] = ()
+    folder: Path, val: Images, parameters: EvaluationParameters, qualities: Sequence[ImageQuality] = ()
 ) -> None:
     """Fit what gives a detector's scores a meaning, and store it in its `detector.json`: the temperature, the
     threshold, the bounds beyond which a verdict is sure, and the limits of the images that all this was fitted on.
 
     Args:
-        measured: of each image of `val`; none sets no limits.
+        qualities: of each image of `val`; none sets no limits.
     """
     file = folder / DESCRIPTION
     description = json.loads(file.read_text()) | {"temperature": 1.0}
@@ -50,7 +50,7 @@ def calibrate_detector(
             "temperature": temperature,
             "threshold": threshold,
             "bounds": {"lower": lower, "upper": upper, "max_error": parameters.max_error},
-            "limits": fit_limits(measured),
+            "limits": fit_limits(qualities),
         },
     )
     log.info(

@@ -43,7 +43,7 @@ class Reseed(keras.callbacks.Callback):
             state.assign(np.random.SeedSequence([self._seed, position, epoch]).generate_state(2))
 
 
-class Record(keras.callbacks.Callback):
+class EpochRecorder(keras.callbacks.Callback):
     """Keep the history and the model with the lowest validation loss; stop when patience is over.
 
     What a killed run recorded is reported again, so that the curves of the run that continues are whole.

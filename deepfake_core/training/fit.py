@@ -21,7 +21,7 @@ from deepfake_core.storage.progress import Progress
 from deepfake_core.training import accelerator
 from deepfake_core.training.accelerator import Feeding, choose_feeding
 from deepfake_core.training.batches import Batches
-from deepfake_core.training.checkpoints import CHECKPOINT, HISTORY, Backup, EpochReport, Record, Reseed
+from deepfake_core.training.checkpoints import CHECKPOINT, HISTORY, Backup, EpochRecorder, EpochReport, Reseed
 from deepfake_core.training.devices import choose_precision, compute_in, spread_over
 from deepfake_core.training.export import export_detector, load_network
 from deepfake_core.training.jax_layers import replace_layers
@@ -122,7 +122,9 @@ def train_candidate(
     remedy = "change a parameter of the training, such as its seed"
     with lock_folder(folder, f"a training of {architecture}", remedy):
         detector.mkdir(exist_ok=True)
-        record = Record(architecture, recipe, folder, detector, on_epoch, on_progress, len(train))
+        record = EpochRecorder(
+            architecture, recipe, folder, detector, on_epoch=on_epoch, on_progress=on_progress, images=len(train)
+        )
         if not (detector / DESCRIPTION).exists():
             precision = train_checkpoint(training, train, val, folder, record, feeding)
             description = {"architecture": architecture, "trained_in": precision, "image_size": recipe.image_size}
@@ -139,7 +141,7 @@ def find_backbone(network: keras.Model) -> keras.Model | None:
 
 
 def train_checkpoint(
-    training: Training, train: Images, val: Images, folder: Path, record: Record, feeding: Feeding | None = None
+    training: Training, train: Images, val: Images, folder: Path, record: EpochRecorder, feeding: Feeding | None = None
 ) -> Precision:
     """Train one architecture as `train_candidate` does, without a lock and without exporting it.
 
@@ -159,7 +161,9 @@ def train_checkpoint(
     return precision
 
 
-def _fit(training: Training, train: Images, val: Images, record: Record, folder: Path, feeding: Feeding | None) -> None:
+def _fit(
+    training: Training, train: Images, val: Images, record: EpochRecorder, folder: Path, feeding: Feeding | None
+) -> None:
     architecture, recipe, seed = training.architecture, training.recipe, training.seed
     keras.utils.set_random_seed(seed)
     cropped = recipe.augmentation.crop < 1

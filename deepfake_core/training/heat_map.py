@@ -5,6 +5,10 @@ from typing import Any
 import keras
 from keras import layers, ops
 
+from deepfake_core.errors import ModelError
+
+KNOWN_SLOPES = ("linear", "relu", "LeakyReLU")
+
 
 class ExplainedNetwork(keras.Model):
     """A network that returns P(fake) of shape (n, 1), and a heat map (n, height, width): evidence for fake
@@ -18,6 +22,9 @@ class ExplainedNetwork(keras.Model):
     Args:
         network: a chain of layers (or whole backbones): features, flattening or pooling, then dense layers of which
             the last is one sigmoid.
+
+    Raises:
+        ModelError: if the head has a layer of another kind.
     """
 
     def __init__(self, network: keras.Model) -> None:
@@ -25,6 +32,14 @@ class ExplainedNetwork(keras.Model):
         chain = [layer for layer in network.layers if not isinstance(layer, layers.InputLayer | layers.Dropout)]
         last = max(position for position, layer in enumerate(chain) if len(layer.output.shape) == 4)
         self._body, self._flatten, self._head = chain[: last + 1], chain[last + 1], chain[last + 2 :]
+        for layer in self._head:
+            activation = _name_activation(layer)
+            if activation not in KNOWN_SLOPES and not (activation == "sigmoid" and layer is self._head[-1]):
+                raise ModelError(
+                    "A candidate's features must be followed by Flatten or GlobalAveragePooling2D, then Dropout, "
+                    "LeakyReLU and Dense with ReLU or no activation, the last with a sigmoid. Received: "
+                    f"{layer.name}, {activation}. Add its slope in deepfake_core/training/heat_map.py."
+                )
 
     def call(self, images: Any) -> tuple[Any, Any]:
         features = images
@@ -35,7 +50,7 @@ class ExplainedNetwork(keras.Model):
             outputs.append(layer(outputs[-1], training=False))
         gradient = ops.ones_like(outputs[-1])
         for layer, before, after in zip(self._head[::-1], outputs[-2::-1], outputs[:0:-1], strict=True):
-            gradient = _apply_slope(layer, before, after, gradient, is_last=layer is self._head[-1])
+            gradient = _apply_slope(layer, before, after, gradient)
             if isinstance(layer, layers.Dense):
                 kernel = layer.kernel
                 if layer is self._head[0]:  # the mean over positions, taken of the kernel: the same, in a small matrix
@@ -44,17 +59,13 @@ class ExplainedNetwork(keras.Model):
         return outputs[-1], ops.sum(features * gradient[:, None, None, :], axis=-1)
 
 
-def _apply_slope(layer: Any, before: Any, after: Any, gradient: Any, is_last: bool) -> Any:
+def _name_activation(layer: Any) -> str:
+    return layer.activation.__name__ if isinstance(layer, layers.Dense) else type(layer).__name__
+
+
+def _apply_slope(layer: Any, before: Any, after: Any, gradient: Any) -> Any:
     """Multiply a gradient by the slope of a layer's activation; a last sigmoid is left out."""
-    if isinstance(layer, layers.LeakyReLU):
+    activation = _name_activation(layer)
+    if activation == "LeakyReLU":
         return ops.where(before > 0, gradient, layer.negative_slope * gradient)
-    activation = layer.activation.__name__ if isinstance(layer, layers.Dense) else type(layer).__name__
-    if activation == "relu":
-        return ops.where(after > 0, gradient, 0.0)
-    if activation != "linear" and not (is_last and activation == "sigmoid"):
-        raise TypeError(
-            "A candidate's features must be followed by Flatten or GlobalAveragePooling2D, then Dropout, LeakyReLU and "
-            f"Dense with ReLU or no activation, the last with a sigmoid. Received: {layer.name}, {activation}. Add "
-            "its slope in deepfake_core/training/heat_map.py."
-        )
-    return gradient
+    return ops.where(after > 0, gradient, 0.0) if activation == "relu" else gradient

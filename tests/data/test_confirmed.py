@@ -21,7 +21,7 @@ from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.storage.store import open_store
 from tests.builders import draw_image, encode, faces, jpeg, prepare, write_zip
-from tests.data.test_dataset import check_laws, link, pictures, split, worlds
+from tests.split_laws import check_laws, link, pictures, split, worlds
 
 
 @pytest.mark.slow
@@ -48,7 +48,7 @@ def test_no_confirmed_image_nor_a_near_copy_of_it_is_where_it_must_not_be(world,
             remember_splits(rows, store)
 
 
-def test_three_in_ten_of_the_new_groups_with_a_report_are_never_learned_from_whatever_their_other_split():
+def test_three_in_ten_new_groups_with_a_report_are_never_learned_from():
     index = pictures(20_000).assign(source=FEEDBACK)
     rows = split(index, val=0.1, test=0.2)
     shares = rows["split"].value_counts(normalize=True)
@@ -61,7 +61,7 @@ def test_three_in_ten_of_the_new_groups_with_a_report_are_never_learned_from_wha
     assert chosen.to_dict() == pytest.approx({"train": 0.7, "test": 0.2, "val": 0.1}, abs=0.015)
 
 
-def test_a_near_copy_of_a_known_image_stays_in_its_split_and_one_of_a_regression_image_joins_it():
+def test_a_near_copy_joins_the_split_of_the_image_that_is_known():
     index = pictures(400)
     names = index["sha256"].tolist()
     first = split(index[:200]).set_index("sha256")["split"]

@@ -3,15 +3,10 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from deepfake_core.evaluation.bootstrap import (
-    FALSE_ALARM_RATES,
-    METRIC_TITLES,
-    compute_metrics,
-    draw_resamples,
-    resample_metrics,
-)
+from deepfake_core.evaluation.bootstrap import draw_resamples, resample_metrics
 from deepfake_core.evaluation.confusion import Confusion
-from deepfake_core.evaluation.metrics import Estimate, Evaluation, cross_sources, evaluate_scores, per_100
+from deepfake_core.evaluation.evaluation import Estimate, Evaluation, cross_sources, evaluate_scores, per_100
+from deepfake_core.evaluation.metrics import FALSE_ALARM_RATES, METRIC_TITLES, compute_metrics
 from deepfake_core.evaluation.parts import find_parts
 from tests.builders import draw_scores
 

@@ -3,20 +3,13 @@ import pytest
 
 from deepfake_core.config import PromotionParameters
 from deepfake_core.evaluation.confusion import Confusion
-from deepfake_core.evaluation.metrics import Estimate, Evaluation
-from deepfake_core.evaluation.promotion import Comparison, Cost, Scored, compare_scores, decide_promotion
+from deepfake_core.evaluation.evaluation import Estimate, Evaluation
+from deepfake_core.evaluation.promotion import Comparison, Scored, compare_scores, decide_promotion
+from tests.builders import CHEAP, GOOD, NO_FLOORS, make_comparison, make_evaluation
 
 FLOORS = PromotionParameters(min_precision=0.8, min_recall=0.7)
-NO_FLOORS = PromotionParameters(min_precision=0, min_recall=0, max_false_alarm_rate=1)
-CHEAP = Cost(latency=5, size=10)
-GOOD = Confusion(true_positives=80, false_positives=20, true_negatives=80, false_negatives=20)
 IMPRECISE = Confusion(true_positives=79, false_positives=21, true_negatives=80, false_negatives=20)
 FORGETFUL = Confusion(true_positives=69, false_positives=1, true_negatives=99, false_negatives=31)
-
-
-def evaluation(confusion: Confusion = GOOD, auc: float = 0.9, recall: float = 0.8) -> Evaluation:
-    source = Evaluation(confusion, {"recall": Estimate(recall, recall - 0.1, recall + 0.1)})
-    return Evaluation(confusion, {"auc": Estimate(auc, auc - 0.02, auc + 0.02)}, {"source": {"a": source}})
 
 
 def accuse(low: float) -> Evaluation:
@@ -27,16 +20,11 @@ def accuse(low: float) -> Evaluation:
 def bought(low: float) -> Comparison:
     """Compare with a production of much higher recall, and false alarms from `low` up."""
     theirs = {"recall": Estimate(0.95, 0.9, 1.0), "false_alarm_rate": Estimate(0.3, low, 0.4)}
-    production = Evaluation(GOOD, evaluation().metrics, {"source": {"a": Evaluation(GOOD, theirs)}})
-    return Comparison(evaluation(), production, "auc", Estimate(0.1, 0.01, 0.2), 1.0)
+    production = Evaluation(GOOD, make_evaluation().metrics, {"source": {"a": Evaluation(GOOD, theirs)}})
+    return Comparison(make_evaluation(), production, "auc", Estimate(0.1, 0.01, 0.2), 1.0)
 
 
-def comparison(probability: float, auc: float = 0.9, other: float = 0.85, recall: float = 0.8) -> Comparison:
-    difference = Estimate(auc - other, 0.01, 0.09)
-    return Comparison(evaluation(auc=auc, recall=recall), evaluation(auc=other), "auc", difference, probability)
-
-
-NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
+NO_CLASS = Comparison(make_evaluation(), make_evaluation(), "auc", None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -44,34 +32,40 @@ NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
     [
         pytest.param({}, True, "met: no production model yet", id="the first version"),
         pytest.param(
-            {"compared": comparison(0.95)}, True, "met: AUC 0.9000, production's 0.8500", id="better than production"
+            {"compared": make_comparison(0.95)},
+            True,
+            "met: AUC 0.9000, production's 0.8500",
+            id="better than production",
         ),
         pytest.param(
-            {"compared": comparison(0.949)}, False, "NOT met: AUC 0.9000, production's 0.8500", id="perhaps by chance"
+            {"compared": make_comparison(0.949)},
+            False,
+            "NOT met: AUC 0.9000, production's 0.8500",
+            id="perhaps by chance",
         ),
         pytest.param(
-            {"compared": comparison(0.949), "min_probability": 0.9},
+            {"compared": make_comparison(0.949), "min_probability": 0.9},
             True,
             "at least 0.9 is needed",
             id="less certainty is asked for",
         ),
         pytest.param(
-            {"compared": comparison(0.03, other=0.95)}, False, "probability 0.030", id="worse than production"
+            {"compared": make_comparison(0.03, other=0.95)}, False, "probability 0.030", id="worse than production"
         ),
         pytest.param(
-            {"challenger": evaluation(IMPRECISE)},
+            {"challenger": make_evaluation(IMPRECISE)},
             False,
             "NOT met: precision 0.7900, floor 0.8000",
             id="misses the precision floor",
         ),
         pytest.param(
-            {"challenger": evaluation(FORGETFUL)},
+            {"challenger": make_evaluation(FORGETFUL)},
             False,
             "NOT met: recall 0.6900, floor 0.7000",
             id="misses the recall floor",
         ),
         pytest.param(
-            {"challenger": evaluation(IMPRECISE), "compared": comparison(1.0)},
+            {"challenger": make_evaluation(IMPRECISE), "compared": make_comparison(1.0)},
             False,
             "NOT met: precision 0.7900",
             id="better, but misses a floor",
@@ -93,19 +87,19 @@ NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
         pytest.param({"compared": bought(0.12)}, False, "NOT met: recall on a 0.8000", id="production accuses few"),
         # production's recall on the source is 0.8 (0.7 to 0.9): 0.65 is the least
         pytest.param(
-            {"compared": comparison(1.0, recall=0.651)},
+            {"compared": make_comparison(1.0, recall=0.651)},
             True,
             "met: recall on a 0.6510, at least 0.6500",
             id="a source's recall falls as far as it may",
         ),
         pytest.param(
-            {"compared": comparison(1.0, recall=0.649)},
+            {"compared": make_comparison(1.0, recall=0.649)},
             False,
             "NOT met: recall on a 0.6490",
             id="a source's recall falls too far",
         ),
         pytest.param(
-            {"compared": comparison(1.0, recall=0.649), "max_recall_drop": 0.1},
+            {"compared": make_comparison(1.0, recall=0.649), "max_recall_drop": 0.1},
             True,
             "met: recall on a",
             id="a source's recall may fall further",
@@ -114,7 +108,10 @@ NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
         pytest.param({"max_latency": 5}, True, "met: 5.0 ms", id="just fast enough"),
         pytest.param({"max_size": 9}, False, "NOT met: 10.0 MB, ceiling 9 MB", id="too large"),
         pytest.param(
-            {"compared": comparison(1.0), "blockers": ("drawn",)}, False, "NOT met: drawn", id="better, but blocked"
+            {"compared": make_comparison(1.0), "blockers": ("drawn",)},
+            False,
+            "NOT met: drawn",
+            id="better, but blocked",
         ),
         pytest.param({"compared": NO_CLASS}, False, "NOT met: AUC needs both classes", id="nothing to compare on"),
     ],
@@ -122,7 +119,7 @@ NO_CLASS = Comparison(evaluation(), evaluation(), "auc", None, 0.0)
 def test_decision(case, promoted, reason):
     changes = {name: value for name, value in case.items() if name in PromotionParameters.model_fields}
     decision = decide_promotion(
-        case.get("challenger", evaluation()),
+        case.get("challenger", make_evaluation()),
         case.get("compared"),
         CHEAP,
         FLOORS.model_copy(update=changes),
@@ -140,7 +137,7 @@ def test_no_ceiling_holds_for_confirmed_reports_which_are_chosen_for_their_false
 
 
 def test_the_description_names_both_versions():
-    text = decide_promotion(evaluation(), comparison(1.0), CHEAP, FLOORS).describe("m", "7", "5")
+    text = decide_promotion(make_evaluation(), make_comparison(1.0), CHEAP, FLOORS).describe("m", "7", "5")
     assert "m version 7 is now in production" in text
     assert "Version 5 was in production." in text
 
@@ -201,7 +198,7 @@ def test_each_is_judged_at_its_own_threshold():
     assert compared.production.confusion == Confusion.count(labels, ours.scores, 0.9)
 
 
-CLOSE, FAR = comparison(0.94), comparison(0.79)
+CLOSE, FAR = make_comparison(0.94), make_comparison(0.79)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +208,11 @@ CLOSE, FAR = comparison(0.94), comparison(0.79)
         ("borderline", {"comparison": CLOSE}, "waits for approval"),
         ("borderline", {"comparison": FAR}, "not promoted"),
         ("borderline", {"comparison": CLOSE, "blockers": ["drawn images"]}, "not promoted"),
-        ("borderline", {"challenger": evaluation(IMPRECISE), "comparison": CLOSE}, "not promoted"),
-        ("borderline", {"comparison": comparison(0.99)}, "promoted"),
+        ("borderline", {"challenger": make_evaluation(IMPRECISE), "comparison": CLOSE}, "not promoted"),
+        ("borderline", {"comparison": make_comparison(0.99)}, "promoted"),
         ("borderline", {"comparison": None}, "promoted"),
         ("always", {"comparison": None}, "waits for approval"),
-        ("always", {"comparison": comparison(0.99)}, "waits for approval"),
+        ("always", {"comparison": make_comparison(0.99)}, "waits for approval"),
         ("always", {"comparison": CLOSE}, "waits for approval"),
         ("always", {"comparison": FAR}, "not promoted"),
         ("always", {"comparison": NO_CLASS}, "not promoted"),
@@ -223,7 +220,7 @@ CLOSE, FAR = comparison(0.94), comparison(0.79)
 )
 def test_a_person_decides_about_what_is_close_or_about_all_that_would_be_promoted(approval, case, expected):
     parameters = FLOORS.model_copy(update={"approval": approval})
-    decision = decide_promotion(**({"challenger": evaluation(), "cost": CHEAP, "parameters": parameters} | case))
+    decision = decide_promotion(**({"challenger": make_evaluation(), "cost": CHEAP, "parameters": parameters} | case))
     assert decision.name == expected
     assert decision.promoted == (expected == "promoted")
     text = decision.describe("m", "2", "1")

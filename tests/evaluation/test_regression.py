@@ -8,8 +8,8 @@ from scipy.stats import binomtest
 
 from deepfake_core.config import PromotionParameters
 from deepfake_core.evaluation.promotion import decide_promotion
-from deepfake_core.evaluation.regression import LEVEL, MAX_NAMED, Regression, ReportedImage
-from tests.evaluation.test_promotion import CHEAP, NO_FLOORS, comparison, evaluation
+from deepfake_core.evaluation.regression import MAX_IMAGES_NAMED, MAX_REGRESSION_P, Regression, ReportedImage
+from tests.builders import CHEAP, NO_FLOORS, make_comparison, make_evaluation
 
 
 def image(number: int, after: bool, before: bool | None, group: int | None = None) -> ReportedImage:
@@ -25,8 +25,8 @@ def count(worse: int, better: int, both: int = 0) -> Regression:
 
 
 def decide(regression: Regression, parameters: PromotionParameters = NO_FLOORS):
-    better = comparison(1.0)
-    return decide_promotion(evaluation(), better, CHEAP, parameters, regression=regression)
+    better = make_comparison(1.0)
+    return decide_promotion(make_evaluation(), better, CHEAP, parameters, regression=regression)
 
 
 def test_the_test_is_scipys():
@@ -50,7 +50,7 @@ def test_a_challenger_with_more_mistakes_than_chance_explains_is_refused(worse, 
 
 
 def test_at_most_ten_images_are_named():
-    few, many = count(MAX_NAMED, 0), count(MAX_NAMED + 7, 0)
+    few, many = count(MAX_IMAGES_NAMED, 0), count(MAX_IMAGES_NAMED + 7, 0)
     names = ", ".join(one.sha256[:12] for one in few.images)
     assert decide(few).text.endswith(f"alone: {names}")
     assert decide(many).text.endswith(f"alone: {names} and 7 more")
@@ -59,7 +59,7 @@ def test_at_most_ten_images_are_named():
 def test_without_production_or_confirmed_reports_the_rule_says_nothing():
     alone = Regression(tuple(image(number, True, None) for number in range(20)))
     for regression in (None, Regression(), alone):
-        assert decide_promotion(evaluation(), None, CHEAP, NO_FLOORS, regression=regression).promoted
+        assert decide_promotion(make_evaluation(), None, CHEAP, NO_FLOORS, regression=regression).promoted
         assert "confirmed reports" not in decide(regression).text
     assert alone.flatten() == {"regression/images": 20, "regression/wrong": 20}
 
@@ -83,8 +83,8 @@ def test_of_equally_good_models_at_most_the_stated_share_is_refused():
             image(number, bool(after[group]), bool(before[group]), group)
             for number, group in enumerate(np.repeat(np.arange(60), sizes))
         ]
-        refused += Regression(tuple(images)).p_value < LEVEL
-    assert 0 < refused <= 2000 * LEVEL
+        refused += Regression(tuple(images)).p_value < MAX_REGRESSION_P
+    assert 0 < refused <= 2000 * MAX_REGRESSION_P
 
 
 def test_a_much_worse_model_is_refused():

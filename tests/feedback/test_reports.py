@@ -16,19 +16,17 @@ from moto.server import ThreadedMotoServer
 from deepfake_core.decoding import MAX_BYTES, UnreadableImageError
 from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DiskError, DownloadError
 from deepfake_core.feedback import reports
-from deepfake_core.feedback.records import GivenVerdict, make_entry
+from deepfake_core.feedback.records import make_entry
 from deepfake_core.feedback.reports import open_feedback
-from tests.builders import free_port, jpeg
-from tests.storage.test_store import endpoint, url  # noqa: F401 - fixtures
+from tests.builders import VERDICT, free_port, jpeg
 
-VERDICT = GivenVerdict(label="real", probability=0.1, sure=True, version="a model version 1", box=(0, 0, 9, 9), faces=1)
 SHA256 = hashlib.sha256(jpeg(1)).hexdigest()
 
 
 @pytest.fixture(params=["folder", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def address(request, tmp_path):
     if request.param == "s3":
-        return request.getfixturevalue("url")
+        return request.getfixturevalue("s3_url")
     return str(tmp_path / "feedback") if request.param == "folder" else f"memory://{tmp_path}/feedback"
 
 
@@ -332,8 +330,7 @@ def test_a_decision_from_a_machine_whose_clock_is_late_still_counts(folder):
 ADD_MANY = """
 import sys
 from deepfake_core.feedback.reports import open_feedback
-from tests.builders import jpeg
-from tests.feedback.test_reports import VERDICT
+from tests.builders import VERDICT, jpeg
 feedback = open_feedback(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -361,24 +358,24 @@ def test_of_two_processes_that_add_at_once_no_report_is_lost(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_store_that_refuses_or_does_not_answer_is_said(url, monkeypatch):  # noqa: F811
+def test_a_store_that_refuses_or_does_not_answer_is_said(s3_url, monkeypatch):
     with pytest.raises(ConfigurationError, match=r"bucket .* must exist"):
         open_feedback("s3://nothing-of-this-name/feedback")
-    feedback = open_feedback(url)
+    feedback = open_feedback(s3_url)
     feedback.add(jpeg(1), VERDICT, "fake")
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     with pytest.raises(DownloadError, match="must answer"):
-        open_feedback(url)
+        open_feedback(s3_url)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(CredentialsError, match="needs credentials"):
-        open_feedback(url)
+        open_feedback(s3_url)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("url")
+@pytest.mark.usefixtures("s3_url")
 def test_a_store_that_went_away_refuses_a_report_and_takes_it_once_it_is_back(monkeypatch):
     port = free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

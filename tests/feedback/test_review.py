@@ -16,8 +16,7 @@ from deepfake_core.errors import ConfigurationError
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.feedback.review import MAX_NOTES, MAX_SHOWN, apply_decisions, describe_review
 from flows.feedback import feedback as feedback_flow
-from tests.builders import draw_image, encode, jpeg
-from tests.feedback.test_reports import VERDICT
+from tests.builders import VERDICT, draw_image, encode, jpeg
 
 
 @pytest.fixture

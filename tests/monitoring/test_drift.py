@@ -7,13 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from deepfake_core.monitoring.drift import COLUMNS, adjust_holm, compare_windows, measure_agreement
+from deepfake_core.config import WatchParameters
+from deepfake_core.monitoring.drift import COMPARED_COLUMNS, Drift, adjust_holm, compare_windows, measure_agreement
+
+
+def compare(reference: pd.DataFrame, window: pd.DataFrame) -> Drift:
+    return compare_windows(reference, window, WatchParameters().min_distance)
 
 
 def draw_rows(count: int, seed: int, whole: bool = True, **changed: float) -> pd.DataFrame:
     """Draw observations; `changed` adds to a column, in its standard deviations."""
     random = np.random.default_rng(seed)
-    rows = pd.DataFrame({name: random.normal(changed.get(name, 0), 1, count) for name in COLUMNS})
+    rows = pd.DataFrame({name: random.normal(changed.get(name, 0), 1, count) for name in COMPARED_COLUMNS})
     rows["sure"] = (rows["sure"] > -1).astype("boolean")
     rows["jpeg_quality"] = np.round(rows["jpeg_quality"])
     return rows.assign(face=None if whole else 1)
@@ -22,21 +27,21 @@ def draw_rows(count: int, seed: int, whole: bool = True, **changed: float) -> pd
 @pytest.mark.slow
 def test_at_most_1_in_20_windows_from_the_same_world_alarms():
     reference = draw_rows(1000, 0)
-    alarms = sum(bool(compare_windows(reference, draw_rows(300, seed)).drifted) for seed in range(1, 501))
+    alarms = sum(bool(compare(reference, draw_rows(300, seed)).drifted) for seed in range(1, 501))
     print(f"{alarms} of 500 windows alarmed")
     assert alarms <= 25
 
 
-@pytest.mark.parametrize("column", COLUMNS)
+@pytest.mark.parametrize("column", COMPARED_COLUMNS)
 def test_a_window_in_which_one_column_changed_alarms_and_names_it(column):
     reference = draw_rows(1000, 0)
-    found = [compare_windows(reference, draw_rows(300, seed, **{column: 1.0})) for seed in range(1, 41)]
+    found = [compare(reference, draw_rows(300, seed, **{column: 1.0})) for seed in range(1, 41)]
     assert sum(column in {shift.column for shift in one.changed} for one in found) >= 38
 
 
 def test_a_small_change_is_none_however_many_observations_there_are():
     reference, window = draw_rows(100_000, 0), draw_rows(100_000, 1, sharpness=0.1)
-    found = compare_windows(reference, window)
+    found = compare(reference, window)
     (shift,) = [one for one in found.shifts if one.column == "sharpness"]
     assert shift.p < 1e-10
     assert not found.drifted
@@ -44,21 +49,21 @@ def test_a_small_change_is_none_however_many_observations_there_are():
 
 
 def test_too_few_are_not_compared():
-    found = compare_windows(draw_rows(1000, 0), draw_rows(99, 1, sharpness=5))
+    found = compare(draw_rows(1000, 0), draw_rows(99, 1, sharpness=5))
     assert (found.drifted, found.shifts, found.observations) == (None, (), 99)
 
 
 def test_faces_are_compared_with_faces_and_whole_images_with_whole_images():
     reference = pd.concat([draw_rows(500, 0), draw_rows(500, 1, whole=False, side=-3)])
-    assert compare_windows(reference, draw_rows(300, 2, whole=False, side=-3)).drifted is False
-    assert compare_windows(reference, draw_rows(300, 2, side=-3)).changed[0].kind == "whole"
+    assert compare(reference, draw_rows(300, 2, whole=False, side=-3)).drifted is False
+    assert compare(reference, draw_rows(300, 2, side=-3)).changed[0].kind == "whole"
 
 
 def test_another_share_of_jpegs_is_a_change_and_what_no_row_has_is_left_out():
     reference, window = draw_rows(500, 0).assign(sure=None), draw_rows(300, 1).assign(sure=None)
     reference["jpeg_quality"] += 90
     window["jpeg_quality"] = np.where(np.arange(300) < 150, window["jpeg_quality"] + 90, np.nan)
-    found = compare_windows(reference, window)
+    found = compare(reference, window)
     assert [one.column for one in found.changed] == ["jpeg_quality"]
     assert "sure" not in {one.column for one in found.shifts}
     assert "JPEG quality of whole images: has changed (mean 45, on the test split 90" in found.changed[0].describe()

@@ -19,7 +19,7 @@ from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.housekeeping import clean
 from deepfake_core.monitoring import observations, observer
-from deepfake_core.monitoring.observations import SCHEMA, read_window
+from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA, read_window
 from deepfake_core.monitoring.observer import Observer, append_rows, open_observer
 from deepfake_core.monitoring.reference import observe_images
 from deepfake_core.serving.predictor import Predictor
@@ -45,7 +45,7 @@ def judge(predictor, *images: bytes):
 
 
 def make_row(when: datetime = NOW, **values: object) -> dict[str, object]:
-    return {**dict.fromkeys(SCHEMA.names), "time": when, "version": "m/1", **values}
+    return {**dict.fromkeys(OBSERVATION_SCHEMA.names), "time": when, "version": "m/1", **values}
 
 
 def read_all(address: object) -> pd.DataFrame:
@@ -71,7 +71,7 @@ def test_predict_observes_faces_and_keeps_no_name_and_no_pixel(tmp_path, monkeyp
     (file,) = list_files(tmp_path / "seen")
     assert file.parent.name == str(datetime.now(UTC).date())
     assert b"secret" not in file.read_bytes()
-    assert parquet.read_schema(file).equals(SCHEMA)
+    assert parquet.read_schema(file).equals(OBSERVATION_SCHEMA)
     rows = read_all("seen")
     assert rows["face"].tolist() == [1, 2]
     assert (rows["width"].unique(), rows["height"].unique()) == ([640], [480])
@@ -85,7 +85,7 @@ def test_rows_of_a_day_are_one_file_and_midnight_begins_another(tmp_path):
     writer = Observer(str(tmp_path))
     rows = [make_row(NOW + timedelta(seconds=20 * step), probability=step / 10) for step in range(6)]
     for some in (rows[:2], rows[2:5], rows[5:]):
-        writer._write(some)
+        writer.write_rows(some)
     writer.close()
     files = list_files(tmp_path)
     assert [file.parent.name for file in files] == ["2030-01-01", "2030-01-02"]

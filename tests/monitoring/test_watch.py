@@ -1,6 +1,6 @@
 """The flow `watch`, with a real Prefect server and MLflow: windows of production against its reference."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 import mlflow
@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow
 import pytest
 from prefect.client.orchestration import get_client
-from pyarrow import parquet
 
 from deepfake_core.config import WatchParameters
 from deepfake_core.errors import ModelError
-from deepfake_core.monitoring.observations import SCHEMA
+from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA
 from deepfake_core.monitoring.observer import append_rows
-from deepfake_core.registry import connection, names, production, runs, windows
+from deepfake_core.registry import connection, production, runs, windows
 from deepfake_core.registry.versions import read_version
 from flows.watch import watch
 from tests.builders import NAME, find_events, wait_until
@@ -28,7 +27,7 @@ def draw_rows(count: int, version: str = f"{NAME}/1", seed: int = 0, quality: fl
     random = np.random.default_rng(seed)
     return [
         {
-            **dict.fromkeys(SCHEMA.names),
+            **dict.fromkeys(OBSERVATION_SCHEMA.names),
             "time": datetime.now(UTC) - timedelta(minutes=1),
             "version": version,
             "face": 1,
@@ -60,9 +59,7 @@ def watched(tracking):
     client = connection.connect()
     client.create_registered_model(NAME)
     with runs.open_run("cnn") as run_id:
-        file = tracking / Path(names.REFERENCE).name
-        parquet.write_table(pyarrow.Table.from_pylist(draw_rows(500, seed=1), SCHEMA), file)
-        runs.log_file(run_id, file, "evaluation")
+        windows.log_reference(run_id, pyarrow.Table.from_pylist(draw_rows(500, seed=1), OBSERVATION_SCHEMA))
     client.create_model_version(NAME, "file:///nowhere", run_id, tags={"decision": "promoted"})
     production.move_production(NAME, "1", None, "test")
     return run_id, tracking / "seen"
@@ -112,14 +109,14 @@ def test_too_few_and_no_observations_are_said_and_no_verdict(watched):
 
 @pytest.mark.usefixtures("watched")
 def test_drift_lasts_where_2_of_the_last_5_windows_drifted_and_the_newest_did():
-    version = read_version(NAME, "1")
+    version, first = read_version(NAME, "1"), date(2026, 1, 1)
     found = [
-        windows.record_window(version, {}, drifted, day)
+        windows.record_window(version, {}, drifted, first + timedelta(days=day))
         for day, drifted in enumerate([True, False, False, True, None, False, False, False, False, True, True, False])
     ]
     assert [day for day, lasts in enumerate(found) if lasts] == [3, 10]
-    assert windows.record_window(version, {}, True, 11)  # the same day again
-    assert not windows.record_window(version, {}, None, 12)
+    assert windows.record_window(version, {}, True, first + timedelta(days=11))  # the same day again
+    assert not windows.record_window(version, {}, None, first + timedelta(days=12))
 
 
 @pytest.mark.usefixtures("watched")

@@ -14,12 +14,13 @@ import pytest
 from deepfake_core.config import PromotionParameters
 from deepfake_core.description import DESCRIPTION
 from deepfake_core.errors import ProductionMovedError
-from deepfake_core.evaluation.metrics import evaluate_scores
+from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.registry import challenge, names, production, runs
-from deepfake_core.registry.challenge import TrainedCandidate, choose_best, promote_challenger, register_challenger
+from deepfake_core.registry.candidates import TrainedCandidate, choose_best, log_measured
+from deepfake_core.registry.challenge import promote_challenger, register_challenger
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.versions import read_version
 from deepfake_core.reports.outcome import describe_challenge, describe_retrain
@@ -52,7 +53,7 @@ def challenge_with(tracking, candidate):
                 pass
         measured = evaluate_on_test(folder, dataset)
         best = TrainedCandidate(dataclasses.replace(candidate, folder=folder), run_id, measured.evaluation)
-        challenge.log_measured(best, parent, measured)
+        log_measured(best, parent, measured)
         version = register_challenger(best, measured, dataset, NAME, {names.FLOW_RUN_ID: "f"})
         outcome = promote_challenger(version, best, measured, dataset, parameters)
         assert NAME in describe_challenge(outcome, NAME, version, measured)

@@ -18,7 +18,7 @@ from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.registry import connection, detectors, names, probe, production, runs
 from deepfake_core.registry.versions import ModelVersion, list_versions, read_version
-from deepfake_core.serving.registered import find_shadow
+from deepfake_core.serving.load_versions import find_shadow
 from deepfake_core.training.calibration import calibrate_detector
 from tests.builders import find_events, jpeg, stripes, wait_until
 
@@ -299,7 +299,7 @@ def test_aliases_that_someone_moves_in_mlflow_are_announced_once_and_in_the_audi
     ]
 
 
-def test_the_newest_version_that_was_not_promoted_is_the_challenger_until_a_newer_one_is_in_production(versions):
+def test_the_newest_version_not_promoted_is_the_challenger(versions):
     production.move_production(NAME, "1", None, "first")
     for version in "12":
         production.name_challenger(NAME, version)

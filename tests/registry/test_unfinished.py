@@ -12,6 +12,7 @@ from deepfake_core.config import EvaluationParameters, PromotionParameters, Trai
 from deepfake_core.data.images import load_seen
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.registry import challenge, fingerprint, names, production, runs, unfinished
+from deepfake_core.registry.candidates import choose_best, log_candidate, log_measured
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.versions import describe_version, read_version
 from deepfake_core.storage.store import open_store
@@ -50,9 +51,9 @@ def killed(tracking, trained):  # noqa: ARG001 - an MLflow of its own
             for row in candidate.history.to_dict("records"):
                 epoch = int(row.pop("epoch"))
                 runs.log_metrics(run_id, row, step=epoch)
-            best = challenge.log_candidate(run_id, candidate, load_seen(dataset, "val", 32, ()), dataset)
+            best = log_candidate(run_id, candidate, load_seen(dataset, "val", 32, ()), dataset)
         measured = evaluate_on_test(candidate.folder, dataset)
-        challenge.log_measured(best, parent, measured)
+        log_measured(best, parent, measured)
         tags = {names.FINGERPRINT: known, names.FLOW_RUN_ID: "f1"}
         version = challenge.register_challenger(best, measured, dataset, NAME, tags)
         yield SimpleNamespace(
@@ -66,7 +67,7 @@ def go_on(killed: SimpleNamespace) -> challenge.Outcome:
     with unfinished.reopen_retrain(version, "f2") as parent:
         assert mlflow.get_run(parent).info.status == "RUNNING"
         candidates = unfinished.recall_candidates(version, killed.dataset, TRAINING, EVALUATION)
-        best = challenge.choose_best(candidates)
+        best = choose_best(candidates)
         measured = evaluate_on_test(best.candidate.folder, killed.dataset)
         assert (measured.scores == killed.measured.scores).all()
         outcome = challenge.promote_challenger(version.version, best, measured, killed.dataset, NO_FLOORS)
@@ -119,7 +120,7 @@ def test_a_decision_stays_what_it_was_when_only_the_report_is_missing(killed, mo
     assert moves == []
 
 
-def test_a_version_that_a_person_promoted_before_it_was_decided_is_compared_with_what_it_replaced(killed):
+def test_a_version_promoted_by_hand_is_compared_with_what_it_replaced(killed):
     other = mlflow.MlflowClient().copy_model_version(f"models:/{NAME}/1", NAME).version
     mlflow.MlflowClient().set_model_version_tag(NAME, other, names.FINGERPRINT, "another")
     production.move_production(NAME, other, None, "first")

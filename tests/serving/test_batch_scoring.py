@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepfake_core.detector import Detector
-from deepfake_core.errors import ConfigurationError, ModelError
+from deepfake_core.errors import ConfigurationError
 from deepfake_core.monitoring.observations import read_window
 from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
@@ -80,7 +80,7 @@ def test_what_holds_no_images_is_said_and_leaves_nothing(predictor, tmp_path):
         with pytest.raises(ConfigurationError, match="a column `image` of bytes"):
             score_images(predictor, images, tmp_path / "out" / "scores.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="which holds none"):
+    with pytest.raises(ConfigurationError, match="which holds none"):
         score_images(predictor, tmp_path / "empty", tmp_path / "out" / "scores.parquet")
     assert not (tmp_path / "out").exists()
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepfake_core.cli import main
-from deepfake_core.errors import ModelError
+from deepfake_core.errors import ConfigurationError
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from tests.builders import draw_image, encode, jpeg, stripes
-from tests.serving.test_frames import CONTAINERS, write_numbered
+from tests.numbered_clips import CONTAINERS, write_numbered
 
 OTHERS = {
     "notes.txt": b"Got free Python notes\n" * 300,
@@ -80,7 +80,7 @@ def test_text_is_neither(tmp_path_factory, text):
     folder = write(
         tmp_path_factory.getbasetemp() / "texts", {"words": text.encode(), "more": b"The free " + text.encode()}
     )
-    with pytest.raises(ModelError, match="must hold images or clips"):
+    with pytest.raises(ConfigurationError, match="must hold images or clips"):
         find_files(folder)
 
 

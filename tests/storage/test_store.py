@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import itertools
 import json
 import traceback
 import zipfile
@@ -25,49 +24,15 @@ from deepfake_core.storage.store import Store, open_store
 from tests.builders import faces, forbid, free_port, prepare, write_zip
 
 SOURCE = Source(name="owner/some-faces")
-numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture
-def url(endpoint, tmp_path, monkeypatch):
-    """Make a bucket, and let this process see it with credentials."""
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "XDG_CACHE_HOME": str(tmp_path / "a"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # each holds the endpoint and credentials of its first use
-    bucket = f"faces-{next(numbers)}"
-    fsspec.filesystem("s3").mkdir(bucket)
-    return f"s3://{bucket}/deepfake"
-
-
-@pytest.fixture
-def go_to(url, tmp_path, monkeypatch) -> Callable[[str], Path]:
+def go_to(s3_url, tmp_path, monkeypatch) -> Callable[[str], Path]:
     """Move to another machine; return its cache folder."""
 
     def go(machine: str) -> Path:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
-        return open_store(url).folder
+        return open_store(s3_url).folder
 
     return go
 
@@ -112,12 +77,12 @@ def list_visible(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalise", ["none", "reencode"])
-def test_another_machine_gets_the_same_bytes_once(url, go_to, tmp_path, monkeypatch, normalise):
-    first = share(url, write_zip(tmp_path / "a.zip", faces(20)), normalise=normalise)
+def test_another_machine_gets_the_same_bytes_once(s3_url, go_to, tmp_path, monkeypatch, normalise):
+    first = share(s3_url, write_zip(tmp_path / "a.zip", faces(20)), normalise=normalise)
     here = go_to("b")
     seen = []
     second = open_dataset(first.address, lambda done, total: seen.append((done, total)))
-    assert second.address == f"{url}/splits/{first.version}"
+    assert second.address == f"{s3_url}/splits/{first.version}"
     assert second.path == here / "splits" / first.version
     assert read_folder(second.path) == read_folder(first.path)
     assert seen[-1] == (len(read_object(f"{second.address}/{PACKED}")),) * 2
@@ -127,40 +92,40 @@ def test_another_machine_gets_the_same_bytes_once(url, go_to, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_what_is_published_is_not_published_again_and_news_about_it_are_fetched(url, go_to, tmp_path, monkeypatch):
-    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+def test_what_is_published_is_not_published_again_and_news_about_it_are_fetched(s3_url, go_to, tmp_path, monkeypatch):
+    first = share(s3_url, write_zip(tmp_path / "a.zip", faces(20)))
     go_to("b")
     open_dataset(first.address)
     forbid(monkeypatch, "deepfake_core.storage.shared_folder._pack", "deepfake_core.storage.shared_folder._unpack")
     go_to("a")
     again = write_zip(tmp_path / "b.zip", {"real/again.jpg": faces(1)["real/0.jpg"]})
-    second = share(url, tmp_path / "a.zip", again)
+    second = share(s3_url, tmp_path / "a.zip", again)
     assert second.version == first.version
     go_to("b")
     assert open_dataset(first.address).manifest["reason"].value_counts()["duplicate"] == 1
 
 
-def test_an_archive_is_downloaded_from_kaggle_once(url, go_to, kaggle):
-    first = fetch_archive(SOURCE, open_store(url))
-    share_archive(first, open_store(url))
+def test_an_archive_is_downloaded_from_kaggle_once(s3_url, go_to, kaggle):
+    first = fetch_archive(SOURCE, open_store(s3_url))
+    share_archive(first, open_store(s3_url))
     here = go_to("b")
-    assert find_new_version(SOURCE, open_store(url)) is None
+    assert find_new_version(SOURCE, open_store(s3_url)) is None
     assert not here.exists()
-    second = fetch_archive(SOURCE, open_store(url))
+    second = fetch_archive(SOURCE, open_store(s3_url))
     assert len(kaggle.downloads) == 1
     assert second.path == here / "archives" / "owner" / "some-faces" / "1.zip"
     assert second.path.read_bytes() == first.path.read_bytes()
     assert second.describe() == first.describe()
     go_to("c")
     kaggle.requests.clear()
-    assert fetch_archive(Source(name=SOURCE.name, version=1), open_store(url)).sha256 == first.sha256
+    assert fetch_archive(Source(name=SOURCE.name, version=1), open_store(s3_url)).sha256 == first.sha256
     assert kaggle.requests == []  # a fixed version that is shared needs no Kaggle at all
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [PACKED, "manifest.parquet", "dataset.json"])
-def test_a_damaged_object_is_refused_and_published_anew_once_the_sums_are_deleted(url, go_to, tmp_path, name):
-    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+def test_a_damaged_object_is_refused_and_published_anew_once_the_sums_are_deleted(s3_url, go_to, tmp_path, name):
+    first = share(s3_url, write_zip(tmp_path / "a.zip", faces(20)))
     content = bytearray(read_object(f"{first.address}/{name}"))
     content[len(content) // 2] ^= 1
     write_object(f"{first.address}/{name}", bytes(content))
@@ -177,26 +142,26 @@ def test_a_damaged_object_is_refused_and_published_anew_once_the_sums_are_delete
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kaggle")
-def test_a_damaged_archive_is_refused(url, go_to):
-    share_archive(fetch_archive(SOURCE, open_store(url)), open_store(url))
-    shared = f"{url}/archives/owner/some-faces/1.zip"
+def test_a_damaged_archive_is_refused(s3_url, go_to):
+    share_archive(fetch_archive(SOURCE, open_store(s3_url)), open_store(s3_url))
+    shared = f"{s3_url}/archives/owner/some-faces/1.zip"
     content = bytearray(read_object(shared))
     content[100] ^= 1
     write_object(shared, bytes(content))
     here = go_to("b")
     with pytest.raises(ArchiveError, match=r"1\.zip must be there with the SHA-256.*Delete .*1\.json"):
-        fetch_archive(SOURCE, open_store(url))
+        fetch_archive(SOURCE, open_store(s3_url))
     assert list_visible(here) == []
     write_object(shared.replace(".zip", ".json"), b'{"sha256": "half')
     with pytest.raises(ArchiveError, match=r"1\.json must hold sha256, bytes"):
-        fetch_archive(SOURCE, open_store(url))
+        fetch_archive(SOURCE, open_store(s3_url))
     assert list_visible(here) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hostile", ["../../../evil.jpg", "/tmp/evil.jpg", "train/real/evil.jpg"])
-def test_a_name_that_leads_elsewhere_is_refused(url, go_to, tmp_path, hostile):
-    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+def test_a_name_that_leads_elsewhere_is_refused(s3_url, go_to, tmp_path, hostile):
+    first = share(s3_url, write_zip(tmp_path / "a.zip", faces(20)))
     with zipfile.ZipFile(io.BytesIO(read_object(f"{first.address}/{PACKED}"))) as packed:
         images = {name: packed.read(name) for name in packed.namelist()}
     images[hostile] = images.pop(next(iter(images)))
@@ -218,8 +183,8 @@ def test_a_name_that_leads_elsewhere_is_refused(url, go_to, tmp_path, hostile):
 
 
 @pytest.mark.slow
-def test_an_image_that_is_not_the_manifests_is_refused(url, go_to, tmp_path):
-    first = share(url, write_zip(tmp_path / "a.zip", faces(20)))
+def test_an_image_that_is_not_the_manifests_is_refused(s3_url, go_to, tmp_path):
+    first = share(s3_url, write_zip(tmp_path / "a.zip", faces(20)))
     with zipfile.ZipFile(io.BytesIO(read_object(f"{first.address}/{PACKED}"))) as packed:
         images = {name: packed.read(name) for name in packed.namelist()}
     one, other = list(images)[:2]
@@ -235,10 +200,10 @@ def test_an_image_that_is_not_the_manifests_is_refused(url, go_to, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_upload_that_was_killed_is_not_taken_for_whole(url, go_to, tmp_path, monkeypatch, kaggle):
+def test_an_upload_that_was_killed_is_not_taken_for_whole(s3_url, go_to, tmp_path, monkeypatch, kaggle):
     """Whatever the object before which it is killed; the next one publishes the rest."""
-    dataset = prepare(url, write_zip(tmp_path / "a.zip", faces(20)))
-    archive = fetch_archive(SOURCE, open_store(url))
+    dataset = prepare(s3_url, write_zip(tmp_path / "a.zip", faces(20)))
+    archive = fetch_archive(SOURCE, open_store(s3_url))
     publish = Store.publish
 
     def kill_at(last: str):
@@ -261,22 +226,22 @@ def test_an_upload_that_was_killed_is_not_taken_for_whole(url, go_to, tmp_path, 
     share_dataset(dataset)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(Store, "publish", kill_at("1.json"))
-        share_archive(archive, open_store(url))
+        share_archive(archive, open_store(s3_url))
     go_to("b")
     assert len(open_dataset(dataset.address).manifest) == len(dataset.manifest)
-    assert find_new_version(SOURCE, open_store(url)) == 1
-    assert fetch_archive(SOURCE, open_store(url)) != archive
+    assert find_new_version(SOURCE, open_store(s3_url)) == 1
+    assert fetch_archive(SOURCE, open_store(s3_url)) != archive
     assert len(kaggle.downloads) == 2
 
 
 @pytest.mark.slow
-def test_memory_loses_nothing_when_two_machines_publish_at_once(url, go_to, tmp_path):
+def test_memory_loses_nothing_when_two_machines_publish_at_once(s3_url, go_to, tmp_path):
     """Both split before either publishes; some images are in both, and with other shares, in another split."""
     zips = [write_zip(tmp_path / name / "a.zip", faces(40, start)) for name, start in (("x", 0), ("y", 20))]
     datasets, memories = {}, {}
     for machine, path, test_fraction in (("a", zips[0], 0.25), ("b", zips[1], 0.5)):
         here = go_to(machine)
-        datasets[machine] = prepare(url, path, test_fraction=test_fraction)
+        datasets[machine] = prepare(s3_url, path, test_fraction=test_fraction)
         memories[machine] = read_memory(open_store(here))
     both = memories["a"].keys() & memories["b"].keys()
     assert any(memories["a"][image] != memories["b"][image] for image in both)
@@ -284,17 +249,17 @@ def test_memory_loses_nothing_when_two_machines_publish_at_once(url, go_to, tmp_
         go_to(machine)
         share_dataset(datasets[machine])
     go_to("c")
-    union = read_memory(open_store(url))
+    union = read_memory(open_store(s3_url))
     assert union == memories["a"] | memories["b"]  # b was first
     for machine in ("a", "b"):
         go_to(machine)
-        assert read_memory(open_store(url)) == union
-    assert len(open_store(url).list_names(open_store(url).shared_memory())) == 2
+        assert read_memory(open_store(s3_url)) == union
+    assert len(open_store(s3_url).list_names(open_store(s3_url).shared_memory())) == 2
 
     go_to("a")
-    again = share(url, zips[0])
+    again = share(s3_url, zips[0])
     assert dict(again.manifest.set_index("sha256")["split"].items()).items() <= union.items()
-    assert len(open_store(url).list_names(open_store(url).shared_memory())) == 2  # nothing new was learned
+    assert len(open_store(s3_url).list_names(open_store(s3_url).shared_memory())) == 2  # nothing new was learned
 
 
 @pytest.mark.parametrize(
@@ -315,41 +280,41 @@ def test_urls_that_are_refused(address, message):
 
 
 @pytest.mark.slow
-def test_a_store_that_can_not_be_used_is_said_before_any_work(url, endpoint, tmp_path, monkeypatch):
+def test_a_store_that_can_not_be_used_is_said_before_any_work(s3_url, s3_endpoint, tmp_path, monkeypatch):
     s3 = fsspec.get_filesystem_class("s3")
-    with pytest.raises(ConfigurationError, match=f"bucket .* must exist.*s3://nothing/x at {endpoint}"):
+    with pytest.raises(ConfigurationError, match=f"bucket .* must exist.*s3://nothing/x at {s3_endpoint}"):
         open_store("s3://nothing/x").check()
     for login, found in (("", "EndpointConn"), ("me:5ecre7f0a1b2@", "HTTPClient")):
         with monkeypatch.context() as elsewhere, pytest.raises(DownloadError, match=f"must answer.*{found}") as caught:
             elsewhere.setenv("AWS_ENDPOINT_URL", f"http://{login}127.0.0.1:{free_port()}")
             s3.clear_instance_cache()
-            open_store(url).check()
+            open_store(s3_url).check()
         assert "5ecre7" not in "".join(traceback.format_exception(caught.value))
     s3.clear_instance_cache()
-    requests.post(f"{endpoint}/moto-api/reset-auth", data=b"0", timeout=10)  # from now on it wants to know who asks
+    requests.post(f"{s3_endpoint}/moto-api/reset-auth", data=b"0", timeout=10)  # from now on it wants to know who asks
     try:
         with pytest.raises(CredentialsError, match=r"must let this account in.*AWS_ACCESS_KEY_ID"):
-            open_store(url).check()
+            open_store(s3_url).check()
     finally:
-        requests.post(f"{endpoint}/moto-api/reset-auth", data=b"1000000000", timeout=10)
+        requests.post(f"{s3_endpoint}/moto-api/reset-auth", data=b"1000000000", timeout=10)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     s3.clear_instance_cache()
     with pytest.raises(CredentialsError, match="needs credentials"):
-        open_store(url).check()
+        open_store(s3_url).check()
     assert list_visible(tmp_path) == []
 
 
 @pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api", "tracking")
-def test_one_machine_prepares_and_another_trains(url, go_to, kaggle):
+def test_one_machine_prepares_and_another_trains(s3_url, go_to, kaggle):
     from flows.check_sources import check_sources  # Prefect takes seconds to import
     from flows.prepare import prepare as prepare_flow
     from flows.train import train
 
-    data = DataParameters(sources=(SOURCE,), data_dir=url, test_fraction=0.25, val_fraction=0.25)
+    data = DataParameters(sources=(SOURCE,), data_dir=s3_url, test_fraction=0.25, val_fraction=0.25)
     address = prepare_flow(data)
-    assert address.startswith(f"{url}/splits/")
+    assert address.startswith(f"{s3_url}/splits/")
     assert check_sources(data, deployment="") == {}
     here = go_to("b")
     version = train(

@@ -15,7 +15,7 @@ from deepfake_core.config import AugmentationParameters
 from deepfake_core.errors import DeviceError, TransientError
 from deepfake_core.training import accelerator
 from deepfake_core.training.batches import Batches
-from deepfake_core.training.checkpoints import EPOCH_METRICS, Record
+from deepfake_core.training.checkpoints import EPOCH_METRICS, EpochRecorder
 from deepfake_core.training.fit import Training, train_checkpoint
 from deepfake_core.training.steps import TensorFlowSteps
 from tests.builders import RECIPE, ROOT, SIZE, needs_jax, stripes
@@ -44,7 +44,7 @@ def train(folder, feeding, devices=1, on_epoch=None, architecture="cnn", **chang
     """Train on 60 images, validate on 21: neither is a number of whole batches. Return all losses and accuracies."""
     folder.mkdir(parents=True, exist_ok=True)
     recipe = RECIPE.model_copy(update={"epochs": 2, "augmentation": MOVED, **changes})
-    record = Record(architecture, recipe, folder, folder, on_epoch, None, 60)
+    record = EpochRecorder(architecture, recipe, folder, folder, on_epoch, None, 60)
     train_checkpoint(
         Training(architecture, recipe, 1, devices), stripes(60, 0), stripes(21, 1), folder, record, feeding
     )
@@ -210,7 +210,7 @@ def test_pixels_of_a_selection_are_found_in_the_array_that_holds_them(tmp_path):
     for feeding in ("resident", "streamed", "host"):
         folder = tmp_path / feeding
         folder.mkdir()
-        record = Record("cnn", recipe, folder, folder, None, None, 10)
+        record = EpochRecorder("cnn", recipe, folder, folder, None, None, 10)
         train_checkpoint(Training("cnn", recipe), chosen, stripes(8, 1), folder, record, feeding)
         losses.append(pd.read_csv(folder / "history.csv")[list(EPOCH_METRICS)].to_numpy().ravel())
     assert np.allclose(losses[0], losses[1], rtol=1e-4)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector, apply_temperature
 from deepfake_core.evaluation.confusion import Confusion
-from deepfake_core.evaluation.metrics import evaluate_scores
-from deepfake_core.input_gate import Measures
+from deepfake_core.evaluation.evaluation import evaluate_scores
+from deepfake_core.input_gate import ImageQuality
 from deepfake_core.training.calibration import calibrate_detector, choose_threshold, fit_bounds, fit_temperature
 from tests.builders import draw_scores, stripes
 
@@ -99,7 +99,7 @@ def test_the_worst_source_decides_and_one_of_few_reals_is_taken_with_the_others(
     assert "the 160 reals of all sources, as hard has fewer than 50" in caplog.text
 
 
-def test_no_false_alarm_rate_is_kept_on_confirmed_reports_which_are_chosen_for_their_false_alarms(caplog):
+def test_confirmed_reports_set_no_false_alarm_rate(caplog):
     scores = np.concatenate([np.linspace(0, 0.6, 100), np.linspace(0.6, 1, 60), np.linspace(0.5, 1, 100)])
     labels = np.repeat([0, 1], [160, 100])
     sources = np.repeat(["usual", "feedback", "usual"], [100, 60, 100])
@@ -166,7 +166,7 @@ def test_all_is_stored_with_the_detector_and_used(candidate, tmp_path):
     assert detector.threshold == first["threshold"]
     raw = Detector(candidate.folder).score(val.pixels)
     assert np.allclose(detector.score(val.pixels), apply_temperature(raw, first["temperature"]), atol=1e-6)
-    measured = [Measures(32, 0.1 + 0.01 * number, 90 - number) for number in range(64)]
-    calibrate_detector(folder, val, EvaluationParameters(false_alarm_rate=0), measured)
+    qualities = [ImageQuality(32, 0.1 + 0.01 * number, 90 - number) for number in range(64)]
+    calibrate_detector(folder, val, EvaluationParameters(false_alarm_rate=0), qualities)
     assert Detector(folder).description["limits"] == {"side": 32, "sharpness": 0.1, "jpeg_quality": 27}
     assert Confusion.count(val.labels, detector.score(val.pixels), Detector(folder).threshold).false_positives == 0

@@ -438,7 +438,7 @@ def test_a_finished_training_is_not_repeated(candidate, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_said_with_the_way_out(tmp_path):
-    record = checkpoints.Record("cnn", RECIPE, tmp_path, tmp_path, None, None)
+    record = checkpoints.EpochRecorder("cnn", RECIPE, tmp_path, tmp_path, None, None)
     record.on_epoch_begin(0)
     with pytest.raises(ModelError, match=r"must stay finite. Received: nan in epoch 1 of cnn.*Lower training"):
         record.on_epoch_end(0, dict.fromkeys(checkpoints.EPOCH_METRICS, float("nan")))
