@@ -96,7 +96,8 @@ def run_remotely(
 
 
 def ask_for_approval(model_name: str, version: str) -> None:
-    """Start the run that asks a person whether a version is promoted; without its deployment, log how to answer."""
+    """Start the run that asks a person whether a version is promoted, unless one was started before, whatever became
+    of it; without its deployment, log how to answer."""
     parameters = {"version": int(version), "model_name": model_name}
     key = f"{APPROVE}-{model_name}-{version}"
     try:
