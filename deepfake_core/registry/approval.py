@@ -51,6 +51,15 @@ def list_waiting(model_name: str) -> list[ModelVersion]:
     ]
 
 
+def explain_answered(model_name: str, version: str) -> str:
+    """Return why a version waits for approval no longer; empty if it does."""
+    try:
+        asked = read_version(model_name, version)
+    except ModelError:
+        return "It was deleted"
+    return "" if asked.decision == names.WAITS else f"It was decided elsewhere: {asked.decision}, {asked.reasons[-1]}"
+
+
 def refuse(model_name: str, version: str, reason: str) -> None:
     """Refuse a version that waits for approval; the reason is recorded with it.
 

@@ -19,7 +19,7 @@ from deepfake_core.cli import main
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
-from deepfake_core.registry import connection, detectors, names, probe, production, runs
+from deepfake_core.registry import approval, connection, detectors, names, probe, production, runs
 from deepfake_core.registry.versions import ModelVersion, list_versions, read_version, tag_version
 from deepfake_core.serving.registered import find_shadow
 from deepfake_core.training.calibration import calibrate_detector
@@ -309,6 +309,48 @@ def test_health_asks_about_a_version_that_waits_and_once_whatever_became_of_the_
         health()
         (run,) = questions()
         assert (run.id, run.state.name) == (asked.id, state.name)
+
+
+def test_questions_about_a_version_that_was_decided_about_or_deleted_are_cancelled(versions, questions):
+    from flows.production import health
+
+    health()
+    (asked,) = questions()
+    put(asked, Suspended(timeout_seconds=3600))
+    approval.refuse(NAME, "3", "too many mistakes")
+    health()
+    (asked,) = questions()
+    assert asked.state.message == "It was decided elsewhere: not promoted, refused: too many mistakes"
+
+    put(asked, Suspended(timeout_seconds=3600))
+    versions.delete_model_version(NAME, "3")
+    assert "the scores of 4 probe images differ by" in health()
+    (asked,) = questions()
+    assert (asked.state.name, asked.state.message) == ("Cancelled", "It was deleted")
+
+
+@pytest.mark.usefixtures("questions")
+def test_health_checks_production_whatever_fails_before_and_fails_at_its_end(caplog):
+    from flows.production import health
+
+    tag_version(NAME, "3", {"answer_until": "tomorrow"})  # by someone, in MLflow itself
+    with pytest.raises(ValueError, match="tomorrow"):
+        health()
+    assert "the scores of 4 probe images differ by" in caplog.text
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_version_is_not_called_unknown_where_mlflow_fails(monkeypatch):
+    def fail(*_):
+        raise MlflowException("the server went away")
+
+    with pytest.raises(ModelError, match="number that the registry knows"):
+        read_version(NAME, "9")
+    with pytest.raises(ModelError, match="number that the registry knows"):
+        read_version(NAME, "the best")
+    monkeypatch.setattr(SqlAlchemyStore, "get_model_version", fail)
+    with pytest.raises(MlflowException, match="went away"):
+        read_version(NAME, "1")
 
 
 @pytest.mark.usefixtures("prefect_api")
