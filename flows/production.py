@@ -13,7 +13,7 @@ from deepfake_core.registry.connection import connect
 from deepfake_core.registry.probe import check_production
 from deepfake_core.registry.versions import read_version
 from tasks.announcement import announce
-from tasks.remote import close_questions
+from tasks.remote import ask_for_approval, close_questions
 
 
 class Answer(RunInput):
@@ -99,8 +99,10 @@ def approve(version: int, model_name: str = DEFAULT_MODEL) -> str:
 def health(model_name: str = DEFAULT_MODEL) -> str:
     """Load the production model as its users do, and fail if its scores differ from those recorded with it.
 
-    Before that, versions that waited for approval for too long are refused. An alias that someone moved in MLflow
-    itself is announced, and is in the audit trail from then on.
+    Before that, versions that waited for approval for too long are refused, and a run asks about each that waits, if
+    none did yet: the training that should have started it may have been killed. An alias that someone moved in MLflow
+    itself is announced, and is in the audit trail from then on. Whatever of this
+    fails, production is checked, and the run fails at its end.
 
     Args:
         model_name: Name in MLflow's model registry.
@@ -109,16 +111,24 @@ def health(model_name: str = DEFAULT_MODEL) -> str:
         What was found, as a sentence.
     """
     connect()
+    try:
+        _settle(model_name)
+    finally:  # whatever fails there, users must get right answers
+        result = check_production(model_name)
+        _report(result.text)
+        result.require_agreement()
+    return result.text
+
+
+def _settle(model_name: str) -> None:
+    if moved := production.take_outside_move(model_name):
+        announce("moved outside", model_name, read_production(model_name).version, moved)
     for version in approval.refuse_unanswered(model_name):
         text = f"Version {version} of {model_name} is not promoted, as nobody approved it."
         announce(NOT_PROMOTED, model_name, version, text)
+    for waiting in approval.list_waiting(model_name):
+        ask_for_approval(model_name, waiting.version)
     close_questions()
-    if moved := production.take_outside_move(model_name):
-        announce("moved outside", model_name, read_production(model_name).version, moved)
-    result = check_production(model_name)
-    _report(result.text)
-    result.require_agreement()
-    return result.text
 
 
 def _report(sentence: str) -> str:

@@ -13,9 +13,9 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled
 
-from deepfake_core.config import DEFAULT_MODEL, WAITS, EvaluationParameters, PromotionParameters, TrainingParameters
+from deepfake_core.config import DEFAULT_MODEL, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.errors import ConfigurationError, ServiceError
-from deepfake_core.registry.versions import read_version
+from deepfake_core.registry.approval import explain_answered
 
 APPROVE = "approve/manual"
 """The deployment that asks a person."""
@@ -96,7 +96,8 @@ def run_remotely(
 
 
 def ask_for_approval(model_name: str, version: str) -> None:
-    """Start the run that asks a person whether a version is promoted; without its deployment, log how to answer."""
+    """Start the run that asks a person whether a version is promoted, unless one was started before, whatever became
+    of it; without its deployment, log how to answer."""
     parameters = {"version": int(version), "model_name": model_name}
     key = f"{APPROVE}-{model_name}-{version}"
     try:
@@ -110,11 +111,10 @@ def ask_for_approval(model_name: str, version: str) -> None:
 
 
 def close_questions() -> None:
-    """Cancel the runs that still ask about a version about which was decided elsewhere."""
+    """Cancel the runs that still ask about a version that was decided about elsewhere, or deleted."""
     flow, suspended = FlowFilter(name={"any_": ["approve"]}), FlowRunFilter(state={"name": {"any_": ["Suspended"]}})
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_filter=flow, flow_run_filter=suspended):
-            asked = read_version(run.parameters.get("model_name", DEFAULT_MODEL), str(run.parameters["version"]))
-            if asked.decision != WAITS:
-                message = f"It was decided elsewhere: {asked.decision}, {asked.reasons[-1]}"
+            model_name, version = run.parameters.get("model_name", DEFAULT_MODEL), str(run.parameters["version"])
+            if message := explain_answered(model_name, version):
                 client.set_flow_run_state(run.id, Cancelled(message=message), force=True)

@@ -3,17 +3,13 @@
 import logging
 from datetime import UTC, datetime
 
+import mlflow
+
 from deepfake_core.errors import ModelError
 from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.registry import names
-from deepfake_core.registry.aliases import find_production
-from deepfake_core.registry.versions import (
-    ModelVersion,
-    find_pages,
-    list_versions,
-    read_version,
-    record_answer,
-)
+from deepfake_core.registry.production import hold_aliases
+from deepfake_core.registry.versions import ModelVersion, find_pages, read_version, record_answer
 
 log = logging.getLogger(__name__)
 
@@ -47,34 +43,56 @@ def _read_limit(version: ModelVersion) -> datetime:
     return datetime.fromisoformat(version.tags[names.ANSWER_UNTIL])
 
 
+def list_waiting(model_name: str) -> list[ModelVersion]:
+    """Return the versions that wait for approval."""
+    waits = f"name = '{model_name}' and tags.{names.DECISION} = '{names.WAITS}'"
+    return [
+        read_version(model_name, str(found.version)) for found in mlflow.MlflowClient().search_model_versions(waits)
+    ]
+
+
+def explain_answered(model_name: str, version: str) -> str:
+    """Return why a version waits for approval no longer; empty if it does."""
+    try:
+        asked = read_version(model_name, version)
+    except ModelError:
+        return "It was deleted"
+    return "" if asked.decision == names.WAITS else f"It was decided elsewhere: {asked.decision}, {asked.reasons[-1]}"
+
+
 def refuse(model_name: str, version: str, reason: str) -> None:
     """Refuse a version that waits for approval; the reason is recorded with it.
 
     Raises:
-        ModelError: if it does not wait, or is in production.
+        ModelError: if it does not wait, or was approved.
     """
-    waiting = read_version(model_name, version)
-    if waiting.decision != names.WAITS or find_production(model_name) == version:
-        raise ModelError(
-            f"Only a version that waits for approval can be refused. Received: version {version} of {model_name}, "
-            f"which is {waiting.decision or 'not decided yet'}. `deepfake rollback` takes one out of production."
-        )
-    record_answer(waiting, names.NOT_PROMOTED, f"refused: {reason}")
-    log.info("%s: version %s is refused: %s", model_name, version, reason)
+    with hold_aliases(mlflow.MlflowClient(), model_name):
+        waiting = read_version(model_name, version)
+        known = names.PROMOTED if names.PRODUCTION_SINCE in waiting.tags else waiting.decision
+        if known != names.WAITS:
+            raise ModelError(
+                f"Only a version that waits for approval can be refused. Received: version {version} of {model_name}, "
+                f"which is {known or 'not decided yet'}. `deepfake rollback` takes one out of production."
+            )
+        _record_refusal(waiting, reason)
 
 
 def refuse_unanswered(model_name: str) -> list[str]:
     """Refuse the versions whose time for an answer is over; return them.
 
-    One that is in production was approved by a process that was killed before it could record so: it does now.
+    One that was in production was approved by a process that was killed before it could record so: it does now.
     """
     refused = []
-    for waiting in list_versions(model_name):
-        if waiting.decision != names.WAITS:
-            continue
-        if find_production(model_name) == waiting.version:
-            record_answer(waiting, names.PROMOTED, waiting.tags.get(names.PRODUCTION_BECAUSE, "approved"))
-        elif datetime.now(UTC) > _read_limit(waiting):
-            refuse(model_name, waiting.version, f"nobody approved it until {waiting.tags[names.ANSWER_UNTIL]}")
-            refused.append(waiting.version)
+    with hold_aliases(mlflow.MlflowClient(), model_name):
+        for waiting in list_waiting(model_name):
+            if names.PRODUCTION_SINCE in waiting.tags:
+                record_answer(waiting, names.PROMOTED, waiting.tags[names.PRODUCTION_BECAUSE])
+            elif datetime.now(UTC) > _read_limit(waiting):
+                _record_refusal(waiting, f"nobody approved it until {waiting.tags[names.ANSWER_UNTIL]}")
+                refused.append(waiting.version)
     return refused
+
+
+def _record_refusal(waiting: ModelVersion, reason: str) -> None:
+    record_answer(waiting, names.NOT_PROMOTED, f"refused: {reason}")
+    log.info("%s: version %s is refused: %s", waiting.name, waiting.version, reason)

@@ -48,29 +48,34 @@ def move_production(model_name: str, version: str, expected: str | None, reason:
     """
     client = mlflow.MlflowClient()
     with hold_aliases(client, model_name):
-        _complete_move(client, model_name)
-        require_files(client.get_model_version(model_name, version))
         current = find_production(model_name)
         if current != expected:
             raise ProductionMovedError(
                 f"The alias {names.PRODUCTION} of {model_name} must still be where it was when the models were "
                 f"compared. Received: version {current}, no longer {expected}. Compare again."
             )
-        rollbacks = list_rollbacks(model_name)
-        if back:
-            rollbacks = rollbacks[rollbacks.index(version) + 1 :]
-        elif current:
-            rollbacks = [current, *rollbacks]
-        _begin_move(model_name, version, rollbacks, current, getpass.getuser(), reason, back)
-        if find_alias(model_name, names.PREVIOUS) == version:
-            client.delete_registered_model_alias(model_name, names.PREVIOUS)
-        client.set_registered_model_alias(model_name, names.PRODUCTION, version)
-        log.info("%s: version %s is in production instead of %s: %s", model_name, version, current, reason)
-        try:
-            _complete_move(client, model_name)
-        except MlflowException as exc:
-            why = str(exc).splitlines()[0]
-            log.warning("%s: production has moved, its tags are completed by the next move (%s)", model_name, why)
+        _move(client, model_name, version, current, reason, back)
+
+
+def _move(
+    client: mlflow.MlflowClient, model_name: str, version: str, current: str | None, reason: str, back: bool = False
+) -> None:
+    require_files(client.get_model_version(model_name, version))
+    rollbacks = list_rollbacks(model_name)
+    if back:
+        rollbacks = rollbacks[rollbacks.index(version) + 1 :]
+    elif current:
+        rollbacks = [current, *rollbacks]
+    _begin_move(model_name, version, rollbacks, current, getpass.getuser(), reason, back)
+    if find_alias(model_name, names.PREVIOUS) == version:
+        client.delete_registered_model_alias(model_name, names.PREVIOUS)
+    client.set_registered_model_alias(model_name, names.PRODUCTION, version)
+    log.info("%s: version %s is in production instead of %s: %s", model_name, version, current, reason)
+    try:
+        _complete_move(client, model_name)
+    except MlflowException as exc:
+        why = str(exc).splitlines()[0]
+        log.warning("%s: production has moved, its tags are completed by the next move (%s)", model_name, why)
 
 
 def _begin_move(
@@ -104,10 +109,8 @@ def complete_move(model_name: str) -> None:
 
     Likewise what is to be said of a move that someone made in MLflow itself.
     """
-    client = mlflow.MlflowClient()
-    if find_production(model_name):
-        with hold_aliases(client, model_name):
-            _complete_move(client, model_name)
+    with hold_aliases(mlflow.MlflowClient(), model_name):
+        pass
 
 
 def _complete_move(client: mlflow.MlflowClient, model_name: str) -> None:
@@ -164,22 +167,22 @@ def promote_by_hand(model_name: str, version: str, reason: str, force: bool = Fa
 
     Raises:
         ModelError: if it is there already, or if there is an objection and `force` is not set.
-        ProductionMovedError: if another process moves production meanwhile.
     """
-    complete_move(model_name)
-    chosen, current = read_version(model_name, version), find_production(model_name)
-    objections = find_objections(chosen, read_version(model_name, current) if current else None)
-    if version == current:
-        raise ModelError(f"A version must not be in production yet. Received: {version}, which is.")
-    if objections and not force:
-        raise ModelError(
-            f"A version must be suitable, unless it is forced. Received: version {version} of {model_name}: "
-            f"{REASON_SEPARATOR.join(objections)}. Choose another, or force it (--force)."
-        )
-    forced = f" (forced, though {REASON_SEPARATOR.join(objections)})" if objections else ""
-    move_production(model_name, version, current, f"by hand: {reason}{forced}")
-    if chosen.decision == names.WAITS:
-        record_answer(chosen, names.PROMOTED, f"approved: {reason}{forced}")
+    client = mlflow.MlflowClient()
+    with hold_aliases(client, model_name):
+        chosen, current = read_version(model_name, version), find_production(model_name)
+        objections = find_objections(chosen, read_version(model_name, current) if current else None)
+        if version == current:
+            raise ModelError(f"A version must not be in production yet. Received: {version}, which is.")
+        if objections and not force:
+            raise ModelError(
+                f"A version must be suitable, unless it is forced. Received: version {version} of {model_name}: "
+                f"{REASON_SEPARATOR.join(objections)}. Choose another, or force it (--force)."
+            )
+        forced = f" (forced, though {REASON_SEPARATOR.join(objections)})" if objections else ""
+        _move(client, model_name, version, current, f"by hand: {reason}{forced}")
+        if chosen.decision == names.WAITS:
+            record_answer(chosen, names.PROMOTED, f"approved: {reason}{forced}")
     return current
 
 
@@ -229,7 +232,7 @@ def find_objections(version: ModelVersion, production: ModelVersion | None) -> l
 
 @contextmanager
 def hold_aliases(client: mlflow.MlflowClient, model_name: str) -> Iterator[None]:
-    """Let one process at a time move aliases.
+    """Let one process at a time move aliases, or answer for a version; what a killed move left unsaid is written first.
 
     MLflow's registry can't compare and set, but its models' names are unique, whatever stores them: whoever creates the
     model that serves as lock holds it.
@@ -250,6 +253,7 @@ def hold_aliases(client: mlflow.MlflowClient, model_name: str) -> Iterator[None]
                 client.delete_registered_model(lock)
         time.sleep(0.2)
     try:
+        _complete_move(client, model_name)
         yield
     finally:
         with suppress(MlflowException):  # whoever comes next removes it; the failure that led here must be seen

@@ -149,6 +149,8 @@ def read_version(model_name: str, version: str) -> ModelVersion:
     try:
         found = client.get_model_version(model_name, version)
     except MlflowException as exc:
+        if exc.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
         raise ModelError(
             f"A version must be a number that the registry knows. Received: {version!r} of {model_name}, at "
             f"{mlflow.get_tracking_uri()}. `deepfake versions` lists them."

@@ -1,5 +1,6 @@
 """A version that waits for approval: it is promoted by a person, refused by one, or refused when time is over."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -81,6 +82,53 @@ def test_an_approval_that_was_killed_half_way_is_recorded_by_the_next_look():
     assert production.find_production(NAME) == "2"
     with pytest.raises(ModelError):
         approval.refuse(NAME, "2", "too late")
+
+
+def test_an_approval_that_was_killed_half_way_and_rolled_back_is_recorded_too():
+    production.move_production(NAME, "2", "1", "by hand: approved")
+    production.roll_back(NAME, "bad at night")
+    tag_version(NAME, "2", {names.ANSWER_UNTIL: in_hours(-1)})
+    assert approval.refuse_unanswered(NAME) == []
+    answered = read_version(NAME, "2")
+    assert (answered.decision, answered.reasons[-1]) == (names.PROMOTED, "by hand: approved")
+    assert production.find_production(NAME) == "1"
+
+
+@pytest.mark.parametrize(
+    ("act", "module", "writes", "other", "decision", "aliases"),
+    [
+        (
+            lambda: approval.refuse_unanswered(NAME),
+            *(approval, "record_answer", lambda: production.promote_by_hand(NAME, "2", "fine")),
+            *(names.NOT_PROMOTED, ()),
+        ),
+        (
+            lambda: production.promote_by_hand(NAME, "2", "fine"),
+            *(production, "find_objections", lambda: approval.refuse(NAME, "2", "too many mistakes")),
+            *(names.PROMOTED, ("production",)),
+        ),
+    ],
+    ids=["approved while it is refused", "refused while it is approved"],
+)
+def test_of_two_answers_at_once_the_first_counts(monkeypatch, act, module, writes, other, decision, aliases):
+    """The second comes between the look and the writing of the first."""
+    tag_version(NAME, "2", {names.ANSWER_UNTIL: in_hours(-1)})
+    write = getattr(module, writes)
+    with ThreadPoolExecutor() as pool:
+
+        def be_late(*arguments):
+            monkeypatch.setattr(module, writes, write)
+            answers.append(pool.submit(other))
+            wait(answers, timeout=3)
+            return write(*arguments)
+
+        answers: list = []
+        monkeypatch.setattr(module, writes, be_late)
+        act()
+        with pytest.raises(ModelError):
+            answers[0].result()
+    answered = read_version(NAME, "2")
+    assert (answered.decision, answered.aliases) == (decision, aliases)
 
 
 def test_if_production_has_moved_meanwhile_an_approval_must_be_forced(candidate):

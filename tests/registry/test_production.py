@@ -5,19 +5,22 @@ import multiprocessing
 import shutil
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter
+from prefect.states import Cancelled, Completed, Suspended
 
 from deepfake_core.cli import main
 from deepfake_core.config import EvaluationParameters
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
-from deepfake_core.registry import connection, detectors, names, probe, production, runs
-from deepfake_core.registry.versions import ModelVersion, list_versions, read_version
+from deepfake_core.registry import approval, connection, detectors, names, probe, production, runs
+from deepfake_core.registry.versions import ModelVersion, list_versions, read_version, tag_version
 from deepfake_core.serving.load_versions import find_shadow
 from deepfake_core.training.calibration import calibrate_detector
 from tests.builders import find_events, jpeg, stripes, wait_until
@@ -271,6 +274,83 @@ def test_health_fails_when_scores_are_no_longer_those_recorded(versions):
             health()
     finally:
         versions.log_text(run_id, json.dumps(scores), "probe/scores.json")
+
+
+@pytest.fixture
+def questions(versions, prefect_api):  # noqa: ARG001
+    """Deploy `approve/manual`, let version 3 wait for approval, and give a function that reads the runs that ask."""
+    from flows.production import approve
+
+    flow = FlowFilter(name={"any_": ["approve"]})
+    until = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    production.move_production(NAME, "1", None, "first")
+    tag_version(NAME, "3", {"decision": names.WAITS, "compared_with": "1", "answer_until": until})
+    deployment = approve.to_deployment("manual").apply()
+    with get_client(sync_client=True) as prefect:
+        yield lambda: prefect.read_flow_runs(flow_filter=flow)
+        for run in prefect.read_flow_runs(flow_filter=flow):
+            prefect.delete_flow_run(run.id)
+        prefect.delete_deployment(deployment)
+
+
+def put(run, state) -> None:
+    with get_client(sync_client=True) as prefect:
+        prefect.set_flow_run_state(run.id, state, force=True)
+
+
+def test_health_asks_about_a_version_that_waits_and_once_whatever_became_of_the_question(questions):
+    from flows.production import health
+
+    health()
+    (asked,) = questions()
+    assert asked.parameters == {"version": 3, "model_name": NAME}
+    for state in (Suspended(timeout_seconds=3600), Completed(), Cancelled()):
+        put(asked, state)
+        health()
+        (run,) = questions()
+        assert (run.id, run.state.name) == (asked.id, state.name)
+
+
+def test_questions_about_a_version_that_was_decided_about_or_deleted_are_cancelled(versions, questions):
+    from flows.production import health
+
+    health()
+    (asked,) = questions()
+    put(asked, Suspended(timeout_seconds=3600))
+    approval.refuse(NAME, "3", "too many mistakes")
+    health()
+    (asked,) = questions()
+    assert asked.state.message == "It was decided elsewhere: not promoted, refused: too many mistakes"
+
+    put(asked, Suspended(timeout_seconds=3600))
+    versions.delete_model_version(NAME, "3")
+    assert "the scores of 4 probe images differ by" in health()
+    (asked,) = questions()
+    assert (asked.state.name, asked.state.message) == ("Cancelled", "It was deleted")
+
+
+@pytest.mark.usefixtures("questions")
+def test_health_checks_production_whatever_fails_before_and_fails_at_its_end(caplog):
+    from flows.production import health
+
+    tag_version(NAME, "3", {"answer_until": "tomorrow"})  # by someone, in MLflow itself
+    with pytest.raises(ValueError, match="tomorrow"):
+        health()
+    assert "the scores of 4 probe images differ by" in caplog.text
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_version_is_not_called_unknown_where_mlflow_fails(monkeypatch):
+    def fail(*_):
+        raise MlflowException("the server went away")
+
+    with pytest.raises(ModelError, match="number that the registry knows"):
+        read_version(NAME, "9")
+    with pytest.raises(ModelError, match="number that the registry knows"):
+        read_version(NAME, "the best")
+    monkeypatch.setattr(SqlAlchemyStore, "get_model_version", fail)
+    with pytest.raises(MlflowException, match="went away"):
+        read_version(NAME, "1")
 
 
 @pytest.mark.usefixtures("prefect_api")
