@@ -3,6 +3,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from random import Random
 
 import pandas as pd
 import pytest
@@ -10,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepfake_core.config import SPLITS, DataParameters, Source
+from deepfake_core.config import FEEDBACK, SPLITS, DataParameters, Source
+from deepfake_core.data import duplicates
 from deepfake_core.data.dataset import hash_content, open_dataset
 from deepfake_core.data.duplicates import LINK_COLUMNS, mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.publishing import publish_dataset
+from deepfake_core.data.reported_images import WHOLE_IMAGE
 from deepfake_core.data.split_memory import read_memory, remember_splits
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.errors import ArchiveError, DatasetError, LockedError
@@ -49,20 +52,33 @@ def link(names: Sequence[str], pairs: Iterable[tuple[int, int, bool]]) -> pd.Dat
 NO_LINKS = link([], [])
 
 
-def split(index: pd.DataFrame, links: pd.DataFrame = NO_LINKS, memory: dict | None = None, val=0.2, test=0.2):
+def split(
+    index: pd.DataFrame, links: pd.DataFrame = NO_LINKS, memory: dict | None = None, val=0.2, test=0.2, most: int = 50
+):
+    """Group and split pictures; a group may hold `most`, or 2 % of all where that is more and `most` is 50."""
     present = links["image"].isin(index["sha256"]) & links["other"].isin(index["sha256"])
     links = links[present].reset_index(drop=True)
-    return assign_splits(mark_duplicates(index, links), links, memory or {}, val, test)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "MAX_GROUP_IMAGES", most)
+        patch.setattr(duplicates, "MAX_GROUP_SHARE", duplicates.MAX_GROUP_SHARE if most == 50 else 0)
+        return assign_splits(mark_duplicates(index, links), links, memory or {}, val, test)
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame, int]:
-    """Draw pictures, links between some of them, and how many were there at first."""
+def worlds(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame, int, int]:
+    """Draw pictures, links between some of them, how many were there at first, and how many a group may hold.
+
+    The links come from a seed: a drawn list would seldom hold more than three.
+    """
     count = draw(st.integers(150, 250))
-    ends = st.integers(0, count - 1)
-    pairs = draw(st.lists(st.tuples(ends, ends, st.booleans()), max_size=60))
+    random = Random(draw(st.integers(0, 2**32)))
+    pairs = [
+        (random.randrange(count), random.randrange(count), random.random() < 0.5)
+        for _ in range(draw(st.integers(0, 80)))
+    ]
     index = pictures(count)
-    return index, link(index["sha256"].tolist(), pairs), draw(st.integers(120, count))
+    links, first = link(index["sha256"].tolist(), pairs), draw(st.integers(120, count))
+    return index, links, first, draw(st.sampled_from([2, 4, 50]))
 
 
 def check_laws(index: pd.DataFrame, links: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -73,7 +89,7 @@ def check_laws(index: pd.DataFrame, links: pd.DataFrame, rows: pd.DataFrame) -> 
     assert (kept["split"].loc[inside["image"]].to_numpy() == kept["split"].loc[inside["other"]].to_numpy()).all()
     assert sorted(rows["member"]) == sorted(index["member"])
     assert rows.set_index("member")["label"].equals(index.set_index("member")["label"].loc[rows["member"]])
-    assert set(rows["reason"]) <= {"kept", "copy", "split_conflict"}
+    assert set(rows["reason"]) <= {"kept", "copy", "split_conflict", WHOLE_IMAGE}
     assert ((rows["reason"] == "kept") == rows["kept"]).all()
     assert (rows["split"].isin(SPLITS) == rows["kept"]).all()
     copies = rows[rows["reason"] == "copy"]
@@ -84,18 +100,21 @@ def check_laws(index: pd.DataFrame, links: pd.DataFrame, rows: pd.DataFrame) -> 
 @settings(max_examples=60, deadline=None)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_growing_moves_no_image_across_and_leaves_no_group_torn(world, random):
-    index, links, before = world
-    first = split(index[:before], links)
+    index, links, before, most = world
+    first = split(index[:before], links, most=most)
     check_laws(index[:before], links, first)
     with tempfile.TemporaryDirectory() as folder:
         remember_splits(first, open_store(folder))
         memory = read_memory(open_store(folder))
         order = list(index.index)
         random.shuffle(order)
-        grown = split(index.iloc[order], links, memory)
+        grown = split(index.iloc[order], links, memory, most=most)
         check_laws(index, links, grown)
         remember_splits(grown, open_store(folder))
-        assert read_memory(open_store(folder)).items() >= memory.items()
+        remembered = read_memory(open_store(folder))
+        assert remembered.items() >= memory.items()
+        again = split(index, links, remembered, most=most)
+        assert hash_content(again, "none") == hash_content(grown, "none")
     now = grown[grown["kept"]].set_index("sha256")["split"]
     was = first[first["kept"]].set_index("sha256")["split"]
     common = now.index.intersection(was.index)
@@ -108,11 +127,11 @@ def test_growing_moves_no_image_across_and_leaves_no_group_torn(world, random):
 @settings(max_examples=30, deadline=None)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_same_images_in_any_order_are_the_same_version(world, random):
-    index, links, _ = world
+    index, links, _, most = world
     order = list(index.index)
     random.shuffle(order)
     shuffled = links.sample(frac=1, random_state=random.randrange(1000))
-    rows, again = split(index, links), split(index.iloc[order], shuffled)
+    rows, again = split(index, links, most=most), split(index.iloc[order], shuffled, most=most)
     assert hash_content(rows, "none") == hash_content(again, "none")
     again = again.set_index("member").loc[rows["member"]].reset_index()
     pd.testing.assert_frame_equal(rows, again[rows.columns], check_dtype=False)
@@ -142,6 +161,23 @@ def test_a_new_image_that_joins_two_splits_is_left_out():
 
     beside = split(index, link(names, [(train, 199, False)]), first.to_dict()).set_index("sha256")
     assert beside.loc[names[199], "split"] == "train"
+
+
+@pytest.mark.parametrize("source", ["s", FEEDBACK])
+def test_a_near_copy_that_a_full_group_does_not_take_is_left_out_of_other_splits(source):
+    index = pictures(2000)
+    names = index["sha256"].tolist()
+    memory = dict.fromkeys(names[:50], "test")
+    links = link(names, [*((i, i + 1, False) for i in range(49)), *((i, 100 + i, False) for i in range(40))])
+    added = links["image"].isin(names[100:140]) | links["other"].isin(names[100:140])
+    links["likeness"] = links["likeness"].mask(added, 0.7)  # the group is full before these
+    index = index.assign(source=[source if 100 <= i < 140 else "s" for i in range(2000)])
+    rows = split(index, links, memory).set_index("sha256")
+    assert (rows.loc[names[:50], "split"] == "test").all()
+    near = rows.loc[names[100:140]]
+    assert near.groupby("reason")["split"].unique().map(list).to_dict() == {"kept": ["test"], "split_conflict": [""]}
+    now = rows[rows["kept"]]
+    assert now.groupby("group")["split"].nunique().eq(1).all()
 
 
 def test_of_old_groups_that_turn_out_to_be_one_the_smaller_part_is_left_out():
