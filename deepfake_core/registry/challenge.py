@@ -31,7 +31,7 @@ from deepfake_core.evaluation.regression import Regression, add_production, scor
 from deepfake_core.evaluation.test_split import Measured, find_trained_on, tabulate_rates
 from deepfake_core.registry import names
 from deepfake_core.registry.detectors import pull_detector, register_detector
-from deepfake_core.registry.probe import log_probe
+from deepfake_core.registry.probe import choose_probe, log_probe
 from deepfake_core.registry.production import (
     complete_move,
     find_previous,
@@ -46,7 +46,6 @@ from deepfake_core.training.checkpoints import CHECKPOINT
 from deepfake_core.training.export import check_parity
 from deepfake_core.training.fit import Candidate
 
-PROBE_IMAGES = 16
 MAX_COMPARISONS = 5
 """How often production may move while a challenger is compared with it."""
 
@@ -86,7 +85,7 @@ def log_candidate(run_id: str, candidate: Candidate, val: Images, dataset: Datas
     log_parameters(run_id, {name: detector.description[name] for name in ("trained_in", "temperature", "threshold")})
     log_text(run_id, candidate.summarise(), "model_summary.txt")
     log_file(run_id, candidate.folder / CHECKPOINT, names.CHECKPOINT_FOLDER)
-    chosen = np.linspace(0, len(val) - 1, min(PROBE_IMAGES, len(val))).astype(int)
+    chosen = choose_probe(val.rows)
     images = [(dataset.path / val.rows["path"].iloc[position]).read_bytes() for position in chosen]
     log_probe(run_id, images, scores[chosen].tolist())
     return TrainedCandidate(candidate, run_id, validation)
@@ -136,7 +135,8 @@ def register_challenger(
     rates = tabulate_rates(measured, dataset.is_drawn)
     write_json(description, read_description(description) | {"rates": rates})
     log_metrics(best.run_id, {"parity_difference": difference})
-    example = dataset.path / dataset.split("val")["path"].iloc[0]
+    val = dataset.split("val")
+    example = dataset.path / val["path"].iloc[choose_probe(val)[0]]
     own = {
         names.ARCHITECTURE: best.candidate.architecture,
         names.DATASET_VERSION: dataset.version,
