@@ -2,12 +2,16 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from random import Random
 
 import pandas as pd
+import pytest
 from hypothesis import strategies as st
 
 from deepfake_core.config import SPLITS
+from deepfake_core.data import duplicates
 from deepfake_core.data.duplicates import LINK_COLUMNS, mark_duplicates
+from deepfake_core.data.reported_images import WHOLE_IMAGE
 from deepfake_core.data.splits import assign_splits
 
 
@@ -30,20 +34,33 @@ def link(names: Sequence[str], pairs: Iterable[tuple[int, int, bool]]) -> pd.Dat
 NO_LINKS = link([], [])
 
 
-def split(index: pd.DataFrame, links: pd.DataFrame = NO_LINKS, memory: dict | None = None, val=0.2, test=0.2):
+def split(
+    index: pd.DataFrame, links: pd.DataFrame = NO_LINKS, memory: dict | None = None, val=0.2, test=0.2, most: int = 50
+):
+    """Group and split pictures; a group may hold `most`, or 2 % of all where that is more and `most` is 50."""
     present = links["image"].isin(index["sha256"]) & links["other"].isin(index["sha256"])
     links = links[present].reset_index(drop=True)
-    return assign_splits(mark_duplicates(index, links), links, memory or {}, val, test)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "MAX_GROUP_IMAGES", most)
+        patch.setattr(duplicates, "MAX_GROUP_SHARE", duplicates.MAX_GROUP_SHARE if most == 50 else 0)
+        return assign_splits(mark_duplicates(index, links), links, memory or {}, val, test)
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame, int]:
-    """Draw pictures, links between some of them, and how many were there at first."""
+def worlds(draw: st.DrawFn) -> tuple[pd.DataFrame, pd.DataFrame, int, int]:
+    """Draw pictures, links between some of them, how many were there at first, and how many a group may hold.
+
+    The links come from a seed: a drawn list would seldom hold more than three.
+    """
     count = draw(st.integers(150, 250))
-    ends = st.integers(0, count - 1)
-    pairs = draw(st.lists(st.tuples(ends, ends, st.booleans()), max_size=60))
+    random = Random(draw(st.integers(0, 2**32)))
+    pairs = [
+        (random.randrange(count), random.randrange(count), random.random() < 0.5)
+        for _ in range(draw(st.integers(0, 80)))
+    ]
     index = pictures(count)
-    return index, link(index["sha256"].tolist(), pairs), draw(st.integers(120, count))
+    links, first = link(index["sha256"].tolist(), pairs), draw(st.integers(120, count))
+    return index, links, first, draw(st.sampled_from([2, 4, 50]))
 
 
 def check_laws(index: pd.DataFrame, links: pd.DataFrame, rows: pd.DataFrame) -> None:
@@ -54,7 +71,7 @@ def check_laws(index: pd.DataFrame, links: pd.DataFrame, rows: pd.DataFrame) -> 
     assert (kept["split"].loc[inside["image"]].to_numpy() == kept["split"].loc[inside["other"]].to_numpy()).all()
     assert sorted(rows["member"]) == sorted(index["member"])
     assert rows.set_index("member")["label"].equals(index.set_index("member")["label"].loc[rows["member"]])
-    assert set(rows["reason"]) <= {"kept", "copy", "split_conflict"}
+    assert set(rows["reason"]) <= {"kept", "copy", "split_conflict", WHOLE_IMAGE}
     assert ((rows["reason"] == "kept") == rows["kept"]).all()
     assert (rows["split"].isin(SPLITS) == rows["kept"]).all()
     copies = rows[rows["reason"] == "copy"]

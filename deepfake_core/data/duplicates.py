@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
 from deepfake_core.data.likeness import measure_pairs
 from deepfake_core.data.neighbours import find_neighbours
+from deepfake_core.data.reported_images import WHOLE_IMAGE, find_whole_images, link_faces
 from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.store import Store
 
@@ -116,10 +117,12 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The same rows without `hash` and `thumbnail`, with `group` (its smallest SHA-256), `kept` (bool), `copy_of`
         (SHA-256 of the image kept instead), and `reason` filled in: `kept`, `duplicate` (same bytes), `copy` (same
-        picture), `label_conflict`, or what the index said.
+        picture), `label_conflict`, `whole_image` (only its face is used, which has its links), or what the index said.
     """
     rows = index.drop(columns=["hash", "thumbnail"], errors="ignore").reset_index(drop=True)
+    rows.loc[find_whole_images(rows) & (rows["reason"] == ""), "reason"] = WHOLE_IMAGE
     usable = rows[rows["reason"] == ""]
+    links = link_faces(usable, links)
     order = {source: position for position, source in enumerate(dict.fromkeys(index["source"]))}
     ranked = usable.assign(rank=usable["source"].map(order), pixels=usable["width"] * usable["height"])
     ranked = ranked.sort_values(

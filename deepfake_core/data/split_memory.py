@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from deepfake_core.config import FEEDBACK
+from deepfake_core.data.reported_images import name_pictures
 from deepfake_core.storage.files import hash_file, write_beside
 from deepfake_core.storage.store import Store
 
@@ -37,16 +37,6 @@ def remember_splits(rows: pd.DataFrame, store: Store) -> None:
     if len(memory) > known:
         with write_beside(store.split_memory()) as beside:
             _write_table(memory, beside)
-
-
-def name_pictures(rows: pd.DataFrame) -> pd.Series:
-    """Return the SHA-256 of each row's image; of a report, that of what was sent: its face may be cut out in new bytes.
-
-    Args:
-        rows: with `source`, `member` and `sha256`.
-    """
-    sent = rows["member"].str.extract(r"([0-9a-f]{64})\.\w+$", expand=False)
-    return sent.where(rows["source"] == FEEDBACK).fillna(rows["sha256"])
 
 
 def share_memory(store: Store) -> None:

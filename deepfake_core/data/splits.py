@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ import pandas as pd
 from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
 from deepfake_core.data.dataset import SUFFIXES
 from deepfake_core.data.duplicates import find_components, find_ends
-from deepfake_core.data.split_memory import name_pictures
+from deepfake_core.data.reported_images import link_faces, name_pictures
 from deepfake_core.errors import DatasetError
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,8 @@ def assign_splits(
     where other digits of the same hash fall below `REGRESSION_SHARE`: both choices are independent.
 
     Where new images would join groups of different splits, they are left out; where old ones would, the smaller part
-    is. The reason is then `split_conflict`.
+    is. Where a group was full, images of other groups may still be near copies of its own: of two in different splits,
+    the new one is left out. The reason is then `split_conflict`.
 
     Args:
         rows: from `mark_duplicates`.
@@ -46,6 +47,7 @@ def assign_splits(
     """
     sent = zip(rows["sha256"], name_pictures(rows), strict=True)
     memory = {image: memory[name] for image, name in sent if name in memory} | dict(memory)
+    links = link_faces(rows[rows["group"] != ""], links)
     rows = _resolve_conflicts(rows, links, memory)
     remembered = rows["sha256"].map(memory).groupby(rows["group"]).transform("first")
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in set(rows["group"])}
@@ -58,7 +60,8 @@ def assign_splits(
     split[position < test_fraction + val_fraction] = "val"
     split[position < test_fraction] = "test"
     split[reported & (second < REGRESSION_SHARE)] = REGRESSION
-    split = remembered.where(remembered.notna(), split).where(rows["kept"], "")
+    rows = _leave_out_across(rows.assign(split=remembered.where(remembered.notna(), split)), links, memory)
+    split = rows["split"].where(rows["kept"], "")
     path = (split + "/" + rows["label"] + "/" + rows["sha256"] + rows["format"].map(SUFFIXES)).where(rows["kept"], "")
     rows = rows.assign(split=split, path=path)
     for name in (one for one in SPLITS if one != REGRESSION):
@@ -105,14 +108,48 @@ def _resolve_conflicts(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[
 
     rows = rows.copy()
     rows["group"] = rows["sha256"].map(group).where(rows["group"] != "").fillna(rows["group"])
+    return _leave_out(rows, left_out)
+
+
+def _leave_out_across(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str]) -> pd.DataFrame:
+    """Leave out what is linked to an image of another split, whose group was full; known images stay before new ones.
+
+    Args:
+        rows: with the `split` of each group.
+    """
+    held = rows[rows["kept"].groupby(rows["group"]).transform("any") & (rows["group"] != "")]
+    split = held.drop_duplicates("sha256").set_index("sha256")["split"]
+    one, other = links["image"].map(split), links["other"].map(split)
+    across = links[one.notna() & other.notna() & (one != other)]
+    if across.empty:
+        return rows
+    beside: dict[str, set[str]] = {name: set() for name in (*across["image"], *across["other"])}
+    for name, linked in zip(across["image"], across["other"], strict=True):
+        beside[name].add(linked)
+        beside[linked].add(name)
+    stays = set[str]()
+    for name in sorted(beside, key=lambda name: (name not in memory, name)):
+        if stays.isdisjoint(beside[name]):
+            stays.add(name)
+    left_out = set(beside) - stays
+    goes, names = rows["sha256"].isin(left_out), rows["sha256"]
+    group = names.mask(goes).groupby(rows["group"]).transform("min").mask(goes, names)
+    return _leave_out(rows.assign(group=group.where(rows["group"] != "", "")), left_out)
+
+
+def _leave_out(rows: pd.DataFrame, left_out: Collection[str]) -> pd.DataFrame:
+    """Mark the images of these SHA-256, each of a group of its own by now, as `split_conflict`."""
     conflict = rows["sha256"].isin(left_out) & rows["kept"]
+    if not conflict.any():
+        return rows
+    rows = rows.copy()
     rows.loc[conflict, "reason"] = "split_conflict"
     instead = rows[rows["copy_of"].isin(left_out) & ~rows["sha256"].isin(left_out)]  # a smaller copy takes its place
     instead = instead.sort_values(["width", "bytes"], ascending=False, kind="stable").drop_duplicates("copy_of")
     rows.loc[instead.index, "reason"] = "kept"
     rows.loc[instead.index, "copy_of"] = ""
     rows["kept"] = rows["reason"] == "kept"
-    log.warning("%d images left out, which join groups of different splits", int(conflict.sum()))
+    log.warning("%d images left out, which are near copies of images in another split", int(conflict.sum()))
     return rows
 
 

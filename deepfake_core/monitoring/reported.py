@@ -52,7 +52,7 @@ def judge_reported(address: str, production: ModelVersion) -> Reported:
     images, wrong = 0, dict.fromkeys(detectors, 0)
     for report in found:
         try:
-            face, _ = cut_face(report)
+            face, _ = cut_face(report.read(), report.box)
         except ArchiveError as exc:
             log.warning("a confirmed report is left out: %s", exc)
             continue

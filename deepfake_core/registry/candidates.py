@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from deepfake_core.data.dataset import Dataset
@@ -12,12 +11,10 @@ from deepfake_core.detector import Detector
 from deepfake_core.evaluation.evaluation import Evaluation, evaluate_detector
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.registry import names
-from deepfake_core.registry.probe import log_probe
+from deepfake_core.registry.probe import choose_probe, log_probe
 from deepfake_core.registry.runs import log_file, log_metrics, log_parameters, log_text
 from deepfake_core.training.checkpoints import CHECKPOINT
 from deepfake_core.training.fit import Candidate
-
-PROBE_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def log_candidate(run_id: str, candidate: Candidate, val: Images, dataset: Datas
     )
     log_text(run_id, candidate.summarise(), "model_summary.txt")
     log_file(run_id, candidate.folder / CHECKPOINT, names.CHECKPOINT_FOLDER)
-    chosen = np.linspace(0, len(val) - 1, min(PROBE_IMAGES, len(val))).astype(int)
+    chosen = choose_probe(val.rows)
     images = [(dataset.path / val.rows["path"].iloc[position]).read_bytes() for position in chosen]
     log_probe(run_id, images, scores[chosen].tolist())
     return TrainedCandidate(candidate, run_id, validation)

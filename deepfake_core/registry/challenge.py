@@ -31,6 +31,7 @@ from deepfake_core.evaluation.test_split import Measured, find_trained_on, tabul
 from deepfake_core.registry import names
 from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.detectors import pull_detector, register_detector
+from deepfake_core.registry.probe import choose_probe
 from deepfake_core.registry.production import (
     complete_move,
     find_previous,
@@ -81,7 +82,8 @@ def register_challenger(
     rates = tabulate_rates(measured, dataset.is_drawn)
     write_json(description, read_description(description) | {"rates": rates})
     log_metrics(best.run_id, {"parity_difference": difference})
-    example = dataset.path / dataset.split("val")["path"].iloc[0]
+    val = dataset.split("val")
+    example = dataset.path / val["path"].iloc[choose_probe(val)[0]]
     own = {
         names.ARCHITECTURE: best.candidate.architecture,
         names.DATASET_VERSION: dataset.version,

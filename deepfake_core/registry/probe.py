@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import numpy as np
+import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from deepfake_core.config import CLASS_NAMES
+from deepfake_core.config import CLASS_NAMES, FEEDBACK
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
 from deepfake_core.registry.aliases import read_production
@@ -18,8 +20,23 @@ from deepfake_core.registry.detectors import download_version
 from deepfake_core.registry.seals import require_seal
 from deepfake_core.registry.versions import ModelVersion
 
+PROBE_IMAGES = 16
 MAX_PROBE_DIFFERENCE = 0.001
 """In P(fake)."""
+
+
+def choose_probe(rows: pd.DataFrame) -> np.ndarray:
+    """Choose images that may stay in MLflow for good: no confirmed reports, unless there is nothing else.
+
+    Args:
+        rows: of the validation split, with `source`.
+
+    Returns:
+        The positions of 16 images, or of all if there are fewer.
+    """
+    lasting = np.flatnonzero(rows["source"] != FEEDBACK)
+    found = lasting if len(lasting) else np.arange(len(rows))
+    return found[np.linspace(0, len(found) - 1, min(PROBE_IMAGES, len(found))).astype(int)]
 
 
 def log_probe(run_id: str, images: Sequence[bytes], scores: Sequence[float]) -> None:
@@ -87,8 +104,6 @@ def check_probe(version: ModelVersion) -> ProbeResult:
     Raises:
         ModelError: if it has no probe images, is not sealed, or a file is not the one that was registered.
     """
-    import pandas as pd
-
     client = mlflow.MlflowClient()
     with tempfile.TemporaryDirectory() as folder, set_environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR="false"):
         try:

@@ -2,10 +2,13 @@
 
 import hashlib
 import io
+import shutil
 import tempfile
 from pathlib import Path
+from random import Random
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,11 +17,15 @@ from PIL import Image, JpegImagePlugin
 from deepfake_core.config import FEEDBACK, REGRESSION, DataParameters, Source
 from deepfake_core.data.confirmed import cut_face, fetch_confirmed
 from deepfake_core.data.dataset import hash_content
+from deepfake_core.data.duplicates import find_components
+from deepfake_core.data.index import build_index
+from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.reported_images import WHOLE, WHOLE_IMAGE
 from deepfake_core.data.split_memory import read_memory, remember_splits
 from deepfake_core.data.splits import REGRESSION_SHARE
 from deepfake_core.errors import ArchiveError, ConfigurationError
 from deepfake_core.feedback.records import GivenVerdict
-from deepfake_core.feedback.reports import open_feedback
+from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.storage.store import open_store
 from tests.builders import draw_image, encode, faces, jpeg, prepare, write_zip
 from tests.split_laws import check_laws, link, pictures, split, worlds
@@ -28,22 +35,29 @@ from tests.split_laws import check_laws, link, pictures, split, worlds
 @settings(max_examples=60, deadline=None)
 @given(worlds(), st.data())
 def test_no_confirmed_image_nor_a_near_copy_of_it_is_where_it_must_not_be(world, data):
-    """Reports, and what a source adds, come over three versions in any order."""
-    index, links, first = world
-    confirmed = np.zeros(len(index), bool)
-    confirmed[data.draw(st.lists(st.integers(0, len(index) - 1), max_size=120, unique=True))] = True
-    index = index.assign(source=np.where(confirmed, FEEDBACK, "s"))
+    """Reports, and what a source adds, come over three versions in any order; some reports are a face and its image."""
+    index, links, first, most = world
+    random = Random(data.draw(st.integers(0, 2**32)))
+    chosen = random.sample(range(len(index)), data.draw(st.integers(0, 120)))
+    index.loc[chosen, "source"] = FEEDBACK
+    whole = dict(zip(chosen[::3], chosen[1::3], strict=False))
+    for image, face in whole.items():  # what is linked to either may not cross splits
+        name, label = index["sha256"][image], index["label"][face]
+        index.loc[image, ["label", "member"]] = label, f"{WHOLE}/{label}/{name}.jpg"
+        index.loc[face, "member"] = f"{label}/{name}.jpg"
+    linked = pd.Series(find_components(pd.Index(index["sha256"]), links), index=index["sha256"])
     known: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(folder)
         for count in (first, data.draw(st.integers(first, len(index))), len(index)):
-            rows = split(index[:count], links, read_memory(store))
-            check_laws(index[:count], links, rows)
+            rows = split(index[:count], links, read_memory(store), most=most)
+            faces = {index["sha256"][image]: index["sha256"][face] for image, face in whole.items() if image < count}
+            of_faces = links.assign(image=links["image"].replace(faces), other=links["other"].replace(faces))
+            check_laws(index[:count], pd.concat([links, of_faces]), rows)
             kept = rows[rows["kept"]].set_index("sha256")["split"]
             assert all(kept.get(name, where) == where for name, where in known.items())
             new = rows[rows["kept"] & ~rows["group"].isin(rows.loc[rows["sha256"].isin(read_memory(store)), "group"])]
-            reported = set(rows.loc[rows["source"] == FEEDBACK, "group"])
-            assert set(new.loc[new["split"] == REGRESSION, "group"]) <= reported
+            assert set(linked[new.loc[new["split"] == REGRESSION, "sha256"]]) <= set(linked[index["sha256"][chosen]])
             known |= kept.to_dict()
             remember_splits(rows, store)
 
@@ -180,13 +194,39 @@ def test_what_is_a_near_copy_of_a_test_image_never_trains_the_model(tmp_path):
     assert (reported["split"] == "test").sum() >= len(tested)
 
 
+@pytest.mark.slow
+def test_the_face_cut_out_of_a_copy_of_a_test_image_never_trains_the_model(tmp_path):
+    photographs = {f"{label}/{i}.jpg": encode(draw_image(start + i, 480, 30).crop((0, 0, 480, 400)), quality=92)
+                   for label, start in (("real", 0), ("fake", 500)) for i in range(40)}  # fmt: skip
+    data_dir, path = tmp_path / "data", write_zip(tmp_path / "a.zip", photographs)
+    dataset = prepare(data_dir, path)
+    tested = dataset.split("test")
+    sent = {}
+    for position, row in enumerate(tested.itertuples()):
+        image, box = (dataset.path / row.path).read_bytes(), (150, 90, 290, 250)
+        if position:  # the first is sent as it is, the others as a messenger recompresses them
+            image = encode(Image.open(io.BytesIO(image)), quality=80)
+        sent |= dict.fromkeys(report(data_dir, "fake", image, box=box), row.sha256)
+    published = prepare(data_dir, path)
+    reported = published.manifest[published.manifest["source"] == FEEDBACK]
+    used, whole = reported[reported["kept"]], reported[~reported["kept"]]
+    assert set(whole["reason"]) == {WHOLE_IMAGE}
+    assert set(whole["member"]) == {f"whole/fake/{name}.jpg" for name in sent}
+    assert set(used["member"]) == {f"fake/{name}.jpg" for name in sent}
+    assert set(used["split"]) == {"test"}
+    groups = published.manifest.query("kept").set_index("sha256")["group"]
+    assert all(groups[face.sha256] == groups[sent[Path(face.member).stem]] for face in used.itertuples())
+    assert not any(list(published.path.rglob(f"{name}.*")) for name in set(whole["sha256"]) - set(tested["sha256"]))
+    assert prepare(data_dir, path).version == published.version
+
+
 def test_the_face_that_was_judged_is_cut_out_and_keeps_its_split_though_its_bytes_change(tmp_path):
     scene = draw_image(1, 640, 40)
     jpegs = [encode(scene, quality=83, subsampling=sampling) for sampling in (0, 2)]
     box = (100, 200, 260, 360)
     (name,) = report(tmp_path, "fake", jpegs[0], box=box)
     (report_of_jpeg,) = open_feedback(tmp_path / "feedback").list_confirmed()
-    data, suffix = cut_face(report_of_jpeg)
+    data, suffix = cut_face(report_of_jpeg.read(), report_of_jpeg.box)
     face, whole = Image.open(io.BytesIO(data)), Image.open(io.BytesIO(jpegs[0]))
     assert suffix == ".jpg"
     assert face.size == (160, 160)
@@ -196,7 +236,8 @@ def test_the_face_that_was_judged_is_cut_out_and_keeps_its_split_though_its_byte
     assert np.abs(difference).mean() < 3
 
     (source,) = fetch_confirmed("auto", open_store(tmp_path))
-    assert list_files(tmp_path / "confirmed" / FEEDBACK) == {f"fake/{name}.jpg": data}
+    expected = {f"fake/{name}.jpg": data, f"whole/fake/{name}.jpg": jpegs[0]}
+    assert list_files(tmp_path / "confirmed" / FEEDBACK) == expected
     other = hashlib.sha256(b"cut out by other code").hexdigest()
     index = pictures(200).assign(source=["s"] * 199 + [source.short_name])
     index.loc[199, ["member", "sha256"]] = f"fake/{name}.jpg", other
@@ -220,7 +261,59 @@ def test_a_face_is_cut_out_of_other_formats_without_loss(tmp_path, form):
 def test_whole_images_keep_their_bytes(tmp_path):
     (name,) = report(tmp_path, "real", jpeg(1), box=(0, 0, 48, 48))
     fetch_confirmed("auto", open_store(tmp_path))
-    assert list_files(tmp_path / "confirmed" / FEEDBACK) == {f"real/{name}.jpg": jpeg(1)}
+    whole = tmp_path / "confirmed" / FEEDBACK / "whole" / "real" / f"{name}.jpg"
+    written = whole.stat()
+    assert list_files(tmp_path / "confirmed" / FEEDBACK) == dict.fromkeys(
+        [f"real/{name}.jpg", f"whole/real/{name}.jpg"], jpeg(1)
+    )
+    fetch_confirmed("auto", open_store(tmp_path))
+    assert whole.stat() == written
+    whole.unlink()  # as versions before this one left it
+    fetch_confirmed("auto", open_store(tmp_path))
+    assert whole.read_bytes() == jpeg(1)
+
+
+def test_a_report_that_is_forgotten_while_reports_are_read_is_skipped(tmp_path, monkeypatch):
+    names = report(tmp_path, "fake", *(jpeg(number) for number in range(4)))
+    feedback = open_feedback(tmp_path / "feedback")
+    listed = Feedback.list_confirmed
+
+    def forget_after(self):
+        found = listed(self)
+        for name in leaving:
+            feedback.forget(name)
+        leaving.clear()
+        return found
+
+    monkeypatch.setattr(Feedback, "list_confirmed", forget_after)
+    leaving = names[1:2]
+    (source,) = fetch_confirmed("auto", open_store(tmp_path))
+    left = {f"fake/{name}.jpg" for name in (names[0], *names[2:])}
+    assert set(list_files(Path(source.name))) == left
+    shutil.rmtree(source.name)
+    leaving = [names[0], *names[2:]]
+    assert fetch_confirmed("auto", open_store(tmp_path)) == ()
+
+
+def test_what_was_forgotten_is_in_no_index_any_more(tmp_path):
+    names = report(tmp_path, "fake", *(jpeg(number) for number in range(4)))
+    store = open_store(tmp_path)
+
+    def index_reports() -> set[str]:
+        for source in fetch_confirmed("auto", store):
+            build_index(fetch_archive(source, store), store)
+        members = [pd.read_parquet(path)["member"] for path in store.indexes().glob("*.parquet")]
+        return {Path(member).stem for one in members for member in one}
+
+    assert index_reports() == set(names)
+    feedback = open_feedback(tmp_path / "feedback")
+    feedback.forget(names[0])
+    assert index_reports() == set(names[1:])
+    feedback.reject(names[1], by="a reviewer")
+    assert index_reports() == set(names[2:])
+    for name in names[2:]:
+        feedback.forget(name)
+    assert index_reports() == set()
 
 
 def test_reports_can_be_elsewhere_or_left_out(tmp_path):

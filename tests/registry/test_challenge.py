@@ -1,17 +1,21 @@
 """A challenger meets production: without Prefect, and with one trained network for all."""
 
+import base64
 import dataclasses
+import hashlib
 import io
 import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 
-from deepfake_core.config import PromotionParameters
+from deepfake_core.config import FEEDBACK, PromotionParameters
+from deepfake_core.data.images import load_seen
 from deepfake_core.description import DESCRIPTION
 from deepfake_core.errors import ProductionMovedError
 from deepfake_core.evaluation.evaluation import evaluate_scores
@@ -22,6 +26,8 @@ from deepfake_core.registry import challenge, names, production, runs
 from deepfake_core.registry.candidates import TrainedCandidate, choose_best, log_measured
 from deepfake_core.registry.challenge import promote_challenger, register_challenger
 from deepfake_core.registry.connection import connect
+from deepfake_core.registry.detectors import download_version
+from deepfake_core.registry.probe import choose_probe
 from deepfake_core.registry.versions import read_version
 from deepfake_core.reports.outcome import describe_challenge, describe_retrain
 from tests.builders import NAME, draw_scores, faces, jpeg, prepare, write_zip
@@ -231,6 +237,28 @@ def test_a_challenger_that_forgets_confirmed_reports_is_refused(challenge_with, 
     assert table["sha256"].tolist() == images["sha256"].tolist()
     assert table["wrong_after"].all()
     assert not table["wrong_before"].any()
+
+
+@pytest.mark.slow
+def test_what_a_run_keeps_for_good_is_no_confirmed_report(challenge_with, with_feedback, candidate, tmp_path):
+    _, version = challenge_with(with_feedback)
+    challenge.log_candidate(version.run_id, candidate, load_seen(with_feedback, "val", 32, ()), with_feedback)
+    val = with_feedback.split("val")
+    reported = val["source"] == FEEDBACK
+    assert reported.sum() > 5
+    probe = Path(mlflow.MlflowClient().download_artifacts(version.run_id, names.PROBE, str(tmp_path)))
+    images = {hashlib.sha256(file.read_bytes()).hexdigest() for file in probe.glob("*.image")}
+    assert images == set(val["sha256"][~reported])
+    stored = download_version(f"models:/{NAME}/{version.version}", tmp_path / "version")
+    example = (stored / "input_example.json").read_text()
+    encoded = [base64.b64encode((with_feedback.path / path).read_bytes()).decode() for path in val["path"]]
+    assert [one in example for one in encoded] == [position == choose_probe(val)[0] for position in range(len(val))]
+
+
+def test_where_validation_holds_confirmed_reports_alone_they_are_the_probe():
+    rows = pd.DataFrame({"source": [FEEDBACK] * 40})
+    assert choose_probe(rows).tolist() == np.linspace(0, 39, 16).astype(int).tolist()
+    assert choose_probe(rows.assign(source=[FEEDBACK, "s"] * 20)[:4]).tolist() == [1, 3]
 
 
 @pytest.mark.slow
