@@ -7,16 +7,18 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import fsspec
 import pandas as pd
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from deepfake_core.cli import main
 from deepfake_core.detector import Detector
-from deepfake_core.errors import ConfigurationError
+from deepfake_core.errors import ConfigurationError, DownloadError
 from deepfake_core.housekeeping import clean
 from deepfake_core.monitoring import observations, observer
 from deepfake_core.monitoring.observations import SCHEMA, read_window
@@ -26,6 +28,7 @@ from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.shadow import Shadow
 from deepfake_core.storage.store import open_store
 from tests.builders import copy_former, draw_image, draw_portrait, draw_scene, encode, free_port, jpeg, wait_until
+from tests.storage.test_store import endpoint, url  # noqa: F401 - fixtures
 
 NOW = datetime(2030, 1, 1, 23, 59, tzinfo=UTC)
 
@@ -161,6 +164,46 @@ def test_a_url_holds_what_a_folder_holds_and_nothing_stays_on_this_disk(predicto
     (day,) = observations.list_old_days(store, -1)
     observations.remove_day(store, day)
     assert len(read_all("memory://bucket/seen")) == 0
+
+
+def test_days_at_a_url_have_every_row_and_nothing_of_them_is_ever_on_this_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with Observer("memory://days/seen") as writer:
+        for step in range(6):  # two writes a day: none holds rows of two days
+            writer._write([make_row(NOW + timedelta(hours=12 * step)) for _ in range(5)])
+            assert list_files(tmp_path) == []
+    found = read_window("memory://days/seen", NOW, NOW + timedelta(days=4))
+    assert found.groupby(found["time"].dt.date).size().tolist() == [5, 10, 10, 5]
+    assert list_files(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("url")
+def test_rows_wait_for_a_store_that_went_away_and_nothing_is_on_this_disk_meanwhile(tmp_path, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    writer, rows = Observer("s3://observed/seen"), []
+    for step in range(2):
+        server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+        server.start()
+        if step == 0:
+            fsspec.filesystem("s3").mkdir("observed")
+        rows.append(make_row(NOW, probability=step / 2))
+        writer._write(rows)
+        assert rows == []
+        rows.append(make_row(NOW, probability=step / 2 + 0.25))
+        server.stop()
+        with pytest.raises(DownloadError, match="must answer"):
+            writer._write(rows)
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    writer._write(rows)
+    writer.close()
+    found = read_window("s3://observed/seen", NOW, NOW + timedelta(days=1))
+    server.stop()
+    assert found["probability"].tolist() == [0, 0.25, 0.5, 0.75]
+    assert list_files(tmp_path) == []
 
 
 def test_what_is_no_observation_is_left_out_and_never_removed(tmp_path, caplog):
