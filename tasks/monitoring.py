@@ -82,9 +82,8 @@ def report_window(
     """Log the window to the version's run, show it, and announce drift."""
     text = drift_report.describe_drift(version, drift, agreements, judged, watch.window_days)
     day = datetime.now(UTC).toordinal() - datetime(1970, 1, 1, tzinfo=UTC).toordinal()
-    lasts = windows.record_window(
-        version, drift_report.name_metrics(drift, agreements) | judged.flatten(version.name), drift.drifted, day
-    )
+    metrics = drift_report.name_metrics(drift, agreements) | judged.flatten(version.name)
+    lasts = windows.record_window(version, metrics, drift.drifted, day, watch.window_days)
     figure = drift_report.plot_drift(reference, window, drift)
     if figure:
         runs.log_figures(version.run_id, {"drift": figure})

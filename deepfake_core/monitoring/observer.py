@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from datetime import date
 from io import BytesIO
 from pathlib import Path
 from typing import Self
@@ -30,6 +31,9 @@ MAX_WAITING_ROWS = 10_000
 MAX_ROWS_AT_ONCE = 65_536
 """Rows that are held while a file is written anew."""
 
+MAX_REMEMBERED_IMAGES = 100_000
+"""Images of a day that are known when they are judged again."""
+
 MAX_SECONDS_TO_END = 20.0
 """How long the end of a process may wait for a store."""
 
@@ -51,6 +55,7 @@ class Observer:
         self._store = open_store(address)
         self._name = f"{uuid.uuid4().hex[:16]}.parquet"
         self._rows: list[Row] = []
+        self._seen, self._day = set[int](), date.min
         self._warned = -SECONDS_BETWEEN_WARNINGS
         self._lock, self._wake, self._ended = threading.Lock(), threading.Event(), threading.Event()
         self._writer = threading.Thread(target=self._write_often, name="observe", daemon=True)
@@ -63,12 +68,23 @@ class Observer:
         self.close()
 
     def add(self, judged: Judged) -> None:
-        """Observe the verdicts on an image; return at once."""
+        """Observe the verdicts on an image, once a day; return at once."""
+        rows = list(list_rows(judged))
         with self._lock:
-            self._rows += list_rows(judged)
+            if rows and not self._is_repeated(judged.sha256, rows[0]):
+                self._rows += rows
             del self._rows[:-MAX_WAITING_ROWS]
             if len(self._rows) >= ROWS_BETWEEN_WRITES:
                 self._wake.set()
+
+    def _is_repeated(self, sha256: str, row: Row) -> bool:
+        """Return whether the same versions judged the image before on this day: it would count as another one."""
+        if row["time"].date() != self._day or len(self._seen) >= MAX_REMEMBERED_IMAGES:
+            self._seen, self._day = set(), row["time"].date()
+        judged = hash((sha256, row["version"], row["shadow_version"]))
+        repeated = judged in self._seen
+        self._seen.add(judged)
+        return repeated
 
     def close(self) -> None:
         """Write what waits, and end."""

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -166,6 +167,22 @@ def test_a_url_holds_what_a_folder_holds_and_nothing_stays_on_this_disk(predicto
     assert len(read_all("memory://bucket/seen")) == 0
 
 
+def test_an_image_is_observed_once_a_day_by_each_version(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(observer, "MAX_REMEMBERED_IMAGES", 3)
+    with Observer(str(tmp_path)) as writer:
+        for version in ("m/1", "m/2"):
+            for judged in judge(Predictor(detector, detect=False, version=version), *[jpeg(1), jpeg(1)]):
+                writer.add(judged)
+        assert len(writer._rows) == 2
+        writer._day -= timedelta(days=1)  # midnight has passed
+        writer.add(judged)
+        assert len(writer._rows) == 3
+        for judged in judge(Predictor(detector, detect=False), *(jpeg(seed) for seed in range(9))):
+            writer.add(judged)
+        assert len(writer._seen) <= 3
+    assert len(read_all(tmp_path)) == 12
+
+
 def test_days_at_a_url_have_every_row_and_nothing_of_them_is_ever_on_this_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with Observer("memory://days/seen") as writer:
@@ -289,7 +306,7 @@ def test_memory_files_and_threads_stay_flat_over_5000_observations(predictor, tm
     process, looks = psutil.Process(os.getpid()), []
     with Observer(str(tmp_path)) as writer:
         for count in range(1, 5001):
-            writer.add(judged)
+            writer.add(replace(judged, sha256=str(count)))
             if count % 100 == 0:
                 wait_until(lambda: not writer._rows)
             if count in (1000, 3000, 5000):

@@ -123,6 +123,14 @@ def test_drift_lasts_where_2_of_the_last_5_windows_drifted_and_the_newest_did():
 
 
 @pytest.mark.usefixtures("watched")
+def test_one_bad_day_in_windows_that_overlap_is_no_lasting_drift():
+    version = read_version(NAME, "1")
+    drifted = [8 <= day < 15 or day >= 22 for day in range(26)]  # one bad day in windows of 7 days, and bad days later
+    found = [windows.record_window(version, {}, drifted[day], day, days=7) for day in range(26)]
+    assert [day for day, lasts in enumerate(found) if lasts] == [22, 23, 24, 25]
+
+
+@pytest.mark.usefixtures("watched")
 def test_what_can_not_be_watched_is_said():
     client = connection.connect()
     with pytest.raises(ModelError, match="There must be a production model"):
