@@ -77,7 +77,7 @@ def list_rows(judged: Judged) -> Iterator[Row]:
 def read_window(address: str, since: datetime, until: datetime) -> "pd.DataFrame":
     """Return the observations of a time, from `since` on and before `until`, by `SCHEMA`.
 
-    A file that is none of ours is left out, with a warning.
+    A file that is none of ours, or is damaged, is left out, with a warning.
 
     Raises:
         ConfigurationError, CredentialsError, DownloadError: if a store can't be used.
@@ -108,11 +108,15 @@ def _is_day(name: str) -> bool:
 
 def _read_day(store: Store, day: str) -> Iterator[pyarrow.Table]:
     for path in list_day(store, day):
+        data = store.read(path) if store.url else path.read_bytes()
         try:
-            data = store.read(path) if store.url else path.read_bytes()
-            yield parquet.read_table(pyarrow.BufferReader(data or b""), columns=SCHEMA.names).cast(SCHEMA)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, ValueError) as exc:
+            file = pyarrow.BufferReader(data or b"")
+            table = parquet.read_table(file, columns=SCHEMA.names, page_checksum_verification=True).cast(SCHEMA)
+            table.validate(full=True)
+        except (OSError, ValueError, pyarrow.ArrowException) as exc:
             log.warning("%s holds no observations and is left out: %s", store.address_of(path), exc)
+        else:
+            yield table
 
 
 def list_old_days(store: Store, keep_days: int) -> list[str]:

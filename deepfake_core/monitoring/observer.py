@@ -154,7 +154,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def _write_anew(before: Path | BytesIO | None, written: Path | BytesIO, rows: Iterable[Row]) -> None:
-    with parquet.ParquetWriter(written, SCHEMA) as writer:
+    with parquet.ParquetWriter(written, SCHEMA, write_page_checksum=True) as writer:
         if before:
             with parquet.ParquetFile(before) as file:
                 for batch in file.iter_batches(MAX_ROWS_AT_ONCE):

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -237,6 +238,24 @@ def test_what_is_no_observation_is_left_out_and_never_removed(tmp_path, caplog):
         observations.remove_day(store, day)
     assert list_files(tmp_path) == sorted(others)
     assert len(read_window(str(tmp_path / "nowhere"), NOW, NOW)) == 0
+
+
+def test_a_file_with_bits_flipped_is_read_as_it_was_or_left_out(tmp_path):
+    rows = [make_row(probability=number / 300, sharpness=number * 1.1) for number in range(300)]
+    damaged, whole = (tmp_path / str(NOW.date()) / f"{name * 16}.parquet" for name in "ab")
+    append_rows(damaged, rows)
+    append_rows(whole, rows[:1])
+    written, random = damaged.read_bytes(), np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        flipped = bytearray(written)
+        for place in random.integers(0, len(flipped), 3):
+            flipped[place] ^= 1 << random.integers(8)
+        damaged.write_bytes(flipped)
+        seen = read_window(str(tmp_path), NOW, NOW + timedelta(seconds=1))["probability"].tolist()
+        assert seen in ([0], [*(row["probability"] for row in rows), 0])
+        found.append(len(seen))
+    assert found.count(1) > 200
 
 
 def test_gc_removes_old_observations_alone(tracking, capsys):

@@ -102,6 +102,17 @@ def test_a_changed_window_says_which_column_and_is_announced(watched):
     assert [one.step for one in mlflow.MlflowClient().get_metric_history(run_id, windows.DRIFTED)] == [today]
 
 
+def test_reports_that_can_not_be_judged_keep_no_drift_from_being_announced(watched):
+    run_id, folder = watched
+    start = datetime.now(UTC)
+    observe(folder, draw_rows(300, quality=40))
+    text = watch(OBSERVED.model_copy(update={"feedback": str(folder)}))
+    assert "- JPEG quality of faces: has changed" in text
+    assert "- the confirmed reports were not judged: Feedback must be in a new folder, or in one that" in text
+    wait_until(lambda: find_events("deepfake.drift", start))
+    assert mlflow.get_run(run_id).data.metrics["drift/drifted"] == 1
+
+
 def test_too_few_and_no_observations_are_said_and_no_verdict(watched):
     run_id, folder = watched
     assert watch(OBSERVED).startswith(f"Too few to compare: 0 observations of {NAME} version 1")
