@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, ks_2samp
 
+from deepfake_core.monitoring.observations import DIGITS
+
 COLUMNS = {
     "probability": "P(fake)",
     "sure": "share of sure verdicts",
@@ -129,7 +131,7 @@ def adjust_holm(p: Sequence[float]) -> list[float]:
 
 
 def _read_column(rows: pd.DataFrame, column: str) -> np.ndarray:
-    values = rows[column].astype("float64")
+    values = rows[column].astype("float64").round(DIGITS)  # as observations are; an older reference is not
     return (values.fillna(0) if column == "jpeg_quality" else values.dropna()).to_numpy()
 
 

@@ -87,6 +87,11 @@ def test_another_share_of_jpegs_is_a_change_and_what_no_row_has_is_left_out():
     assert "JPEG quality of whole images: has changed (mean 45, on the test split 90" in found.changed[0].describe()
 
 
+def test_an_older_reference_which_has_all_digits_is_compared_with_rounded_observations():
+    reference, window = draw_rows(500, 0).assign(jpeg_quality=92.0346), draw_rows(300, 1).assign(jpeg_quality=92.035)
+    assert compare_windows(reference, window).drifted is False
+
+
 @given(st.lists(st.floats(0, 1), max_size=9), st.sampled_from([0.01, 0.05, 0.2]))
 def test_holms_adjustment_rejects_what_his_procedure_rejects(p, level):
     rejected = set()

@@ -26,10 +26,12 @@ from deepfake_core.monitoring import observations, observer
 from deepfake_core.monitoring.observations import SCHEMA, read_window
 from deepfake_core.monitoring.observer import Observer, append_rows, open_observer
 from deepfake_core.monitoring.reference import observe_images
+from deepfake_core.registry import connection, runs
+from deepfake_core.registry.detectors import register_detector
 from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.shadow import Shadow
 from deepfake_core.storage.store import open_store
-from tests.builders import copy_former, draw_image, draw_portrait, draw_scene, encode, free_port, jpeg, wait_until
+from tests.builders import NAME, copy_former, draw_image, draw_portrait, draw_scene, encode, free_port, jpeg, wait_until
 from tests.storage.test_store import endpoint, url  # noqa: F401 - fixtures
 
 NOW = datetime(2030, 1, 1, 23, 59, tzinfo=UTC)
@@ -83,6 +85,8 @@ def test_predict_observes_faces_and_keeps_no_name_and_no_pixel(tmp_path, monkeyp
     assert rows["jpeg_quality"].round().unique() == [73]
     assert rows["side"].is_monotonic_decreasing
     assert rows["probability"].between(0, 1).all()
+    measures = rows[["probability", "sharpness", "jpeg_quality", "side"]]
+    assert measures.equals(measures.round(3))  # all digits would tell which picture it is
     assert rows["version"].unique() == [""]  # what serves a pulled folder is not known
 
 
@@ -226,17 +230,21 @@ def test_rows_wait_for_a_store_that_went_away_and_nothing_is_on_this_disk_meanwh
 
 def test_what_is_no_observation_is_left_out_and_never_removed(tmp_path, caplog):
     append_rows(tmp_path / "2020-01-01" / f"{'a' * 16}.parquet", [make_row(datetime(2020, 1, 1, tzinfo=UTC))])
-    others = [tmp_path / "2020-01-01" / "notes.txt", tmp_path / "2020-01-02" / "b.parquet", tmp_path / "letters" / "c"]
+    names = ("2020-01-01/notes.txt", "2020-01-02/b.parquet", "2020-01-02/.b.parquet.7", "letters/c")
+    others = [tmp_path / name for name in names]
     broken = tmp_path / "2020-01-01" / f"{'b' * 16}.parquet"
-    for file in (*others, broken):
+    killed = tmp_path / "2020-01-03" / f".{'b' * 16}.parquet.4242"
+    for file in (*others, broken, killed):
         file.parent.mkdir(exist_ok=True)
         file.write_text("words")
     assert len(read_window(str(tmp_path), datetime(2020, 1, 1, tzinfo=UTC), datetime(2020, 1, 3, tzinfo=UTC))) == 1
     assert "holds no observations and is left out" in caplog.text
     store = open_store(tmp_path)
+    assert observations.list_old_days(store, 90) == ["2020-01-01", "2020-01-03"]  # those that hold files of ours
     for day in observations.list_old_days(store, 90):
         observations.remove_day(store, day)
     assert list_files(tmp_path) == sorted(others)
+    assert observations.list_old_days(store, 90) == []
     assert len(read_window(str(tmp_path / "nowhere"), NOW, NOW)) == 0
 
 
@@ -284,6 +292,19 @@ def test_bad_addresses_are_refused_before_any_verdict(tmp_path, capsys):
         open_observer("", shadow=True)
     assert main(["serve", "--model", str(tmp_path / "model"), "--shadow"]) == 2
     assert "--shadow needs a --model from the registry" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_verdicts_by_another_threshold_are_none_of_the_versions(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    connection.connect()
+    with runs.open_run("cnn") as run_id:
+        register_detector(run_id, copy_former(tmp_path / "model"), NAME, jpeg(1), {})
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    command = ["predict", "a.jpg", "--model", f"models:/{NAME}/1", "--no-detect", "--observe", "seen"]
+    assert main(command) == main([*command, "--threshold", "0.99"]) == 0
+    assert sorted(read_all("seen")["version"]) == ["", f"{NAME}/1"]
 
 
 def test_a_shadow_is_observed_and_never_shown(detector):
