@@ -35,7 +35,7 @@ from deepfake_core.config import EvaluationParameters, TrainingParameters, Watch
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_seen, measure_files
 from deepfake_core.detector import Detector
-from deepfake_core.monitoring.drift import JUDGED_KINDS, MAX_DRIFT_P, compare_windows
+from deepfake_core.monitoring.drift import JUDGED_KINDS, MAX_DRIFT_P, compare_windows, select_kind
 from deepfake_core.monitoring.reference import observe_images
 from deepfake_core.storage.files import write_json
 from deepfake_core.training.calibration import calibrate_detector
@@ -97,7 +97,7 @@ def mix(ours: pd.DataFrame, others: pd.DataFrame, share: float, count: int, rand
 
 
 def measure(kind: str, seen: dict[str, pd.DataFrame], windows: int) -> dict[str, Any]:
-    rows = {name: one[one["face"].notna() == (kind == "face")] for name, one in seen.items()}
+    rows = {name: select_kind(one, kind) for name, one in seen.items()}
     ours, random = rows["unchanged"], np.random.default_rng(0)
     alarms = {
         name: count_alarms(ours, [draw(one, WINDOW, random) for _ in range(windows)])

@@ -69,7 +69,7 @@ def report_window(
     """Log the window to the version's run, show it, and announce drift."""
     text = drift_report.describe_drift(version, drift, agreements, judged, watch.window_days)
     metrics = drift_report.name_metrics(drift, agreements) | judged.flatten(version.name)
-    lasts = windows.record_window(version, metrics, drift.drifted, day=datetime.now(UTC).date())
+    lasts = windows.record_window(version, metrics, drift.drifted, datetime.now(UTC).date(), watch.window_days)
     figure = drift_report.plot_drift(reference, window, drift)
     if figure:
         runs.log_figures(version.run_id, {"drift": figure})

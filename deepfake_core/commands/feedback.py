@@ -180,12 +180,12 @@ def _name_user() -> str:
 
 def forget(options: argparse.Namespace) -> int:
     feedback = open_feedback(options.address)
-    entry = feedback.read(options.sha256)
-    if not ask(options, f"Remove {entry.sha256[:SHOWN_DIGITS]} with its {entry.counted} and decisions for good?"):
+    sha256 = feedback.find(options.sha256)
+    if not ask(options, f"Remove {sha256[:SHOWN_DIGITS]} with its reports and decisions for good?"):
         return 1
-    feedback.forget(entry.sha256)
+    feedback.forget(sha256)
     print(
-        f"{entry.sha256[:SHOWN_DIGITS]} is forgotten in {feedback.address}. Data sets that hold it keep it until they "
-        "are removed: `deepfake gc`."
+        f"{sha256[:SHOWN_DIGITS]} is forgotten in {feedback.address}. Data sets that hold it keep it until they are "
+        "removed: `deepfake gc`."
     )
     return 0

@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> int:
             detector = detector.at(options.threshold)
         except ValueError as exc:
             raise ConfigurationError(f"--{exc}.") from exc
+        version = ""  # these are not the version's verdicts: `watch` must not compare them
     predictor = Predictor(detector, not options.no_detect, version)
     if options.explain and not detector.explains:
         raise ModelError(

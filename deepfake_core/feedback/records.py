@@ -131,6 +131,11 @@ class FeedbackEntry:
         return self.decisions[-1].label if self.decisions else None
 
     @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """Where the face is that was judged, by the first report."""
+        return self.reports[0].verdict.box if self.reports else None
+
+    @property
     def counted(self) -> str:
         """The count in words, such as `2 reports`."""
         return f"{self.count} report{'' if self.count == 1 else 's'}"
@@ -198,6 +203,11 @@ def parse_time(name: str) -> datetime | None:
     return None
 
 
+def is_decision(name: str) -> bool:
+    """Return whether a file holds a decision, or a part of one that is being written; it may be named with folders."""
+    return name.rpartition("/")[2].lstrip(".").startswith("decision")
+
+
 def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> FeedbackEntry:
     """Return what the files of an image say.
 
@@ -209,15 +219,14 @@ def make_entry(sha256: str, size: int, records: Mapping[str, bytes | None]) -> F
     decisions: list[Decision] = []
     problems: list[str] = []
     for name, content in sorted(records.items()):
-        is_decision = name.startswith("decision")
         try:
-            if is_decision:
+            if is_decision(name):
                 decisions.append(_read_record(Decision, name, content))
             else:
                 reports.append(_read_record(Report, name, content))
         except ValueError as exc:
             problems.append(f"{name} can't be read: {exc}")
-            if is_decision:
+            if is_decision(name):
                 time = parse_time(name) or datetime.now(UTC)
                 decisions.append(Decision(decision="withdrawn", by="", why="it can't be read", time=time))
     count = sum(name.startswith("report") for name in records)

@@ -10,7 +10,6 @@ Files are only added, each whole under a new name: several writers need no lock.
 
 import hashlib
 import json
-import logging
 import re
 import threading
 import time
@@ -29,14 +28,13 @@ from deepfake_core.feedback.records import (
     GivenVerdict,
     Record,
     Report,
+    is_decision,
     make_entry,
     make_record,
     name_record,
     parse_time,
 )
 from deepfake_core.storage.objects import Objects, open_objects
-
-log = logging.getLogger(__name__)
 
 MARKER, IMAGE = "feedback.json", "image"
 PROJECT = "deepfake-retraining"
@@ -105,13 +103,7 @@ class Feedback:
     def list_confirmed(self) -> list[Confirmed]:
         """Return the confirmed images, in the order of their SHA-256."""
         return [
-            Confirmed(
-                sha256=entry.sha256,
-                label=entry.label,
-                size=entry.size,
-                box=entry.reports[0].verdict.box if entry.reports else None,
-                read=partial(self.read_image, entry.sha256),
-            )
+            Confirmed(entry.sha256, entry.label, entry.size, entry.box, partial(self.read_image, entry.sha256))
             for entry in self.list_entries("confirmed")
             if entry.label and entry.size
         ]
@@ -186,19 +178,27 @@ class Feedback:
 
     def forget(self, sha256: str) -> str:
         """Remove an image, its reports and decisions for good; return its SHA-256."""
-        entry = self.read(sha256)
-        self._objects.remove_below(entry.sha256)
-        return entry.sha256
+        found = self.find(sha256)
+        if not self._remove(found):
+            self.read(found)  # says that there is nothing
+        self._objects.remove_below(found)
+        return found
 
     def expire(self, sha256: str) -> bool:
         """Remove a rejected image and its reports, not its decisions; return False if it is rejected no more."""
-        entry = self.read(sha256)
-        if entry.status != "rejected":
+        found = self.find(sha256)
+        if (entry := self._read(found)) and entry.status != "rejected":
             return False
-        for name in sorted(self._objects.scan(entry.sha256)):  # the image first
-            if not name.partition("/")[2].startswith("decision"):
-                self._objects.remove(name)
+        self._remove(found, keep_decisions=True)
         return True
+
+    def _remove(self, sha256: str, keep_decisions: bool = False) -> int:
+        """Remove an image's files, also half-written ones, the newest decision last; return how many were there."""
+        names = sorted(self._objects.scan(sha256), key=lambda name: (is_decision(name), name))
+        for name in names:
+            if not (keep_decisions and is_decision(name)):
+                self._objects.remove(name)
+        return len(names)
 
     def _decide(self, sha256: str, decision: str, by: str, why: str, label: str | None = None) -> FeedbackEntry:
         entry = self.read(sha256)

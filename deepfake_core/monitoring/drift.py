@@ -7,6 +7,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest, ks_2samp
 
+from deepfake_core.monitoring.observations import DIGITS
+
 COMPARED_COLUMNS = {
     "probability": "P(fake)",
     "sure": "share of sure verdicts",
@@ -63,7 +65,7 @@ class Drift:
     """A window against a reference.
 
     Attributes:
-        observations: number of faces and whole images in the window.
+        observations: number of images in the window, each with its largest face or as a whole.
         shifts: of each column that both hold; none where there are too few observations.
     """
 
@@ -84,6 +86,7 @@ def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance:
     """Compare each column by the two-sample test of Kolmogorov and Smirnov, all together at `MAX_DRIFT_P` (Holm 1979).
 
     A column that neither has is left out. No JPEG counts as quality 0, so that another share of JPEGs is a change too.
+    Of the faces of an image, the largest counts: the test takes observations for independent, and these are alike.
 
     Args:
         reference: observations (`OBSERVATION_SCHEMA`) of the version's test split; likewise `window`, of users.
@@ -91,7 +94,7 @@ def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance:
     """
     tests: list[tuple[str, str, np.ndarray, np.ndarray]] = []
     for kind in JUDGED_KINDS:
-        before, now = (rows[rows["face"].notna() == (kind == "face")] for rows in (reference, window))
+        before, now = (select_kind(rows, kind) for rows in (reference, window))
         if min(len(before), len(now)) < MIN_OBSERVATIONS:
             continue
         for column in COMPARED_COLUMNS:
@@ -112,7 +115,12 @@ def compare_windows(reference: pd.DataFrame, window: pd.DataFrame, min_distance:
         )
         for (kind, column, before, now), one, p in zip(tests, results, adjusted, strict=True)
     ]
-    return Drift(len(window), tuple(shifts))
+    return Drift(sum(len(select_kind(window, kind)) for kind in JUDGED_KINDS), tuple(shifts))
+
+
+def select_kind(rows: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """Return the largest face of each image (`face`), or the images that were judged as a whole (`whole`)."""
+    return rows[rows["face"].isin([1]) if kind == "face" else rows["face"].isna()]
 
 
 def adjust_holm(p: Sequence[float]) -> list[float]:
@@ -125,7 +133,7 @@ def adjust_holm(p: Sequence[float]) -> list[float]:
 
 
 def _read_column(rows: pd.DataFrame, column: str) -> np.ndarray:
-    values = rows[column].astype("float64")
+    values = rows[column].astype("float64").round(DIGITS)  # as observations are; an older reference is not
     return (values.fillna(0) if column == "jpeg_quality" else values.dropna()).to_numpy()
 
 
@@ -159,9 +167,9 @@ class Agreement:
 
 
 def measure_agreement(window: pd.DataFrame) -> list[Agreement]:
-    """Return the agreement with each version that ran beside production, by version."""
+    """Return the agreement with each version that ran beside production, by version: one observation an image."""
     found = []
-    both = window[window["shadow_fake"].notna()]
+    both = window[window["shadow_fake"].notna() & (window["face"].isna() | window["face"].isin([1]))]
     for version, rows in both.groupby("shadow_version"):
         ours, theirs = (rows[name].astype(bool).to_numpy() for name in ("fake", "shadow_fake"))
         same, count = int((ours == theirs).sum()), len(rows)

@@ -43,8 +43,12 @@ OBSERVATION_SCHEMA = pyarrow.schema(
 )
 """`version` is name/number, empty for a model from a folder; `face` is 1 for the largest, null for a whole image."""
 
+DIGITS = 3
+"""Of a stored measure, behind the point: with all of them, whoever has a picture would find its row."""
+
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
-OBSERVATION_FILE = re.compile(r"[0-9a-f]{16}\.parquet")
+OBSERVATION_FILE = re.compile(r"[0-9a-f]{16}\.parquet|\.[0-9a-f]{16}\.parquet\.\d+")
+"""The second is a file that a killed process left half written."""
 
 Row = dict[str, Any]
 
@@ -61,23 +65,27 @@ def list_rows(judged: Judged) -> Iterator[Row]:
             "version": seen.version,
             "face": verdict.face,
             "fake": verdict.label == "fake",
-            "probability": verdict.fake_probability,
+            "probability": _round(verdict.fake_probability),
             "sure": verdict.sure,
             "side": seen.quality.side,
-            "sharpness": seen.quality.sharpness,
-            "jpeg_quality": seen.quality.jpeg_quality,
+            "sharpness": _round(seen.quality.sharpness),
+            "jpeg_quality": _round(seen.quality.jpeg_quality),
             "width": seen.width,
             "height": seen.height,
             "shadow_version": seen.shadow_version,
-            "shadow_probability": seen.shadow_probability,
+            "shadow_probability": _round(seen.shadow_probability),
             "shadow_fake": seen.shadow_fake,
         }
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(float(value), DIGITS)
 
 
 def read_window(address: str, since: datetime, until: datetime) -> "pd.DataFrame":
     """Return the observations of a time, from `since` on and before `until`, by `OBSERVATION_SCHEMA`.
 
-    A file that is none of ours is left out, with a warning.
+    A file that is none of ours, or is damaged, is left out, with a warning.
 
     Raises:
         ConfigurationError, CredentialsError, DownloadError: if a store can't be used.
@@ -121,23 +129,29 @@ def _is_day(name: str) -> bool:
 
 def _read_day(store: Store, day: str) -> Iterator[pyarrow.Table]:
     for path in list_day(store, day):
+        if path.name.startswith("."):
+            continue
+        data = store.read(path) if store.url else path.read_bytes()
         try:
-            data = store.read(path) if store.url else path.read_bytes()
-            yield parquet.read_table(pyarrow.BufferReader(data or b""), columns=OBSERVATION_SCHEMA.names).cast(
+            file = pyarrow.BufferReader(data or b"")
+            table = parquet.read_table(file, columns=OBSERVATION_SCHEMA.names, page_checksum_verification=True).cast(
                 OBSERVATION_SCHEMA
             )
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, ValueError) as exc:
+            table.validate(full=True)
+        except (OSError, ValueError, pyarrow.ArrowException) as exc:
             log.warning("%s holds no observations and is left out: %s", store.address_of(path), exc)
+        else:
+            yield table
 
 
 def list_old_days(store: Store, keep_days: int) -> list[str]:
     """Return the days of which no observation is needed any more."""
     first = str(datetime.now(UTC).date() - timedelta(days=keep_days))
-    return [day for day in _list_days(store) if day < first]
+    return [day for day in _list_days(store) if day < first and list_day(store, day)]
 
 
 def list_day(store: Store, day: str) -> list[Path]:
-    """Return the files of observations of a day, and no other that may lie there."""
+    """Return the files of observations of a day, also half-written ones, and no other that may lie there."""
     folder = store.folder / day
     names = store.list_names(folder) if store.url else sorted(path.name for path in folder.iterdir())
     return [folder / name for name in names if OBSERVATION_FILE.fullmatch(name)]

@@ -6,7 +6,8 @@ import time
 import uuid
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
+from datetime import date
+from io import BytesIO
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +31,9 @@ MAX_WAITING_ROWS = 10_000
 MAX_ROWS_AT_ONCE = 65_536
 """Rows that are held while a file is written anew."""
 
+MAX_REMEMBERED_IMAGES = 100_000
+"""Images of a day that are known when they are judged again."""
+
 MAX_SECONDS_TO_END = 20.0
 """How long the end of a process may wait for a store."""
 
@@ -38,7 +42,7 @@ class Observer:
     """Appends observations, in a thread of its own: what fails there stops no verdict, and warns once an hour.
 
     Rows are written at the latest after a minute, and at the end. A process that is killed loses those of its last
-    minute. Its file is whole.
+    minute. Its file is whole. Of a URL, nothing is kept on this disk: a day's file is read, and written anew.
 
     Args:
         address: folder or URL.
@@ -51,7 +55,7 @@ class Observer:
         self._store = open_store(address)
         self._name = f"{uuid.uuid4().hex[:16]}.parquet"
         self._rows: list[Row] = []
-        self._unpublished: set[Path] = set()
+        self._seen, self._day = set[int](), date.min
         self._warned = -SECONDS_BETWEEN_WARNINGS
         self._lock, self._wake, self._ended = threading.Lock(), threading.Event(), threading.Event()
         self._writer = threading.Thread(target=self._write_often, name="observe", daemon=True)
@@ -64,12 +68,23 @@ class Observer:
         self.close()
 
     def add(self, judged: Judged) -> None:
-        """Observe the verdicts on an image; return at once."""
+        """Observe the verdicts on an image, once a day; return at once."""
+        rows = list(list_rows(judged))
         with self._lock:
-            self._rows += list_rows(judged)
+            if rows and not self._is_repeated(judged.sha256, rows[0]):
+                self._rows += rows
             del self._rows[:-MAX_WAITING_ROWS]
             if len(self._rows) >= ROWS_BETWEEN_WRITES:
                 self._wake.set()
+
+    def _is_repeated(self, sha256: str, row: Row) -> bool:
+        """Return whether the same versions judged the image before on this day: it would count as another one."""
+        if row["time"].date() != self._day or len(self._seen) >= MAX_REMEMBERED_IMAGES:
+            self._seen, self._day = set(), row["time"].date()
+        judged = hash((sha256, row["version"], row["shadow_version"]))
+        repeated = judged in self._seen
+        self._seen.add(judged)
+        return repeated
 
     def close(self) -> None:
         """Write what waits, and end."""
@@ -95,19 +110,18 @@ class Observer:
                 self._rows = [*rows, *self._rows][-MAX_WAITING_ROWS:]
 
     def write_rows(self, rows: list[Row]) -> None:
-        """Write rows, and remove them from the list once they are on this disk; then publish them."""
+        """Write rows, and remove them from the list once they are written."""
         while rows:
             day = rows[0]["time"].date()
             path = self._store.folder / str(day) / self._name
-            append_rows(path, [row for row in rows if row["time"].date() == day])
+            some = [row for row in rows if row["time"].date() == day]
+            if self._store.url:  # nothing of it stays on this disk
+                before, written = self._store.read(path), BytesIO()
+                _write_anew(BytesIO(before) if before else None, written, some)
+                self._store.write(path, written.getvalue())
+            else:
+                append_rows(path, some)
             rows[:] = [row for row in rows if row["time"].date() != day]
-            if self._store.url:
-                self._unpublished.add(path)
-        for path in sorted(self._unpublished):
-            self._store.publish(path)
-            self._unpublished.remove(path)
-            if self._ended.is_set() or path.parent.name != str(datetime.now(UTC).date()):
-                path.unlink()
 
     def _warn(self, why: str) -> None:
         if time.monotonic() - self._warned >= SECONDS_BETWEEN_WARNINGS:
@@ -135,9 +149,14 @@ def open_observer(address: str, shadow: bool = False) -> AbstractContextManager[
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a Parquet file anew with more rows, whole or not at all."""
-    with write_beside(path) as beside, parquet.ParquetWriter(beside, OBSERVATION_SCHEMA) as writer:
-        if path.exists():
-            with parquet.ParquetFile(path) as before:
-                for batch in before.iter_batches(MAX_ROWS_AT_ONCE):
+    with write_beside(path) as beside:
+        _write_anew(path if path.exists() else None, beside, rows)
+
+
+def _write_anew(before: Path | BytesIO | None, written: Path | BytesIO, rows: Iterable[Row]) -> None:
+    with parquet.ParquetWriter(written, OBSERVATION_SCHEMA, write_page_checksum=True) as writer:
+        if before:
+            with parquet.ParquetFile(before) as file:
+                for batch in file.iter_batches(MAX_ROWS_AT_ONCE):
                     writer.write_batch(batch)
         writer.write_table(pyarrow.Table.from_pylist(list(rows), OBSERVATION_SCHEMA))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from deepfake_core.data.confirmed import cut_face
 from deepfake_core.errors import ArchiveError
 from deepfake_core.feedback.reports import open_feedback
+from deepfake_core.redaction import redact
 from deepfake_core.registry.aliases import find_challenger
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.serving.load_versions import load_version
@@ -16,13 +17,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reported:
-    """On how many confirmed images each version is wrong, by its number: production's first."""
+    """On how many confirmed images each version is wrong, by its number: production's first.
+
+    Attributes:
+        failure: why they could not be judged; empty if they were.
+    """
 
     images: int = 0
     wrong: Mapping[str, int] = field(default_factory=dict)
+    failure: str = ""
 
     def describe(self) -> list[str]:
         """Return it as a sentence; nothing without images."""
+        if self.failure:
+            return [f"the confirmed reports were not judged: {self.failure}"]
         if not self.images:
             return []
         found = ", ".join(f"version {number} is wrong on {wrong}" for number, wrong in self.wrong.items())
@@ -37,13 +45,19 @@ class Reported:
 def judge_reported(address: str, production: ModelVersion) -> Reported:
     """Judge each confirmed image with production and, if there is one, the challenger.
 
+    What fails here is said in the result, and drift is reported all the same.
+
     Args:
         address: folder or URL that keeps reports; empty: none.
-
-    Raises:
-        ModelError: if a version can't be loaded.
-        ServiceError: if MLflow can't be reached.
     """
+    try:
+        return _judge(address, production)
+    except Exception as exc:
+        log.exception("the confirmed reports can't be judged")
+        return Reported(failure=redact(str(exc)))
+
+
+def _judge(address: str, production: ModelVersion) -> Reported:
     found = open_feedback(address).list_confirmed() if address else []
     if not found:
         return Reported()

@@ -49,19 +49,26 @@ def read_reference(version: ModelVersion) -> "pd.DataFrame":
     return found
 
 
-def record_window(version: ModelVersion, metrics: Mapping[str, float], drifted: bool | None, day: date) -> bool:
+def record_window(
+    version: ModelVersion, metrics: Mapping[str, float], drifted: bool | None, day: date, days: int = 1
+) -> bool:
     """Log a window's metrics to the version's run; return whether drift lasts.
 
     It lasts where at least 2 of the last 5 windows that could be compared drifted, and the newest is among them. A day
-    that is compared again counts once, as it was compared last.
+    that is compared again counts once, as it was compared last. Of windows that overlap, the newer counts.
 
     Args:
         drifted: None where there was nothing to compare.
         day: on which the window ends, in UTC.
+        days: length of a window.
     """
     verdict = {} if drifted is None else {DRIFTED: float(drifted)}
     log_metrics(version.run_id, {**metrics, **verdict}, step=(day - date(1970, 1, 1)).days)
     history = mlflow.MlflowClient().get_metric_history(version.run_id, DRIFTED)
     by_day = {one.step: one.value for one in sorted(history, key=lambda one: one.timestamp)}
-    recent = [by_day[step] for step in sorted(by_day)[-RECENT_WINDOWS:]]
+    ends: list[int] = []
+    for step in sorted(by_day, reverse=True):
+        if not ends or step <= ends[-1] - days:
+            ends.append(step)
+    recent = [by_day[step] for step in ends[:RECENT_WINDOWS]]
     return bool(drifted and sum(recent) >= MIN_DRIFTED_WINDOWS)

@@ -6,7 +6,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from deepfake_core.monitoring.drift import COMPARED_COLUMNS, JUDGED_KINDS, MIN_OBSERVATIONS, Agreement, Drift, Shift
+from deepfake_core.monitoring.drift import (
+    COMPARED_COLUMNS,
+    JUDGED_KINDS,
+    MIN_OBSERVATIONS,
+    Agreement,
+    Drift,
+    Shift,
+    select_kind,
+)
 from deepfake_core.monitoring.reported import Reported
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports.pages import encode_figure
@@ -20,7 +28,7 @@ def describe_drift(
     """Return what was found, in a sentence for each column."""
     which = f"{drift.observations:,} observations of {version.name} version {version.version} in {days} day(s)"
     if drift.drifted is None:
-        headline = f"Too few to compare: {which}; {MIN_OBSERVATIONS} faces, or whole images, are needed."
+        headline = f"Too few to compare: {which}; {MIN_OBSERVATIONS} images with a face, or whole images, are needed."
     elif drift.drifted:
         headline = f"What production sees has changed: {which} differ from its test split."
     else:
@@ -61,7 +69,7 @@ def plot_drift(reference: pd.DataFrame, window: pd.DataFrame, drift: Drift) -> F
 
 
 def _plot_column(axes: "object", reference: pd.DataFrame, window: pd.DataFrame, shift: Shift) -> None:
-    parts = [rows.loc[rows["face"].notna() == (shift.kind == "face"), shift.column] for rows in (reference, window)]
+    parts = [select_kind(rows, shift.kind)[shift.column] for rows in (reference, window)]
     values = [part.astype("float64").fillna(0).to_numpy() for part in parts]
     edges = np.histogram_bin_edges(np.concatenate(values), BINS)
     for one, label, colour in zip(values, ("test split", "production"), ("#bbbbbb", "#756bb1"), strict=True):

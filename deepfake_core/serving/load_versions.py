@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+import time
 from pathlib import Path
 
 from deepfake_core.detector import Detector
@@ -28,14 +29,16 @@ def find_shadow(name: str, current: Shadow | None = None) -> Shadow | None:
     """Return the version with the alias `challenger`; None if there is none. What fails here stops no verdict.
 
     Args:
-        current: returned again if it has the alias still.
+        current: returned again if it has the alias still; one that could not be loaded, for a minute.
     """
     try:
         version = find_challenger(name)
     except Exception:
         log.exception("the alias challenger can't be looked up: verdicts go on")
         return current
-    if version is None or (current and current.version == f"{name}/{version}"):
+    if version is None or (
+        current and current.version == f"{name}/{version}" and time.monotonic() < current.loads_again
+    ):
         return current if version else None
     try:
         shadow = Shadow(f"{name}/{version}", load_version(name, version))

@@ -255,4 +255,4 @@ def build_page(keeper: ModelKeeper, feedback: Feedback | None = None) -> Any:
         )
         if feedback:
             add_form(Reporter(feedback, keeper.get), upload, shown, judged)
-    return page
+    return page.queue(api_open=False)  # else a request to /run or /api would skip the queue and its limits

@@ -1,6 +1,8 @@
 """A version that judges beside the one in use: what it says is observed, and never shown."""
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +13,26 @@ from deepfake_core.detector import Detector, resize_image
 
 log = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_LOADS = 60.0
+"""How long a version that could not be loaded is left alone: each attempt may hold a verdict up."""
+
 
 class Shadow:
     """A version that scores what the one in use scores. Once it has failed it is silent, and verdicts go on.
 
     Args:
         version: its name, as name/number.
-        detector: None if it could not be loaded.
+        detector: None if it could not be loaded; after `loads_again`, on the clock `time.monotonic`, it may be.
     """
 
     def __init__(self, version: str, detector: Detector | None) -> None:
         self.version, self._detector = version, detector
+        self.loads_again = math.inf if detector else time.monotonic() + SECONDS_BETWEEN_LOADS
 
     def resize(self, part: Image.Image) -> np.ndarray | None:
         """Return a part of an image as its network takes it; None if it is silent."""
-        return resize_image(part, self._detector.image_size) if self._detector else None
+        detector = self._detector  # once: another thread's `score` may fail meanwhile
+        return resize_image(part, detector.image_size) if detector else None
 
     def score(self, crops: Sequence[np.ndarray | None]) -> list[dict[str, Any]]:
         """Return what `Observed` says of the shadow, for each crop; nothing if it is silent."""

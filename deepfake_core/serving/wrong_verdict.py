@@ -2,6 +2,7 @@
 
 import hashlib
 import html
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -52,9 +53,10 @@ class Reporter:
     def __init__(self, feedback: Feedback, get: Callable[[], tuple[Predictor, str]]) -> None:
         self._feedback, self._get = feedback, get
         self._sent: deque[float] = deque(maxlen=MAX_REPORTS_AN_HOUR)
+        self._reporting = threading.Lock()  # what is kept counts before the next is let in
 
     def report(self, file: Path, label: str, note: str, shown: ShownVerdict | None) -> str:
-        """Keep a report; return what to answer.
+        """Keep a report, one at a time; return what to answer.
 
         Args:
             shown: the verdict that was on the page; one on another image doesn't count, and the image is judged again.
@@ -62,6 +64,10 @@ class Reporter:
         Raises:
             UnreadableImageError, DeepfakeError: why it is not kept.
         """
+        with self._reporting:
+            return self._report(file, label, note, shown)
+
+    def _report(self, file: Path, label: str, note: str, shown: ShownVerdict | None) -> str:
         if len(self._sent) == MAX_REPORTS_AN_HOUR and time.monotonic() - self._sent[0] < 3600:
             raise TransientError(
                 f"This page keeps {MAX_REPORTS_AN_HOUR} reports an hour. Received: one more. Nothing was kept; send it "

@@ -17,7 +17,7 @@ from deepfake_core.storage.store_errors import translate_errors
 
 @dataclass(frozen=True)
 class FolderObjects:
-    """Files below a folder. Links and hidden files don't count.
+    """Files below a folder. Links don't count.
 
     Attributes:
         address: the folder.
@@ -30,7 +30,7 @@ class FolderObjects:
         return Path(self.address)
 
     def list_names(self) -> list[str]:
-        """Return the names directly below the folder, in order; none if it is not there."""
+        """Return the names directly below the folder, in order, without hidden ones; none if it is not there."""
         with translate_disk_errors(self._root):
             try:
                 return sorted(name for name in os.listdir(self._root) if not name.startswith("."))  # noqa: PTH208
@@ -40,13 +40,18 @@ class FolderObjects:
                 raise ConfigurationError(f"The address must be a folder. Received: {self._root}, a file.") from exc
 
     def scan(self, below: str = "") -> dict[str, int]:
-        """Return the names of all files below the folder, or below one in it, each with its bytes."""
+        """Return the names of all files below the folder, or below one in it, each with its bytes.
+
+        Those that a killed process left half written are among them: their names begin with a dot.
+        """
         found: dict[str, int] = {}
+        if (self._root / below).is_symlink():
+            return found
         with translate_disk_errors(self._root):
             for parent, _, files in os.walk(self._root / below, onerror=_raise_unless_absent):
                 for name in files:
                     path = Path(parent, name)
-                    if not name.startswith(".") and (size := _measure(path)) is not None:
+                    if (size := _measure(path)) is not None:
                         found[path.relative_to(self._root).as_posix()] = size
         return dict(sorted(found.items()))
 
@@ -84,7 +89,7 @@ class FolderObjects:
             (self._root / name).unlink(missing_ok=True)
 
     def remove_below(self, below: str) -> None:
-        """Remove a folder in this one, with what killed processes left in it."""
+        """Remove a folder in this one, in any order."""
         with translate_disk_errors(self._root):
             if (self._root / below).is_dir():
                 shutil.rmtree(self._root / below)

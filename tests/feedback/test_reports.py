@@ -1,6 +1,8 @@
 """Reports on wrong verdicts: what is kept, counted, decided and forgotten, in a folder and at a URL."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 
+from deepfake_core.cli import main
 from deepfake_core.decoding import MAX_BYTES, UnreadableImageError
 from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DiskError, DownloadError
 from deepfake_core.feedback import reports
@@ -87,6 +90,51 @@ def test_what_is_forgotten_is_gone(address):
         feedback.read_image(sha256)
     with pytest.raises(ConfigurationError, match="holds nothing"):
         feedback.forget(sha256)
+
+
+def kill_at(monkeypatch, removed):
+    """Let the removal of files end after some of them, as if the process had been killed."""
+    unlink, calls = os.unlink, itertools.count()
+
+    def stop(*args, **options):
+        if next(calls) == removed:
+            raise KeyboardInterrupt
+        unlink(*args, **options)
+
+    monkeypatch.setattr(os, "unlink", stop)
+
+
+@pytest.mark.parametrize("removed", range(6))
+def test_a_removal_that_was_killed_revives_no_older_decision(tmp_path, monkeypatch, removed):
+    feedback = open_feedback(tmp_path)
+    images = [feedback.add(jpeg(seed), VERDICT, "fake").sha256 for seed in range(5)]
+    for sha256 in images:
+        feedback.confirm(sha256, "fake", by="someone")
+        feedback.withdraw(sha256, by="another")
+        feedback.confirm(sha256, "real", by="someone")
+        feedback.reject(sha256, by="another")
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            kill_at(patch, removed)
+            feedback.forget(sha256)
+    found = [(entry.status, entry.size > 0) for entry in open_feedback(tmp_path).list_entries()]
+    assert found == [("rejected", removed == 0)] * 5
+    for sha256 in images:
+        feedback.forget(sha256)
+    assert [path.name for path in tmp_path.iterdir()] == ["feedback.json"]
+
+
+def test_an_image_that_a_killed_process_wrote_in_part_can_be_removed(folder):
+    feedback = open_feedback(folder)
+    other = hashlib.sha256(jpeg(2)).hexdigest()
+    (folder / other).mkdir()
+    for sha256 in (SHA256, other):
+        (folder / sha256 / ".image.4242").write_bytes(jpeg(2)[:500])
+    assert [entry.sha256 for entry in feedback.list_entries()] == [SHA256]
+    feedback.reject(SHA256, by="someone")
+    assert feedback.expire(SHA256)
+    assert [path.name[:9] for path in (folder / SHA256).iterdir()] == ["decision-"]
+    assert main(["feedback", "forget", other, "--in", str(folder), "--yes"]) == 0
+    assert not (folder / other).exists()
 
 
 def test_a_rejected_image_that_expired_is_known_when_it_is_sent_again(address):
@@ -237,6 +285,9 @@ def test_links_and_pipes_are_not_followed(folder, tmp_path_factory):
     assert feedback.list_entries() == []
     (folder / ("0" * 64)).symlink_to(secret.parent)
     assert feedback.list_entries() == []
+    with pytest.raises(ConfigurationError, match="holds nothing"):
+        feedback.forget("0" * 64)
+    assert secret.read_bytes() == jpeg(1)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,29 @@ def test_at_most_1_in_20_windows_from_the_same_world_alarms():
     assert alarms <= 25
 
 
+def add_faces(rows: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Add up to 8 faces to each image: they are of its size and JPEG quality."""
+    random = np.random.default_rng(seed)
+    copies = rows.loc[rows.index.repeat(random.integers(0, 9, len(rows)))]
+    others = draw_rows(len(copies), seed).set_index(copies.index)
+    images = ["jpeg_quality", "width", "height"]
+    others[images] = copies[images]
+    return pd.concat([rows, others.assign(face=copies.groupby(level=0).cumcount() + 2)])
+
+
+@pytest.mark.slow
+def test_faces_of_one_image_are_no_reason_to_alarm():
+    reference = add_faces(draw_rows(1000, 0, whole=False), 0)
+    windows = [add_faces(draw_rows(120, seed, whole=False), seed) for seed in range(1, 201)]
+    found = [compare(reference, window) for window in windows]
+    print(f"{sum(bool(one.drifted) for one in found)} of 200 windows alarmed")
+    assert sum(bool(one.drifted) for one in found) <= 10
+    assert {one.observations for one in found} == {120}
+    few = add_faces(draw_rows(99, 1, whole=False), 1)
+    assert len(few) > 300
+    assert compare(reference, few).drifted is None
+
+
 @pytest.mark.parametrize("column", COMPARED_COLUMNS)
 def test_a_window_in_which_one_column_changed_alarms_and_names_it(column):
     reference = draw_rows(1000, 0)
@@ -69,6 +92,11 @@ def test_another_share_of_jpegs_is_a_change_and_what_no_row_has_is_left_out():
     assert "JPEG quality of whole images: has changed (mean 45, on the test split 90" in found.changed[0].describe()
 
 
+def test_an_older_reference_which_has_all_digits_is_compared_with_rounded_observations():
+    reference, window = draw_rows(500, 0).assign(jpeg_quality=92.0346), draw_rows(300, 1).assign(jpeg_quality=92.035)
+    assert compare_windows(reference, window).drifted is False
+
+
 @given(st.lists(st.floats(0, 1), max_size=9), st.sampled_from([0.01, 0.05, 0.2]))
 def test_holms_adjustment_rejects_what_his_procedure_rejects(p, level):
     rejected = set()
@@ -83,9 +111,9 @@ def test_holms_adjustment_rejects_what_his_procedure_rejects(p, level):
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_agreement_is_the_share_of_equal_labels_and_cohens_kappa(pairs):
     ours, theirs = (list(labels) for labels in zip(*pairs, strict=True))
-    rows = pd.DataFrame({"fake": ours, "shadow_fake": theirs, "shadow_version": "m/2"})
-    alone = pd.DataFrame({"fake": [True], "shadow_fake": [None], "shadow_version": [None]})
-    (found,) = measure_agreement(pd.concat([rows, alone]))
+    rows = pd.DataFrame({"face": 1, "fake": ours, "shadow_fake": theirs, "shadow_version": "m/2"})
+    alone = pd.DataFrame({"face": 1, "fake": [True], "shadow_fake": [None], "shadow_version": [None]})
+    (found,) = measure_agreement(pd.concat([rows, rows.assign(face=2), alone]))
     assert found.observations == len(pairs)
     assert found.low <= found.share == np.mean(np.equal(ours, theirs)) <= found.high
     assert found.kappa == pytest.approx(cohen_kappa_score(ours, theirs, labels=[False, True]), nan_ok=True)
@@ -93,4 +121,7 @@ def test_agreement_is_the_share_of_equal_labels_and_cohens_kappa(pairs):
 
 
 def test_nothing_ran_beside_production():
-    assert measure_agreement(pd.DataFrame({"fake": [True], "shadow_fake": [None], "shadow_version": [None]})) == []
+    assert (
+        measure_agreement(pd.DataFrame({"face": 1, "fake": [True], "shadow_fake": [None], "shadow_version": [None]}))
+        == []
+    )

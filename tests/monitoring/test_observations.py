@@ -4,28 +4,35 @@ import logging
 import os
 import shutil
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import fsspec
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from deepfake_core.cli import main
 from deepfake_core.detector import Detector
-from deepfake_core.errors import ConfigurationError
+from deepfake_core.errors import ConfigurationError, DownloadError
 from deepfake_core.housekeeping import clean
 from deepfake_core.monitoring import observations, observer
 from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA, read_window
 from deepfake_core.monitoring.observer import Observer, append_rows, open_observer
 from deepfake_core.monitoring.reference import observe_images
+from deepfake_core.registry import connection, runs
+from deepfake_core.registry.detectors import register_detector
 from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.shadow import Shadow
 from deepfake_core.storage.store import open_store
-from tests.builders import copy_former, draw_image, draw_portrait, draw_scene, encode, free_port, jpeg, wait_until
+from tests.builders import NAME, copy_former, draw_image, draw_portrait, draw_scene, encode, free_port, jpeg, wait_until
+from tests.storage.test_store import endpoint, url  # noqa: F401 - fixtures
 
 NOW = datetime(2030, 1, 1, 23, 59, tzinfo=UTC)
 
@@ -78,6 +85,8 @@ def test_predict_observes_faces_and_keeps_no_name_and_no_pixel(tmp_path, monkeyp
     assert rows["jpeg_quality"].round().unique() == [73]
     assert rows["side"].is_monotonic_decreasing
     assert rows["probability"].between(0, 1).all()
+    measures = rows[["probability", "sharpness", "jpeg_quality", "side"]]
+    assert measures.equals(measures.round(3))  # all digits would tell which picture it is
     assert rows["version"].unique() == [""]  # what serves a pulled folder is not known
 
 
@@ -163,20 +172,98 @@ def test_a_url_holds_what_a_folder_holds_and_nothing_stays_on_this_disk(predicto
     assert len(read_all("memory://bucket/seen")) == 0
 
 
+def test_an_image_is_observed_once_a_day_by_each_version(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(observer, "MAX_REMEMBERED_IMAGES", 3)
+    with Observer(str(tmp_path)) as writer:
+        for version in ("m/1", "m/2"):
+            for judged in judge(Predictor(detector, detect=False, version=version), *[jpeg(1), jpeg(1)]):
+                writer.add(judged)
+        assert len(writer._rows) == 2
+        writer._day -= timedelta(days=1)  # midnight has passed
+        writer.add(judged)
+        assert len(writer._rows) == 3
+        for judged in judge(Predictor(detector, detect=False), *(jpeg(seed) for seed in range(9))):
+            writer.add(judged)
+        assert len(writer._seen) <= 3
+    assert len(read_all(tmp_path)) == 12
+
+
+def test_days_at_a_url_have_every_row_and_nothing_of_them_is_ever_on_this_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with Observer("memory://days/seen") as writer:
+        for step in range(6):  # two writes a day: none holds rows of two days
+            writer._write([make_row(NOW + timedelta(hours=12 * step)) for _ in range(5)])
+            assert list_files(tmp_path) == []
+    found = read_window("memory://days/seen", NOW, NOW + timedelta(days=4))
+    assert found.groupby(found["time"].dt.date).size().tolist() == [5, 10, 10, 5]
+    assert list_files(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("url")
+def test_rows_wait_for_a_store_that_went_away_and_nothing_is_on_this_disk_meanwhile(tmp_path, monkeypatch):
+    port = free_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    writer, rows = Observer("s3://observed/seen"), []
+    for step in range(2):
+        server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+        server.start()
+        if step == 0:
+            fsspec.filesystem("s3").mkdir("observed")
+        rows.append(make_row(NOW, probability=step / 2))
+        writer._write(rows)
+        assert rows == []
+        rows.append(make_row(NOW, probability=step / 2 + 0.25))
+        server.stop()
+        with pytest.raises(DownloadError, match="must answer"):
+            writer._write(rows)
+    server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    server.start()
+    writer._write(rows)
+    writer.close()
+    found = read_window("s3://observed/seen", NOW, NOW + timedelta(days=1))
+    server.stop()
+    assert found["probability"].tolist() == [0, 0.25, 0.5, 0.75]
+    assert list_files(tmp_path) == []
+
+
 def test_what_is_no_observation_is_left_out_and_never_removed(tmp_path, caplog):
     append_rows(tmp_path / "2020-01-01" / f"{'a' * 16}.parquet", [make_row(datetime(2020, 1, 1, tzinfo=UTC))])
-    others = [tmp_path / "2020-01-01" / "notes.txt", tmp_path / "2020-01-02" / "b.parquet", tmp_path / "letters" / "c"]
+    names = ("2020-01-01/notes.txt", "2020-01-02/b.parquet", "2020-01-02/.b.parquet.7", "letters/c")
+    others = [tmp_path / name for name in names]
     broken = tmp_path / "2020-01-01" / f"{'b' * 16}.parquet"
-    for file in (*others, broken):
+    killed = tmp_path / "2020-01-03" / f".{'b' * 16}.parquet.4242"
+    for file in (*others, broken, killed):
         file.parent.mkdir(exist_ok=True)
         file.write_text("words")
     assert len(read_window(str(tmp_path), datetime(2020, 1, 1, tzinfo=UTC), datetime(2020, 1, 3, tzinfo=UTC))) == 1
     assert "holds no observations and is left out" in caplog.text
     store = open_store(tmp_path)
+    assert observations.list_old_days(store, 90) == ["2020-01-01", "2020-01-03"]  # those that hold files of ours
     for day in observations.list_old_days(store, 90):
         observations.remove_day(store, day)
     assert list_files(tmp_path) == sorted(others)
+    assert observations.list_old_days(store, 90) == []
     assert len(read_window(str(tmp_path / "nowhere"), NOW, NOW)) == 0
+
+
+def test_a_file_with_bits_flipped_is_read_as_it_was_or_left_out(tmp_path):
+    rows = [make_row(probability=number / 300, sharpness=number * 1.1) for number in range(300)]
+    damaged, whole = (tmp_path / str(NOW.date()) / f"{name * 16}.parquet" for name in "ab")
+    append_rows(damaged, rows)
+    append_rows(whole, rows[:1])
+    written, random = damaged.read_bytes(), np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        flipped = bytearray(written)
+        for place in random.integers(0, len(flipped), 3):
+            flipped[place] ^= 1 << random.integers(8)
+        damaged.write_bytes(flipped)
+        seen = read_window(str(tmp_path), NOW, NOW + timedelta(seconds=1))["probability"].tolist()
+        assert seen in ([0], [*(row["probability"] for row in rows), 0])
+        found.append(len(seen))
+    assert found.count(1) > 200
 
 
 def test_gc_removes_old_observations_alone(tracking, capsys):
@@ -205,6 +292,19 @@ def test_bad_addresses_are_refused_before_any_verdict(tmp_path, capsys):
         open_observer("", shadow=True)
     assert main(["serve", "--model", str(tmp_path / "model"), "--shadow"]) == 2
     assert "--shadow needs a --model from the registry" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_verdicts_by_another_threshold_are_none_of_the_versions(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)
+    connection.connect()
+    with runs.open_run("cnn") as run_id:
+        register_detector(run_id, copy_former(tmp_path / "model"), NAME, jpeg(1), {})
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    command = ["predict", "a.jpg", "--model", f"models:/{NAME}/1", "--no-detect", "--observe", "seen"]
+    assert main(command) == main([*command, "--threshold", "0.99"]) == 0
+    assert sorted(read_all("seen")["version"]) == ["", f"{NAME}/1"]
 
 
 def test_a_shadow_is_observed_and_never_shown(detector):
@@ -246,7 +346,7 @@ def test_memory_files_and_threads_stay_flat_over_5000_observations(predictor, tm
     process, looks = psutil.Process(os.getpid()), []
     with Observer(str(tmp_path)) as writer:
         for count in range(1, 5001):
-            writer.add(judged)
+            writer.add(replace(judged, sha256=str(count)))
             if count % 100 == 0:
                 wait_until(lambda: not writer._rows)
             if count in (1000, 3000, 5000):

@@ -53,5 +53,10 @@ def test_each_version_is_wrong_on_what_it_judges_otherwise_than_confirmed(feedba
     changed = tmp_path / "feedback" / feedback.list_confirmed()[0].sha256 / "image"
     changed.write_bytes(changed.read_bytes() + b"x")
     assert judge_reported(feedback.address, version).images == 3
+    client = connection.connect()
+    client.create_model_version(NAME, "file:///nowhere", run_id, tags={})
+    name_challenger(NAME, "3")
+    (failed,) = judge_reported(feedback.address, version).describe()  # a challenger without files
+    assert failed.startswith("the confirmed reports were not judged: A model")
     assert Reported().describe() == []
     assert Reported().flatten(NAME) == {}

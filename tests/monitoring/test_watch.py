@@ -99,6 +99,17 @@ def test_a_changed_window_says_which_column_and_is_announced(watched):
     assert [one.step for one in mlflow.MlflowClient().get_metric_history(run_id, windows.DRIFTED)] == [today]
 
 
+def test_reports_that_can_not_be_judged_keep_no_drift_from_being_announced(watched):
+    run_id, folder = watched
+    start = datetime.now(UTC)
+    observe(folder, draw_rows(300, quality=40))
+    text = watch(OBSERVED.model_copy(update={"feedback": str(folder)}))
+    assert "- JPEG quality of faces: has changed" in text
+    assert "- the confirmed reports were not judged: Feedback must be in a new folder, or in one that" in text
+    wait_until(lambda: find_events("deepfake.drift", start))
+    assert mlflow.get_run(run_id).data.metrics["drift/drifted"] == 1
+
+
 def test_too_few_and_no_observations_are_said_and_no_verdict(watched):
     run_id, folder = watched
     assert watch(OBSERVED).startswith(f"Too few to compare: 0 observations of {NAME} version 1")
@@ -117,6 +128,14 @@ def test_drift_lasts_where_2_of_the_last_5_windows_drifted_and_the_newest_did():
     assert [day for day, lasts in enumerate(found) if lasts] == [3, 10]
     assert windows.record_window(version, {}, True, first + timedelta(days=11))  # the same day again
     assert not windows.record_window(version, {}, None, first + timedelta(days=12))
+
+
+@pytest.mark.usefixtures("watched")
+def test_one_bad_day_in_windows_that_overlap_is_no_lasting_drift():
+    version = read_version(NAME, "1")
+    drifted = [8 <= day < 15 or day >= 22 for day in range(26)]  # one bad day in windows of 7 days, and bad days later
+    found = [windows.record_window(version, {}, drifted[day], day, days=7) for day in range(26)]
+    assert [day for day, lasts in enumerate(found) if lasts] == [22, 23, 24, 25]
 
 
 @pytest.mark.usefixtures("watched")

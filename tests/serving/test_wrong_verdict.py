@@ -5,15 +5,18 @@ import json
 import pathlib
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
 
 from deepfake_core.cli import main
+from deepfake_core.decoding import UnreadableImageError
+from deepfake_core.errors import TransientError
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.serving import page as page_server
 from deepfake_core.serving import wrong_verdict
-from tests.builders import ROOT, draw_portrait, draw_scene, free_port, write_clip
+from tests.builders import ROOT, copy_former, draw_portrait, draw_scene, free_port, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -217,6 +220,52 @@ def test_beyond_the_limit_of_an_hour_a_report_is_refused(candidate, tmp_path, mo
     assert event == "error"
     assert "This page keeps 2 reports an hour. Received: one more. Nothing was kept" in str(answer)
     assert [entry.count for entry in feedback.list_entries()] == [2]
+
+
+@pytest.mark.slow
+def test_the_limits_hold_for_requests_that_come_at_once_or_ask_for_no_queue(tmp_path, monkeypatch):
+    monkeypatch.setattr(wrong_verdict, "MAX_REPORTS_AN_HOUR", 2)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    feedback = open_feedback(tmp_path / "feedback")
+    keeper = page_server.ModelKeeper(str(copy_former(tmp_path / "model")), detect=False)
+    port = free_port()
+    launched = page_server.launch_page(keeper, port, feedback)
+    address = f"http://127.0.0.1:{port}"
+    draw_portrait(6).save(tmp_path / "face.png")
+    face = upload(address, tmp_path / "face.png")
+    for path in ("run/report", "api/report", "run/judge", "api/judge", "run/report/"):
+        data = [face, "fake", "", None] if "report" in path else [face]
+        assert requests.post(f"{address}/gradio_api/{path}", json={"data": data}).status_code == 404
+    assert feedback.list_entries() == []
+    with ThreadPoolExecutor(6) as pool:
+        events = [event for event, _ in pool.map(lambda _: report(address, face, "fake", ""), range(6))]
+    launched.close()
+    assert sorted(events) == ["complete"] * 2 + ["error"] * 4
+    assert [entry.count for entry in feedback.list_entries()] == [2]
+
+
+def test_of_reports_at_once_no_more_are_kept_than_an_hour_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(wrong_verdict, "MAX_REPORTS_AN_HOUR", 2)
+    keeper = page_server.ModelKeeper(str(copy_former(tmp_path / "model")), detect=False)
+    reporter = wrong_verdict.Reporter(open_feedback(tmp_path / "feedback"), keeper.get)
+    draw_portrait(6).save(tmp_path / "face.png")
+    (tmp_path / "words.png").write_text("words")
+
+    def send(name):
+        try:
+            return reporter.report(tmp_path / name, "fake", "", None)[:9]
+        except TransientError:
+            return "refused"
+        except UnreadableImageError:
+            return "unreadable"
+
+    names = ["words.png"] * 3 + ["face.png"] * 5  # what is not kept does not count
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(send, names)) in (
+            ["Thank you"] * 2 + ["refused"] * (3 + late) + ["unreadable"] * (3 - late) for late in range(4)
+        )
+    (entry,) = open_feedback(tmp_path / "feedback").list_entries()
+    assert entry.count == 2
 
 
 @pytest.mark.slow
