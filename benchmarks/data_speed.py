@@ -186,6 +186,11 @@ def read_peak_memory() -> float:
     return int(line.split()[1]) / 1e6
 
 
+def measure_disk(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+
+
 def search(count: int, exact: bool | None) -> dict:
     """Search `count` simulated hashes; `exact` forces one of the two ways, None leaves the choice to the product."""
     simulated, pairs_at = plant_neighbours(count)

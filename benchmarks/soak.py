@@ -33,6 +33,7 @@ import psutil
 import requests
 from matplotlib.figure import Figure
 
+from benchmarks.data_speed import measure_disk
 from benchmarks.serving_speed import make_model
 from deepfake_core.storage.files import write_json
 from tests.builders import draw_portrait, draw_scene, faces, free_port, write_clip, write_zip
@@ -183,11 +184,6 @@ def retrain(folder: Path, count: int) -> Curve:
             curve.setdefault(name, []).append(round(sum(measure_disk(folder / part) for part in kept) / 1e6, 2))
         print(f"retrain {number + 1}:", {name: values[-1] for name, values in curve.items()}, flush=True)
     return curve
-
-
-def measure_disk(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def summarise(curve: Curve) -> dict[str, float]:

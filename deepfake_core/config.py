@@ -38,6 +38,9 @@ PROMOTED, NOT_PROMOTED, WAITS = "promoted", "not promoted", "waits for approval"
 PRODUCTION_URI = f"models:/{DEFAULT_MODEL}@production"
 """Where the production model is in the registry."""
 
+DEFAULT_CACHE_GB = 30.0
+"""The three Kaggle data sets at 256 x 256 pixels are 28 GB when they are decoded."""
+
 DEFAULT_KEEP = 3
 """Number of newest data sets, archives of each source, and versions' model files that housekeeping keeps."""
 
@@ -220,6 +223,12 @@ class DataParameters(Parameters):
             description="none: images keep their bytes. reencode: every image is written at one size and JPEG quality, "
             "so that a model can't recognise fakes by their compression.",
         )
+    )
+    cache_gb: float = Field(
+        default=DEFAULT_CACHE_GB,
+        ge=0,
+        description="GB of disk that the decoded pixels of a data set may take at one input size. Where they need "
+        "more, images are decoded as they are read, in each epoch again.",
     )
 
     @model_validator(mode="after")

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu_training import count_work
+from benchmarks.render import render_full_size
+from deepfake_core.config import KAGGLE_SOURCES
 from deepfake_core.models import CANDIDATES
+from tests.builders import faces, write_zip
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,6 +57,38 @@ def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
     assert 0 < run["seconds_per_epoch"] < run["first_epoch_seconds"]
     assert 0 <= run["waiting_share"] <= 1
     assert run["memory_floor_seconds"] > run["arithmetic_floor_seconds"] > 0
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.sweep
+def test_the_rehearsal_at_full_size_runs_small(tmp_path):
+    """`make bench-full-size` is the large one."""
+    for source, folder in ((KAGGLE_SOURCES[0], "training_"), (KAGGLE_SOURCES[2], "real_vs_fake/real-vs-fake/test/")):
+        members = {f"{folder}{name}": data for name, data in faces(5).items()}
+        write_zip(tmp_path / f"{source.short_name}.zip", members)
+    file = tmp_path / "full_size.json"
+    sizes = ["--pictures", "300", "--folder", str(tmp_path), "--output", str(file)]
+    subprocess.run(
+        [sys.executable, "benchmarks/full_size.py", str(tmp_path), *sizes],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    result = json.loads(file.read_text())
+    flows = {name: flow["stages"] for name, flow in result["flows"].items()}
+    assert list(flows) == ["prepare", "prepare again", "prepare with 1 % new", "train"]
+    preparing = {"download", "index", "find near copies", "deduplicate", "split", "merge", "report on data"}
+    assert all(preparing <= set(flows[name]) for name in list(flows)[:3])
+    assert {"decode", "epochs", "evaluate", "register", "promote"} <= set(flows["train"])
+    for flow, stages in (("prepare", ("download", "index", "merge")), ("train", ("decode", "epochs"))):
+        assert all(flows[flow][stage]["floor_seconds"] > 0 for stage in stages)
+    for flow in result["flows"].values():
+        assert flow["seconds"] > sum(flow["stages"][stage]["seconds"] for stage in preparing & set(flow["stages"]))
+        assert flow["memory_gb"] >= max(stage["memory_gb"] for stage in flow["stages"].values()) > 0
+    assert result["flows"]["prepare"]["disk_gb"] < result["flows"]["train"]["disk_gb"]
+    assert file.with_suffix(".png").exists()
+    assert "| epochs |" in render_full_size({"full_size": result})
 
 
 @pytest.mark.process

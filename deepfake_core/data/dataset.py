@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from deepfake_core.config import CLASS_NAMES, SPLITS, Normalisation
+from deepfake_core.config import CLASS_NAMES, DEFAULT_CACHE_GB, SPLITS, Normalisation
 from deepfake_core.data.split_memory import share_memory
 from deepfake_core.errors import ArchiveError, DatasetError
 from deepfake_core.storage.files import translate_disk_errors
@@ -53,6 +53,11 @@ class Dataset:
     def splits(self) -> dict[str, dict[str, int]]:
         """The number of real and fake images of each split; an empty regression set is no split."""
         return self.description["counts"]["splits"]
+
+    @property
+    def cache_gb(self) -> float:
+        """What the decoded pixels at one input size may take on the disk."""
+        return self.description["parameters"].get("cache_gb", DEFAULT_CACHE_GB)  # former data sets have none
 
     @property
     def is_drawn(self) -> bool:

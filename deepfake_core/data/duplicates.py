@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
+from deepfake_core.data.index import find_newest_index
 from deepfake_core.data.likeness import measure_pairs
 from deepfake_core.data.neighbours import find_neighbours
 from deepfake_core.data.reported_images import WHOLE_IMAGE, find_whole_images, link_faces
@@ -34,25 +37,32 @@ MAX_GROUP_IMAGES, MAX_GROUP_SHARE = 50, 0.02
 """A group grows to 50 pictures or to this share of all, whichever is more: chains of likenesses must not swallow a
 class. The strongest links are taken first; copies of one picture are not limited."""
 
-LINKS_FORMAT = 1
+LINKS_FORMAT = 2
 """Part of the name under which links are kept: raise it when the same pictures would have other links."""
 
 LINK_COLUMNS = ["image", "other", "distance", "likeness", "difference", "same_picture"]
 
 
 def find_or_read_links(index: pd.DataFrame, store: Store) -> pd.DataFrame:
-    """Return what `find_links` does; read it from the store where the same pictures were searched before."""
-    distinct = index[index["reason"] == ""].drop_duplicates("sha256").sort_values("sha256")
-    searched = hashlib.sha256()
-    for column in ("sha256", "thumbnail", "hash"):
-        searched.update(b"".join(one.encode() if isinstance(one, str) else one for one in distinct[column]))
-    kept = store.indexes() / f"near copies-v{LINKS_FORMAT}-{searched.hexdigest()[:16]}.parquet"
+    """Return what `find_links` does; of pictures that were searched before, read it from the store.
+
+    Each search is kept as a table of its links, and of a row per picture with its fingerprint as `image` and no
+    `other`. The next search is for the pictures whose fingerprints are not in the newest table.
+    """
+    pictures = _list_pictures(index)
+    content = hashlib.sha256("".join(pictures["fingerprint"]).encode()).hexdigest()[:16]
+    prefix = f"near copies-v{LINKS_FORMAT}-"
+    kept = store.indexes() / f"{prefix}{content}.parquet"
     if kept.exists():
-        log.info("%d pictures: unchanged, their near copies are on disk already", len(distinct))
-        return pd.read_parquet(kept)
-    links = find_links(index)
+        log.info("%d pictures: unchanged, their near copies are on disk already", len(pictures))
+        table = pd.read_parquet(kept)
+        return table[table["other"] != ""].reset_index(drop=True)
+    before = find_newest_index(store, prefix)
+    links, lasting = _search(pictures, pd.read_parquet(before) if before else None)
+    searched = pictures["fingerprint"].iloc[: len(pictures) if lasting else 0]
+    rows = pd.DataFrame({**dict.fromkeys(LINK_COLUMNS, 0), "image": searched, "other": ""}).astype(links.dtypes)
     with write_beside(kept) as beside:
-        links.to_parquet(beside, index=False)
+        pd.concat([links, rows]).to_parquet(beside, index=False)
     return links
 
 
@@ -66,40 +76,79 @@ def find_links(index: pd.DataFrame) -> pd.DataFrame:
         One row per pair: `image` and `other` (SHA-256, the smaller first), `distance` (bits, through the nearest view),
         `likeness` (0 to 1), `difference` (grey levels) and `same_picture`. Independent of the order of rows.
     """
-    distinct = index[index["reason"] == ""].drop_duplicates("sha256").sort_values("sha256", ignore_index=True)
-    shape = (len(distinct), THUMBNAIL_SIZE, THUMBNAIL_SIZE)
-    thumbnails = np.frombuffer(b"".join(distinct["thumbnail"]), np.uint8).reshape(shape)
-    hashes = np.frombuffer(b"".join(distinct["hash"]), np.uint8).reshape(len(distinct), HASH_BYTES)
+    return _search(_list_pictures(index))[0]
 
-    # Of pictures with equal hashes, the first stands for all.
-    searched = np.flatnonzero(thumbnails.max((1, 2)) - thumbnails.min((1, 2)) >= MIN_CONTRAST_GREYS)
-    _, first, inverse = np.unique(hashes[searched], axis=0, return_index=True, return_inverse=True)
-    stand_ins, represented = searched[np.sort(first)], searched[first[inverse.ravel()]]
-    near = find_neighbours(
-        np.stack([hash_thumbnails(thumbnails, view)[stand_ins] for view in VIEWS]), MAX_HASH_DISTANCE_BITS
-    )
-    equal = represented != searched
-    image = np.concatenate([stand_ins[near.images], represented[equal]])
-    other = np.concatenate([stand_ins[near.viewed], searched[equal]])
+
+def _list_pictures(index: pd.DataFrame) -> pd.DataFrame:
+    """Return the usable pictures that are not even, ordered by `sha256`.
+
+    Of pictures with equal hashes, the first stands for all: `stand_in` is its position. A pair's link depends on
+    nothing but the `fingerprint` of both (but see `find_neighbours`).
+    """
+    distinct = index.loc[index["reason"] == "", ["sha256", "thumbnail", "hash"]].drop_duplicates("sha256")
+    thumbnails = _stack(distinct["thumbnail"], THUMBNAIL_SIZE**2)
+    contrast = thumbnails.max(1) - thumbnails.min(1)
+    pictures = distinct[contrast >= MIN_CONTRAST_GREYS].sort_values("sha256", ignore_index=True)
+    hashes = _stack(pictures["hash"], HASH_BYTES)
+    _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    pictures["stand_in"] = first[inverse.ravel()]
+    names = pictures["sha256"].to_numpy()
+    columns = (names, names[pictures["stand_in"]], pictures["thumbnail"], pictures["hash"])
+    pictures["fingerprint"] = [
+        hashlib.sha256(f"{name} {stand_in}".encode() + thumbnail + bits).hexdigest()[:32]
+        for name, stand_in, thumbnail, bits in zip(*columns, strict=True)
+    ]
+    return pictures
+
+
+def _stack(column: pd.Series, size: int) -> np.ndarray:
+    """Return bytes as uint8 of shape (rows, size)."""
+    return np.frombuffer(b"".join(column), np.uint8).reshape(len(column), size)
+
+
+def _search(pictures: pd.DataFrame, before: pd.DataFrame | None = None) -> tuple[pd.DataFrame, bool]:
+    """Return the links of `_list_pictures`, and whether a search of these and other pictures finds them again.
+
+    Args:
+        before: a kept table of another search, whose links are taken over.
+    """
+    names, stand_in = pictures["sha256"].to_numpy(), pictures["stand_in"].to_numpy()
+    new = np.ones(len(pictures), bool)
+    if before is not None:
+        new = ~pictures["fingerprint"].isin(before.loc[before["other"] == "", "image"]).to_numpy()
+    thumbnails = _stack(pictures["thumbnail"], THUMBNAIL_SIZE**2).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    stand_ins = np.unique(stand_in)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = np.stack([*pool.map(lambda view: hash_thumbnails(thumbnails, view)[stand_ins], VIEWS)])
+    near = find_neighbours(hashes, MAX_HASH_DISTANCE_BITS, None if new.all() else new[stand_ins])
+    if not (near.lasting or new.all()):
+        return _search(pictures)
+
+    equal = np.flatnonzero((stand_in != np.arange(len(pictures))) & (new | new[stand_in]))
+    image = np.concatenate([stand_ins[near.images], stand_in[equal]])
+    other = np.concatenate([stand_ins[near.viewed], equal])
     mirrored = np.zeros(len(image), bool)
     mirrored[: len(near.views)] = np.array([view.mirrored for view in VIEWS])[near.views]
     distance = np.zeros(len(image), int)
     distance[: len(near.distances)] = near.distances
 
     likeness, difference = measure_pairs(thumbnails, image, other, mirrored)
-    names = distinct["sha256"].to_numpy()
     same = ~mirrored & (difference <= MAX_COPY_DIFFERENCE)
     columns = [names[image], names[other], distance, likeness, difference, same]
-    links = pd.DataFrame(dict(zip(LINK_COLUMNS, columns, strict=True)))
+    links = pd.DataFrame(dict(zip(LINK_COLUMNS, columns, strict=True))).astype({"image": "str", "other": "str"})
     links = links[links["same_picture"] | (links["likeness"] >= MIN_LIKENESS)]
+    if before is not None:
+        stays = before["image"].isin(names[~new]) & before["other"].isin(names[~new])
+        links = pd.concat([before[stays], links])
     log.info(
-        "%d pictures: %d candidates, %d confirmed as near copies, %d of them as the same picture",
-        len(distinct),
+        "%d pictures, %d of them new: %d candidates of the new, %d near copies of all, %d of them the same picture",
+        len(pictures),
+        int(new.sum()),
         len(image),
         len(links),
         int(links["same_picture"].sum()),
     )
-    return links.sort_values(["image", "other"], ignore_index=True)
+    return links.sort_values(["image", "other"], ignore_index=True), near.lasting
 
 
 def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,11 @@
-"""A split as arrays: decoded and resized once, kept on disk, read as a memory map."""
+"""A split as arrays: decoded and resized once, kept on disk, read as a memory map.
+
+Where the pixels would take too much of the disk, images are decoded as they are read.
+"""
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,13 +26,17 @@ from deepfake_core.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
+TIMED_IMAGES = 64
+"""Decoded once more, to say how fast that is."""
+
 
 @dataclass(frozen=True)
 class Images:
     """One split at one input size.
 
     Attributes:
-        pixels: uint8 memory map of shape (n, size, size, 3), or a selection that reads from one.
+        pixels: uint8 memory map of shape (n, size, size, 3), or what reads and decodes the same, or a selection of
+            either.
         labels: int8 array of shape (n,): 0 real, 1 fake.
         rows: the split's manifest rows, in the same order.
     """
@@ -69,9 +77,33 @@ class _Selection:
         return self.array[self.positions[index]]
 
 
+class DecodedOnRead:
+    """Image files as an array of shape (n, size, size, 3): what is read of it is decoded, on all cores."""
+
+    def __init__(self, folder: Path, paths: Sequence[str], size: int) -> None:
+        self._files, self._size = [folder / path for path in paths], size
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self.shape, self.dtype = (len(paths), size, size, 3), np.dtype(np.uint8)
+        self.nbytes = int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        chosen = np.arange(len(self))[index]
+        decoded = list(self._pool.map(self.decode, chosen.ravel()))
+        return np.array(decoded, np.uint8).reshape(*chosen.shape, *self.shape[1:])
+
+    def decode(self, position: int) -> np.ndarray:
+        """Return uint8 of shape (size, size, 3)."""
+        with open_image(self._files[position].read_bytes()) as image:
+            return resize_image(image, self._size)
+
+
 def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress | None = None) -> Images:
     """Return a split's images as a memory map; decode and resize them if no run has done so before.
 
+    Where those of the whole data set would take more than `data.cache_gb`, they are decoded as they are read.
     The file's checksum (as `sha256sum` writes it) is in a file beside it and is compared at each load; a file that
     differs is written again.
     """
@@ -82,30 +114,43 @@ def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress |
     if file.exists() and (not checksum.exists() or checksum.read_text().split()[:1] != [hash_file(file)]):
         log.warning("%s does not have the checksum in the file beside it: it is written again", file)
         file.unlink()
+    files = DecodedOnRead(dataset.path, rows["path"].tolist(), size)
+    needed_gb = int(dataset.manifest["kept"].sum()) * size**2 * 3 / 1e9
+    if not file.exists() and needed_gb > dataset.cache_gb:
+        start = time.perf_counter()
+        timed = len(files[:TIMED_IMAGES])
+        log.info(
+            "%s: images are decoded as they are read, %.0f a second: at %d x %d all need %.1f GB, `cache_gb` is %g",
+            split,
+            timed / (time.perf_counter() - start),
+            size,
+            size,
+            needed_gb,
+            dataset.cache_gb,
+        )
+        return Images(files, labels, rows)  # type: ignore[arg-type]
     if not file.exists():
         with write_beside(file) as beside, write_beside(checksum) as line:
-            _write_pixels(dataset, rows["path"].tolist(), size, beside, on_progress)
+            _write_pixels(files, beside, on_progress)
             line.write_text(f"{hash_file(beside)}  {file.name}\n")
         log.info("%s: %d images decoded at %d x %d", split, len(rows), size, size)
     return Images(np.load(file, mmap_mode="r", allow_pickle=False), labels, rows)
 
 
-def _write_pixels(dataset: Dataset, paths: Sequence[str], size: int, file: Path, on_progress: Progress | None) -> None:
-    shape = (len(paths), size, size, 3)
-    require_space(file.parent, int(np.prod(shape)), str(file), "set `data.data_dir` to another disk")
-    pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+def _write_pixels(files: DecodedOnRead, file: Path, on_progress: Progress | None) -> None:
+    remedy = "set `data.data_dir` to another disk, or `data.cache_gb` to less"
+    require_space(file.parent, files.nbytes, str(file), remedy)
+    pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=files.shape)
     with file.open("r+b") as reserved:  # what does not fit later would end the process by SIGBUS
         os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
 
     def fill(position: int) -> None:
-        data = (dataset.path / paths[position]).read_bytes()
-        with open_image(data) as image:
-            pixels[position] = resize_image(image, size)
+        pixels[position] = files.decode(position)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.map(fill, range(len(paths))), start=1):
-            if on_progress and (done % 500 == 0 or done == len(paths)):
-                on_progress(done, len(paths))
+        for done, _ in enumerate(pool.map(fill, range(len(files))), start=1):
+            if on_progress and (done % 500 == 0 or done == len(files)):
+                on_progress(done, len(files))
     pixels.flush()
 
 

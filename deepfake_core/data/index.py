@@ -101,7 +101,7 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
     if cached.exists() and not (index := pd.read_parquet(cached))["reason"].eq(UNREADABLE).any():
         log.info("%s: unchanged, its index is on disk already", source.short_name)
         return index
-    known = _read_contents(_find_newest_index(store, prefix))
+    known = _read_contents(find_newest_index(store, prefix))
     known_before = len(known)
     with archive.open() as reader:
         members = sorted(reader.members, key=lambda member: member.name)
@@ -133,8 +133,8 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
     return index
 
 
-def _find_newest_index(store: Store, prefix: str) -> Path | None:
-    """Return the last index of a source that was written in the present format."""
+def find_newest_index(store: Store, prefix: str) -> Path | None:
+    """Return the table of a name and format that was written last; `prefix` is both."""
     name = re.compile(re.escape(prefix) + r"[0-9a-f]{16}\.parquet")
     indexes = [path for path in store.indexes().glob("*.parquet") if name.fullmatch(path.name)]
     return max(indexes, key=os.path.getmtime, default=None)

@@ -24,20 +24,27 @@ MAX_EXACT_COMPARISONS = 10**10
 MAX_NEIGHBOURS = 64
 """Per hash. Thousands of nearly equal pictures, such as a film's frames, are still linked, each through some."""
 
+SLOT_BITS = 20
+"""Of a bucket's number: enough to see that most buckets hold no new picture."""
+
 MAX_PAIRS_WAITING = 10_000_000
 """Pairs found before they are merged with those of other tables; 80 MB."""
 
 
 class Neighbours(NamedTuple):
-    """Pairs of images of which one, seen through a view, is near the other: positions, positions, views, bits."""
+    """Pairs of images of which one, seen through a view, is near the other: positions, positions, views, bits.
+
+    `lasting`: whether a search among these images and others finds the same pairs of these.
+    """
 
     images: np.ndarray
     viewed: np.ndarray
     views: np.ndarray
     distances: np.ndarray
+    lasting: bool
 
 
-def find_neighbours(hashes: np.ndarray, radius: int) -> Neighbours:
+def find_neighbours(hashes: np.ndarray, radius: int, new: np.ndarray | None = None) -> Neighbours:
     """Find the pairs of images of which one, through some view, has a hash within `radius` bits of the other's.
 
     Where there are few, all are compared (faiss). Where there are many, only those are that agree on 20 bits, drawn at
@@ -46,17 +53,25 @@ def find_neighbours(hashes: np.ndarray, radius: int) -> Neighbours:
     faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 34 s instead of 8 s for
     20,000 pictures of 7 views, and its time grows with the square.
 
+    A bucket's pairs depend on no other picture, unless it is so full that not all of them are compared. Where none is,
+    and where none was in a search without the new images, the pairs of that search are found again, and no others
+    without a new image.
+
     Args:
         hashes: uint8 of shape (views, n, 32); the first view is the whole picture.
         radius: distance in bits, 0 to 255.
+        new: bool of shape (n,). Among many, only pairs with a new image are found. None: all are new.
 
     Returns:
         Each pair once, through the view that is nearest. The same from any number of threads.
     """
     views, count, _ = hashes.shape
-    search = _compare_all if views * count**2 <= MAX_EXACT_COMPARISONS else _compare_buckets
-    codes, waiting = [np.empty(0, np.int64)], 0
-    for found, query, distances in search(np.ascontiguousarray(hashes), radius):
+    hashes = np.ascontiguousarray(hashes)
+    among_many = views * count**2 > MAX_EXACT_COMPARISONS
+    search = _compare_buckets(hashes, radius, new) if among_many else _compare_all(hashes, radius)
+    codes, waiting, lasting = [np.empty(0, np.int64)], 0, among_many
+    for found, query, distances, is_complete in search:
+        lasting &= is_complete
         image, view = query % count, query // count
         pair = np.minimum(found, image) * count + np.maximum(found, image)
         codes.append((pair * 256 + distances) * views + view)
@@ -65,7 +80,7 @@ def find_neighbours(hashes: np.ndarray, radius: int) -> Neighbours:
             codes, waiting = [_keep_nearest(codes, views)], 0
     nearest = _keep_nearest(codes, views)
     pair = nearest // (256 * views)
-    return Neighbours(pair // count, pair % count, nearest % views, nearest // views % 256)
+    return Neighbours(pair // count, pair % count, nearest % views, nearest // views % 256, lasting)
 
 
 def _keep_nearest(codes: list[np.ndarray], views: int) -> np.ndarray:
@@ -75,8 +90,11 @@ def _keep_nearest(codes: list[np.ndarray], views: int) -> np.ndarray:
     return ordered[np.diff(pair, prepend=-1) > 0]
 
 
-def _compare_all(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield positions of whole pictures, positions of queries (all views in a row), and distances."""
+Found = tuple[np.ndarray, np.ndarray, np.ndarray, bool]
+"""Positions of whole pictures, positions of queries (all views in a row), distances; whether no pair was left out."""
+
+
+def _compare_all(hashes: np.ndarray, radius: int) -> Iterator[Found]:
     count = hashes.shape[1]
     index = faiss.IndexBinaryFlat(8 * HASH_BYTES)
     index.add(hashes[0])
@@ -84,52 +102,64 @@ def _compare_all(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, 
     for start in range(0, len(queries), 1024):
         limits, distances, found = index.range_search(queries[start : start + 1024], radius + 1)
         query = start + np.repeat(np.arange(len(limits) - 1), np.diff(limits.astype(np.int64)))
-        new = np.flatnonzero(_is_new(found, query, count))
-        found, query, distances = found[new], query[new], distances[new].astype(np.int64)
+        pairs = np.flatnonzero(_counts_once(found, query, count))
+        found, query, distances = found[pairs], query[pairs], distances[pairs].astype(np.int64)
         nearest = np.lexsort((found, distances, query))
         _, first, inverse = np.unique(query, return_index=True, return_inverse=True)
         nearest = nearest[np.arange(len(query)) - first[inverse] < MAX_NEIGHBOURS]
-        yield found[nearest], query[nearest], distances[nearest]
+        yield found[nearest], query[nearest], distances[nearest], len(nearest) == len(pairs)
 
 
-def _compare_buckets(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _compare_buckets(hashes: np.ndarray, radius: int, new: np.ndarray | None) -> Iterator[Found]:
     """Yield the same as `_compare_all`, a hash table at a time."""
-    count = hashes.shape[1]
+    views, count, _ = hashes.shape
     rows = hashes.reshape(-1, HASH_BYTES).view(np.uint64)
     words = np.ascontiguousarray(rows.T)
 
-    def fill_table(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    is_new = None if new is None else np.tile(new, views)
+    new_places = np.empty(0, int) if is_new is None else np.flatnonzero(is_new)
+
+    def fill_table(number: int) -> Found:
         table = _choose_buckets(words, number)
+        if is_new is not None:
+            slots = (table >> np.uint64(64 - SLOT_BITS)).view(np.int64)
+            holds_new = np.zeros(1 << SLOT_BITS, bool)
+            holds_new[slots[new_places]] = True
+            table = table[np.flatnonzero(np.take(holds_new, slots))]
         table.sort()
         members, buckets = table.astype(np.uint32), (table >> np.uint64(32)).astype(np.uint32)
-        found = []
+        found, is_complete = [], False
         first = np.flatnonzero(buckets[:-1] == buckets[1:])  # a bucket's members are neighbours here
         for offset in range(1, MAX_NEIGHBOURS + 1):
             found.append((members[first], members[first + offset]))  # within a bucket in ascending order
             first = first[: np.searchsorted(first, len(table) - offset - 1)]
             first = first[buckets[first] == buckets[first + offset + 1]]
             if not len(first):
+                is_complete = True
                 break
         image, query = (np.concatenate(members) for members in zip(*found, strict=True))
         # Most pairs differ too much in one of four words already, which is read sooner than all.
         word = words[number % len(words)]
         likely = np.bitwise_count(np.take(word, image) ^ np.take(word, query)) <= radius * MAX_SHARE_IN_WORD
-        likely &= _is_new(image, query, count)
+        likely &= _counts_once(image, query, count)
+        if is_new is not None:
+            likely &= is_new[image] | is_new[query]
         image, query = image[likely], query[likely]
         distances = _count_bits(rows, image, query)
         near = np.flatnonzero(distances <= radius)
-        return image[near].astype(np.int64), query[near].astype(np.int64), distances[near].astype(np.int64)
+        image, query, distances = (each[near].astype(np.int64) for each in (image, query, distances))
+        return image, query, distances, is_complete
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(fill_table, range(TABLES))
 
 
-def _is_new(found: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
+def _counts_once(found: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
     """Whether `found` is a whole picture, and of another image; of two whole ones the first is taken as found."""
-    new = found < query
-    new &= found < count
-    new &= found != query % count
-    return new
+    once = found < query
+    once &= found < count
+    once &= found != query % count
+    return once
 
 
 def _choose_buckets(words: np.ndarray, number: int) -> np.ndarray:

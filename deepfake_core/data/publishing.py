@@ -51,7 +51,7 @@ def publish_dataset(
     version = hash_content(manifest, normalise)
     description: dict[str, Any] = {
         "version": version,
-        "parameters": parameters.model_dump(include={"val_fraction", "test_fraction", "normalise"}),
+        "parameters": parameters.model_dump(include={"val_fraction", "test_fraction", "normalise", "cache_gb"}),
         "sources": [archive.describe() for archive in archives],
         "counts": _count(manifest, [archive.source.short_name for archive in archives]),
     }

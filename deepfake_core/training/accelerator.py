@@ -115,8 +115,10 @@ def choose_feeding(train: Batches, val: Batches) -> Feeding:
     """Return where images are changed: on an accelerator if there is one, from its memory where both splits fit."""
     if sees_only_cpus():
         return "host"
-    needed, free = sum(batches.images.locate()[0].nbytes for batches in (train, val)), read_free_bytes()
-    resident = free is not None and needed <= MAX_RESIDENT_SHARE * free
+    arrays, free = [batches.images.locate()[0] for batches in (train, val)], read_free_bytes()
+    needed = sum(array.nbytes for array in arrays)
+    on_disk = all(isinstance(array, np.ndarray) for array in arrays)
+    resident = on_disk and free is not None and needed <= MAX_RESIDENT_SHARE * free
     log.info(
         "pixels: %.1f GB; free on the accelerator: %s; they are %s",
         needed / 1e9,
@@ -229,12 +231,15 @@ def _make_feeds(train: Batches, val: Batches, feeding: Feeding, steps: Any) -> t
 
 
 def _gather(array: np.ndarray, rows: np.ndarray, pool: ThreadPoolExecutor) -> np.ndarray:
-    """Return rows of an array on disk, read by the threads of a pool."""
+    """Return rows of an array on disk, or of images that are decoded now, read by the threads of a pool."""
     out = np.empty((len(rows), *array.shape[1:]), array.dtype)
 
     def read(start: int) -> None:
         part = slice(start, start + READ_ROWS)
-        array.take(rows[part], axis=0, out=out[part], mode="clip")  # any other mode copies `out`
+        if isinstance(array, np.ndarray):
+            array.take(rows[part], axis=0, out=out[part], mode="clip")  # any other mode copies `out`
+        else:
+            out[part] = array[rows[part]]
 
     list(pool.map(read, range(0, len(rows), READ_ROWS)))
     return out

@@ -1,12 +1,17 @@
 import itertools
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from deepfake_core.config import Source
 from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, find_or_read_links, mark_duplicates
+from deepfake_core.data.hashes import hash_thumbnails
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.storage.store import open_store
@@ -105,11 +110,35 @@ def test_pictures_that_were_searched_before_are_not_searched_again(tmp_path, mon
     first = find_or_read_links(index, store)
     assert len(first) == 1
     with monkeypatch.context() as patch:
-        forbid(patch, "deepfake_core.data.duplicates.find_links")
+        forbid(patch, "deepfake_core.data.duplicates.find_neighbours")
         pd.testing.assert_frame_equal(find_or_read_links(index.sample(frac=1, random_state=0), store), first)
         with pytest.raises(AssertionError):
             find_or_read_links(index.iloc[1:], store)
     pd.testing.assert_frame_equal(find_or_read_links(index, store), find_links(index))
+
+
+@pytest.mark.slow
+def test_where_an_archive_grew_only_what_is_new_is_searched(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
+    monkeypatch.setattr("deepfake_core.data.neighbours.TABLES", 100)
+    caplog.set_level("INFO")
+    store = open_store(tmp_path / "data")
+    copies = {f"fake/small{i}.jpg": encode(draw_image(i).resize((44, 44)), quality=85) for i in range(10)}
+    mirrored = draw_image(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for members, new in (
+        (faces(10), 20),
+        (faces(10) | copies, 10),
+        (faces(10) | copies | {"real/mirrored.jpg": encode(mirrored, quality=90)}, 1),
+        (faces(9) | copies, 0),
+        (faces(10) | {"real/again.jpg": recode(jpeg(3))}, 4),  # it stands for its copy from now on
+    ):
+        path = write_zip(tmp_path / "a.zip", members)
+        index = build_index(fetch_archive(Source(name=str(path)), store), store)
+        caplog.clear()
+        links = find_or_read_links(index, store)
+        assert f"{new} of them new" in caplog.text
+        pd.testing.assert_frame_equal(links, find_links(index))
+        pd.testing.assert_frame_equal(links, find_or_read_links(index, store))
 
 
 def test_copies_crops_and_edits_of_drawn_pictures_are_grouped(tmp_path):
@@ -187,3 +216,48 @@ def test_jpeg_and_its_recoded_twin_are_one_picture(tmp_path):
     index = index_of(write_zip(tmp_path / "a.zip", {"real/a.jpg": jpeg(1), "real/b.jpg": recode(jpeg(1))}))
     rows = mark_duplicates(index, find_links(index)).set_index("member")
     assert rows["reason"].to_dict() == {"real/a.jpg": "copy", "real/b.jpg": "kept"}
+
+
+def describe_pictures(named: list[tuple[str, np.ndarray]]) -> pd.DataFrame:
+    """Make index rows from SHA-256 and thumbnail."""
+    rows = [(name, pixels.tobytes(), hash_thumbnails(pixels[None])[0].tobytes()) for name, pixels in named]
+    return pd.DataFrame(rows, columns=["sha256", "thumbnail", "hash"]).assign(reason="")
+
+
+def draw_pool() -> pd.DataFrame:
+    """Draw families of pictures: alike, mirrored, of equal hashes, and one that is decoded anew to other pixels."""
+    random = np.random.default_rng(0)
+    pool = [(random.bytes(32).hex(), np.full((32, 32), 7, np.uint8))]
+    for family in range(6):
+        smooth = np.asarray(draw_image(family, 32, 8).convert("L"))
+        alike = [np.clip(smooth + random.normal(0, 2 * i, smooth.shape), 0, 255).astype(np.uint8) for i in range(5)]
+        pool += [(random.bytes(32).hex(), one) for one in (*alike, smooth[:, ::-1], smooth, smooth)]
+        pool.append((pool[-2][0], alike[1]))
+    return describe_pictures(pool)
+
+
+def draw_film() -> pd.DataFrame:
+    """Draw pictures that are nearly equal, so that they share many buckets."""
+    random = np.random.default_rng(1)
+    scene = np.asarray(draw_image(100, 32, 8).convert("L"))
+    frames = [np.clip(scene + random.normal(0, 0.5, scene.shape), 0, 255).astype(np.uint8) for _ in range(40)]
+    return describe_pictures([(random.bytes(32).hex(), frame) for frame in frames])
+
+
+POOL, FILM = draw_pool(), draw_film()
+MISSING = st.sets(st.sampled_from(range(len(POOL))), max_size=20)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(searches=st.lists(st.tuples(MISSING, st.sampled_from((0, 4, 8, 11, 40))), min_size=2, max_size=4))
+def test_a_search_that_goes_on_from_another_finds_what_a_search_anew_does(searches):
+    """With up to 11 frames no bucket is full; with more, some are."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
+        patch.setattr("deepfake_core.data.neighbours.TABLES", 20)
+        patch.setattr("deepfake_core.data.neighbours.MAX_NEIGHBOURS", 11)
+        for missing, frames in searches:
+            present = POOL[~POOL.index.isin(missing)].drop_duplicates("sha256")
+            index = pd.concat([present, FILM.iloc[:frames]])
+            pd.testing.assert_frame_equal(find_or_read_links(index, open_store(folder)), find_links(index))

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from deepfake_core.config import AugmentationParameters
 from deepfake_core.data.images import Images, load_images
 from deepfake_core.detector import Detector, decode_image, resize_image
 from deepfake_core.errors import ConfigurationError, LockedError, ModelError
@@ -76,6 +77,41 @@ def test_a_damaged_cache_is_written_again(dataset, caplog):
     file.write_bytes(content)
     assert np.array_equal(load_images(dataset, "val", SIZE).pixels, expected)
     assert "does not have the checksum" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def uncached(dataset, tmp_path_factory):
+    """The same data set, of which no decoded pixels are kept."""
+    folder = tmp_path_factory.mktemp("uncached")
+    return prepare(folder / "data", dataset.store.folder.parent / "a.zip", cache_gb=0)
+
+
+def test_what_the_cache_may_not_hold_is_decoded_as_it_is_read(dataset, uncached, caplog):
+    caplog.set_level("INFO")
+    kept, read = (load_images(one, "train", SIZE) for one in (dataset, uncached))
+    assert "train: images are decoded as they are read," in caplog.text
+    assert not list(uncached.store.batches().rglob("*.npy"))
+    assert (kept.rows["sha256"] == read.rows["sha256"]).all()
+    assert np.array_equal(kept.pixels, read.pixels[:])
+    assert np.array_equal(kept.pixels[3], read.pixels[3])
+    some = kept.labels == 1
+    assert np.array_equal(kept.select(some).pixels[2:5], read.select(some).pixels[2:5])
+    ours, theirs = (Batches(images, 16, AugmentationParameters(), seed=1) for images in (kept, read))
+    for number in range(len(ours)):
+        assert all(map(np.array_equal, ours[number], theirs[number]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feeding", ["host", pytest.param("streamed", marks=pytest.mark.sweep)])
+def test_training_is_the_same_without_a_cache(feeding, dataset, uncached, tmp_path):
+    histories = []
+    for one in (dataset, uncached):
+        train, val = (load_images(one, split, SIZE) for split in ("train", "val"))
+        training = Training("cnn", RECIPE.model_copy(update={"epochs": 2}))
+        folder = tmp_path / one.store.folder.parent.name
+        histories.append(train_candidate(training, train, val, folder, feeding=feeding).history)
+    losses = [history[["loss", "accuracy", "val_loss", "val_accuracy"]] for history in histories]
+    pd.testing.assert_frame_equal(*losses)
 
 
 def test_an_epoch_shows_each_image_once_and_the_next_in_another_order():
