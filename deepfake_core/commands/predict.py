@@ -71,9 +71,8 @@ def run(options: argparse.Namespace) -> int:
     """Judge what was named; return 1 if `--fail-on` applies, else 2 if a file could not be read, or a clip in part."""
     named, skipped = find_images(options.images)
     if not named:
-        raise ConfigurationError(
-            f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
-        )
+        received = " ".join(options.images)
+        raise ConfigurationError(f"No images given. Received: {received}. Pass files, folders or globs.")
     model, version = resolve_version(options.model) if options.observe else (options.model, "")
     detector = load_model(model)
     if options.threshold is not None:

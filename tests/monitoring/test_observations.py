@@ -192,7 +192,7 @@ def test_days_at_a_url_have_every_row_and_nothing_of_them_is_ever_on_this_disk(t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with Observer("memory://days/seen") as writer:
         for step in range(6):  # two writes a day: none holds rows of two days
-            writer._write([make_row(NOW + timedelta(hours=12 * step)) for _ in range(5)])
+            writer.write_rows([make_row(NOW + timedelta(hours=12 * step)) for _ in range(5)])
             assert list_files(tmp_path) == []
     found = read_window("memory://days/seen", NOW, NOW + timedelta(days=4))
     assert found.groupby(found["time"].dt.date).size().tolist() == [5, 10, 10, 5]
@@ -212,15 +212,15 @@ def test_rows_wait_for_a_store_that_went_away_and_nothing_is_on_this_disk_meanwh
         if step == 0:
             fsspec.filesystem("s3").mkdir("observed")
         rows.append(make_row(NOW, probability=step / 2))
-        writer._write(rows)
+        writer.write_rows(rows)
         assert rows == []
         rows.append(make_row(NOW, probability=step / 2 + 0.25))
         server.stop()
         with pytest.raises(DownloadError, match="must answer"):
-            writer._write(rows)
+            writer.write_rows(rows)
     server = ThreadedMotoServer("127.0.0.1", port, verbose=False)
     server.start()
-    writer._write(rows)
+    writer.write_rows(rows)
     writer.close()
     found = read_window("s3://observed/seen", NOW, NOW + timedelta(days=1))
     server.stop()

@@ -3,12 +3,12 @@
 import shutil
 
 import pytest
-from deepfake_core.serving.registered import find_shadow
 
 from deepfake_core.detector import Detector
 from deepfake_core.registry import connection, names, runs
 from deepfake_core.registry.detectors import register_detector
 from deepfake_core.serving import shadow as shadows
+from deepfake_core.serving.load_versions import find_shadow
 from deepfake_core.serving.shadow import Shadow
 from tests.builders import FORMER, NAME, copy_former, draw_image, jpeg
 
