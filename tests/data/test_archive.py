@@ -127,6 +127,48 @@ def test_an_error_instead_of_the_rest_keeps_what_came(kaggle, data_dir, content,
     assert kaggle.downloads[-1][1] == f"bytes={2 * CHUNK}-"
 
 
+HTML = (200, {"Content-Type": "text/html"}, b"<html>Log in</html>")
+FOREIGN = {
+    "a page": [HTML],
+    "a login": [(302, {"Location": "https://storage.googleapis.com/login"}, b""), HTML],
+    "nothing": [(204, {}, b"")],
+    "another start": [(206, {"Content-Range": "bytes 0-8/3000000"}, b"from zero")],
+    "no range": [(206, {}, b"some bytes")],
+    "a part of the rest": [(206, {"Content-Range": "bytes {start}-{start}/3000000"}, b"x")],
+    "another object": [(200, {"ETag": '"other"'}, b"{content}")],
+}
+"""What a proxy may answer to a request for the rest."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", FOREIGN)
+def test_a_foreign_answer_instead_of_the_rest_keeps_what_came(kaggle, data_dir, content, way):
+    start = 2_500_000 // CHUNK * CHUNK
+    kaggle.answers = [None]
+    for status, headers, body in FOREIGN[way]:
+        told = {name: value.replace("{start}", str(start)) for name, value in headers.items()}
+        kaggle.answers.append((status, told, content if body == b"{content}" else body))
+    kaggle.answers = [*kaggle.answers * 2, HTML]
+    kaggle.cuts = [2_500_000]
+    partial = data_dir / "archives" / "owner" / "some-faces" / "1.zip.partial"
+    for _ in range(3):  # while it is resumed at once, by the next call, and before the next asks for the rest
+        with pytest.raises(DownloadError, match=r"must be its rest. Received for owner/some-faces: status 20.*is kept"):
+            fetch_archive(SOURCE, open_store(data_dir))
+        assert partial.read_bytes() == content[:start]
+    assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
+    assert kaggle.downloads[-1][1] == f"bytes={start}-"
+
+
+@pytest.mark.slow
+def test_the_whole_object_instead_of_the_rest_is_taken(kaggle, data_dir, content):
+    kaggle.cuts = [2_500_000, 0]
+    with pytest.raises(DownloadError, match="the download continues from there"):
+        fetch_archive(SOURCE, open_store(data_dir))
+    etag = (data_dir / "archives" / "owner" / "some-faces" / "1.zip.partial.etag").read_text()
+    kaggle.answers = [None, (200, {"ETag": etag}, content)]
+    assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["statuses", "storage_statuses"])
 @pytest.mark.parametrize("status", [429, 503])
