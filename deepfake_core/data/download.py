@@ -11,7 +11,9 @@ from deepfake_core.storage.progress import Progress, watch_progress
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1 << 20
+CHUNK = 1 << 14
+"""Bytes written at a time. A cut loses a chunk that is not whole, so it is one record of TLS."""
+
 TIMEOUT = 300
 """Seconds without a byte, until the rest of a download counts as cut."""
 

@@ -16,6 +16,7 @@ import trustme
 
 from deepfake_core.config import KAGGLE_SOURCES, Source
 from deepfake_core.data.archive import verify_zip
+from deepfake_core.data.download import CHUNK  # is written whole, so a download resumes at the last one
 from deepfake_core.data.kaggle import fetch_archive, find_new_version
 from deepfake_core.data.kaggle_errors import MAX_WAITS
 from deepfake_core.errors import (
@@ -34,7 +35,6 @@ from deepfake_core.storage.store import open_store
 from tests.builders import faces, free_port, jpeg, write_zip
 
 SOURCE = Source(name="owner/some-faces")
-CHUNK = 1 << 20  # the client writes whole chunks, so it resumes at the last one
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_connection_cut_half_way_is_resumed(kaggle, data_dir, content):
     kaggle.cuts = [len(content) // 2]
     fetched = fetch_archive(SOURCE, open_store(data_dir))
     assert fetched.path.read_bytes() == content
-    assert [asked for _, asked in kaggle.downloads] == ["", f"bytes={CHUNK}-"]
+    assert [asked for _, asked in kaggle.downloads] == ["", f"bytes={len(content) // 2 // CHUNK * CHUNK}-"]
 
 
 @pytest.mark.slow
@@ -109,22 +109,34 @@ def test_a_download_that_failed_goes_on_where_it_stopped(kaggle, data_dir, conte
         "archives/owner/some-faces/1.zip.partial.etag",
     ]
     assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
-    assert kaggle.downloads[-1][1] == f"bytes={CHUNK}-"
+    assert kaggle.downloads[-1][1] == f"bytes={1_500_000 // CHUNK * CHUNK}-"
     assert files(data_dir) == ["archives/owner/some-faces/1.json", "archives/owner/some-faces/1.zip"]
+
+
+@pytest.mark.slow
+def test_connections_that_are_cut_early_make_progress(kaggle, data_dir, content):
+    kaggle.cuts = [600_000, 20_000, 600_000, 400_000, 900_000]
+    for _ in range(2):
+        with pytest.raises(DownloadError, match="the download continues from there"):
+            fetch_archive(SOURCE, open_store(data_dir))
+    assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
+    asked = [int(span[6:-1]) for _, span in kaggle.downloads if span]
+    assert asked == sorted(set(asked))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [403, 404, 429, 500, 503])
 def test_an_error_instead_of_the_rest_keeps_what_came(kaggle, data_dir, content, status):
+    start = 2_500_000 // CHUNK * CHUNK
     kaggle.cuts = [2_500_000]
     kaggle.storage_statuses = [0, status, status]
     partial = data_dir / "archives" / "owner" / "some-faces" / "1.zip.partial"
     for _ in range(2):  # while it is resumed at once, and at the next call's start
         with pytest.raises(DownloadError, match=rf"storage answered {status} .*what has arrived is kept"):
             fetch_archive(SOURCE, open_store(data_dir))
-        assert partial.read_bytes() == content[: 2 * CHUNK]
+        assert partial.read_bytes() == content[:start]
     assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
-    assert kaggle.downloads[-1][1] == f"bytes={2 * CHUNK}-"
+    assert kaggle.downloads[-1][1] == f"bytes={start}-"
 
 
 HTML = (200, {"Content-Type": "text/html"}, b"<html>Log in</html>")
