@@ -56,7 +56,9 @@ def data_dir(tmp_path):
 
 
 def files(data_dir):
-    return sorted(str(file.relative_to(data_dir)) for file in data_dir.rglob("*") if file.is_file())
+    """Return the files of the data folder but for what is remembered of its zips."""
+    found = [file for file in data_dir.rglob("*") if file.is_file() and not file.match("indexes/zip-*.json")]
+    return sorted(str(file.relative_to(data_dir)) for file in found)
 
 
 @pytest.mark.slow
@@ -79,6 +81,44 @@ def test_a_version_that_is_here_is_not_downloaded_again_and_a_new_one_is(kaggle,
     assert fetch_archive(SOURCE, open_store(data_dir)).version == 2
     assert len(kaggle.downloads) == 2
     assert first.path.exists()  # nothing lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pinned", [None, 1])
+@pytest.mark.parametrize("change", ["half", "one byte", "another zip"])
+def test_a_download_that_changed_on_this_disk_is_fetched_again(kaggle, data_dir, content, tmp_path, change, pinned):
+    source = SOURCE.model_copy(update={"version": pinned})
+    first = fetch_archive(source, open_store(data_dir))
+    other = {
+        "half": content[: len(content) // 2],
+        "one byte": content[:-200_000] + bytes([content[-200_000] ^ 1]) + content[-199_999:],
+        "another zip": write_zip(tmp_path / "other.zip", faces(5, start=50)).read_bytes(),
+    }
+    first.path.write_bytes(other[change])
+    assert (find_new_version(source, open_store(data_dir)) is None) == bool(pinned)
+    again = fetch_archive(source, open_store(data_dir))
+    assert again.path.read_bytes() == content
+    assert again.sha256 == first.sha256
+    asked = len(kaggle.downloads)
+    assert fetch_archive(source, open_store(data_dir)) == again
+    assert len(kaggle.downloads) == asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pinned", [None, 1])
+@pytest.mark.parametrize(
+    "change", [lambda text: text[:40], lambda _: "[]", lambda _: "[" * 100_000, lambda text: text.replace("1,", '"1",')]
+)
+def test_a_provenance_that_cannot_be_read_counts_as_none(kaggle, data_dir, content, change, pinned):
+    source = SOURCE.model_copy(update={"version": pinned})
+    provenance = fetch_archive(source, open_store(data_dir)).path.with_suffix(".json")
+    provenance.write_text(change(provenance.read_text()))
+    again = fetch_archive(source, open_store(data_dir))
+    assert again.path.read_bytes() == content
+    assert (again.version, again.bytes) == (1, len(content))
+    asked = len(kaggle.downloads)
+    assert fetch_archive(source, open_store(data_dir)) == again
+    assert len(kaggle.downloads) == asked
 
 
 def test_a_pinned_version_that_is_here_needs_no_network(kaggle, data_dir, content):
