@@ -4,6 +4,7 @@ import argparse
 import csv
 import glob
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,10 @@ from deepfake_core.commands.model import OBSERVE_HELP, load_model, observe, reso
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import MAX_BYTES, Detector
 from deepfake_core.errors import ModelError
-from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
+from deepfake_core.serving.file_kinds import IMAGE_HEAD, find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import COLUMNS, Judged, Verdict
+from deepfake_core.storage.files import show_name
 
 STANDARD_INPUT = "standard input"
 
@@ -149,18 +151,14 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[Path]]:
                 skipped += [Path(file) for file in found if Path(file).is_dir()]
         else:
             sources.append((argument, path))
-    return sources, skipped
+    return [(show_name(name), source) for name, source in sources], skipped
 
 
 def _read_standard_input() -> list[Source]:
     data = sys.stdin.buffer.read(MAX_BYTES + 1)
-    try:
-        lines = data.decode().splitlines()  # no JPEG, PNG or WebP is text
-    except UnicodeDecodeError:
-        lines = []
-    if data and (not lines or b"\0" in data):  # no name holds a zero byte
+    if b"\0" in data or IMAGE_HEAD.match(data):  # no name holds a zero byte
         return [(STANDARD_INPUT, data)]
-    return [(line, Path(line)) for line in lines if line.strip()]
+    return [(name, Path(name)) for name in map(os.fsdecode, data.splitlines()) if name.strip()]
 
 
 def _judge(

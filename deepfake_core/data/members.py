@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deepfake_core.decoding import MAX_BYTES
+from deepfake_core.storage.files import show_name
 
 UNREADABLE = "unreadable"
 """The reason of files that are gone by now, or that the disk or its permissions don't let be read."""
@@ -88,7 +89,7 @@ def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ..
         return
     folders = []
     for each in names:
-        file, name = folder / each, prefix + os.fsencode(each).decode("utf-8", "backslashreplace")
+        file, name = folder / each, prefix + show_name(each)
         try:
             info = file.lstat()
             if stat.S_ISLNK(info.st_mode) and (target := _follow(file, allowed, (*around, *folder.parents, folder))):

@@ -15,7 +15,7 @@ from deepfake_core.monitoring.observer import Observer
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import Judged
-from deepfake_core.storage.files import write_beside
+from deepfake_core.storage.files import show_name, write_beside
 from deepfake_core.storage.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
             log.warning("%s: %d files are no images and are not scored: %s", images, len(others), list_names(others))
         if not files:
             raise ModelError(f"A folder must hold images. Received: {images}, which holds none.")
-        return len(files), lambda: ((str(file.relative_to(images)), file) for file in files)
+        return len(files), lambda: ((show_name(file.relative_to(images)), file) for file in files)
     rule = "Images must be a folder, or a Parquet file with a column `image` of bytes"
     try:
         table = parquet.ParquetFile(images)

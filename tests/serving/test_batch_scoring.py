@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -17,7 +19,7 @@ from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
 from deepfake_core.serving.batch_scoring import score_images
 from deepfake_core.serving.predictor import Predictor
-from tests.builders import NAME, draw_portrait, encode, jpeg
+from tests.builders import NAME, copy_former, draw_portrait, encode, jpeg
 
 IMAGES = {"a.jpg": jpeg(1), "below/b.png": encode(draw_portrait(2), "PNG"), "c.webp": b"words"}
 
@@ -58,6 +60,15 @@ def test_a_folder_and_a_table_of_the_same_images_give_the_same_scores(predictor,
         [one.fake_probability for one in expected[:2]]
     )
     assert rows[0]["error"].fillna("").tolist() == ["", "", "must be a JPEG, PNG or WebP image"]
+
+
+def test_a_name_that_is_no_text_is_a_row(tmp_path):
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/b\xff.jpg")).write_bytes(jpeg(1))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/c\xff.txt")).write_text("words")
+    former = Predictor(Detector(copy_former(tmp_path / "model")), detect=False)
+    score_images(former, tmp_path / "in", tmp_path / "out.parquet")
+    assert pd.read_parquet(tmp_path / "out.parquet")["image"].tolist() == ["b\\xff.jpg"]
 
 
 def test_images_without_names_are_numbered_and_missing_ones_are_rows(predictor, tmp_path, monkeypatch):
