@@ -4,8 +4,8 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,25 @@ class Member:
 
 
 def list_zip(infos: Sequence[zipfile.ZipInfo]) -> list[Member]:
-    """Return a zip's files; of those that share a name, each but the first gets a number, since each has its bytes."""
-    members: dict[str, Member] = {}
-    for info in infos:
-        name = info.filename.replace("\\", "/")  # Windows' separator
-        if name.endswith("/") and not info.file_size:
-            continue  # a folder
-        unique, number = name, 1
-        while unique in members:
+    """Return a zip's files."""
+    named = ((info.filename.replace("\\", "/"), info) for info in infos)  # Windows' separator
+    return _tell_apart(
+        Member(name, info.file_size, _find_problem(name, info), info)
+        for name, info in named
+        if not name.endswith("/") or info.file_size  # else a folder
+    )
+
+
+def _tell_apart(members: Iterable[Member]) -> list[Member]:
+    """Number those that share a name but for the first, since each has its bytes."""
+    found: dict[str, Member] = {}
+    for member in members:
+        unique, number = member.name, 1
+        while unique in found:
             number += 1
-            unique = f"{name} ({number})"
-        members[unique] = Member(unique, info.file_size, _find_problem(name, info), info)
-    return list(members.values())
+            unique = f"{member.name} ({number})"
+        found[unique] = member if number == 1 else replace(member, name=unique)
+    return list(found.values())
 
 
 def _find_problem(name: str, info: zipfile.ZipInfo) -> str:
@@ -71,7 +78,7 @@ def list_folder(path: Path, follow_links: bool = False) -> list[Member]:
     Links to what is in the folder are followed, and with `follow_links` all; but no link to a folder around it.
     """
     root = path.resolve()
-    return list(_list_below(root, "", Path(root.anchor) if follow_links else root, ()))
+    return _tell_apart(_list_below(root, "", Path(root.anchor) if follow_links else root, ()))
 
 
 def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ...]) -> Iterator[Member]:

@@ -72,6 +72,14 @@ def test_folders_of_a_zip_made_on_windows_name_the_label(tmp_path):
     assert index["label"].to_dict() == {"set/real/a.jpg": "real", "set/fake/b.png": "fake"}
 
 
+def test_files_of_a_folder_whose_names_are_shown_alike_are_told_apart(folder):
+    for seed, name in ((3, b"a\xff.jpg"), (4, b"a\\xff.jpg")):
+        Path(os.fsdecode(os.fsencode(folder / "real") + b"/" + name)).write_bytes(jpeg(seed))
+    index = index_of(folder)
+    assert index["reason"].to_dict() == {"real/1.jpg": "", "real/a\\xff.jpg": "", "real/a\\xff.jpg (2)": ""}
+    assert index["sha256"].nunique() == 3
+
+
 def test_a_folder_of_a_zip_that_holds_bytes_is_listed(tmp_path):
     path = write_zip(tmp_path / "odd.zip", {"real/": b"", "real/a.jpg": jpeg(1), "real/b/": b"bytes"})
     assert reasons_of(path) == {"real/a.jpg": "", "real/b/": "not_a_file"}
