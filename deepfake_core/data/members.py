@@ -75,19 +75,23 @@ def _find_common_problem(name: str, size: int) -> str:
 def list_folder(path: Path, follow_links: bool = False) -> list[Member]:
     """Return a folder's files in order of names, and what else is there with the reason not to read it.
 
-    Links to what is in the folder are followed, and with `follow_links` all; but no link to a folder around it.
+    Links to what is in the folder are followed, and with `follow_links` all; but no link to a folder around it, and of
+    those that lead to one folder only the first.
     """
     root = path.resolve()
-    return _tell_apart(_list_below(root, "", Path(root.anchor) if follow_links else root, ()))
+    return _tell_apart(_list_below(root, "", Path(root.anchor) if follow_links else root, (), set()))
 
 
-def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ...]) -> Iterator[Member]:
+def _list_below(
+    folder: Path, prefix: str, allowed: Path, around: tuple[Path, ...], followed: set[Path]
+) -> Iterator[Member]:
     """List a folder, then those in it.
 
     Args:
         prefix: of the members' names.
         allowed: links may lead below this folder.
         around: the folders through which this one was reached, by their real paths.
+        followed: the folders that links led to so far, by their real paths; is added to.
     """
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 - quicker: most are files
@@ -99,8 +103,12 @@ def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ..
         file, name = folder / each, prefix + show_name(each)
         try:
             info = file.lstat()
-            if stat.S_ISLNK(info.st_mode) and (target := _follow(file, allowed, (*around, *folder.parents, folder))):
-                file, info = target, target.lstat()
+            if stat.S_ISLNK(info.st_mode):
+                target = _follow(file, allowed, (*around, *folder.parents, folder))
+                if target and target not in followed:
+                    file, info = target, target.lstat()
+                    if stat.S_ISDIR(info.st_mode):
+                        followed.add(target)
         except OSError:  # gone by now
             yield Member(name, 0, UNREADABLE, file)
             continue
@@ -112,7 +120,7 @@ def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ..
             problem = "symlink" if stat.S_ISLNK(info.st_mode) else "not_a_file"
         yield Member(name, info.st_size, problem, file, info.st_mtime_ns)
     for below, name in folders:
-        yield from _list_below(below, name, allowed, (*around, folder))
+        yield from _list_below(below, name, allowed, (*around, folder), followed)
 
 
 def _follow(link: Path, allowed: Path, around: Collection[Path]) -> Path | None:
