@@ -128,6 +128,11 @@ class ArchiveReader:
         try:
             self._zip = zipfile.ZipFile(path)
             self._descriptor = self._zip.fp.fileno()  # type: ignore[union-attr]
+        except UnicodeDecodeError as exc:
+            raise ArchiveError(
+                f"Names in a zip that are marked as UTF-8 must be that. Received: {path}, which names {exc.object!r}. "
+                "Unpack it and zip it again, such as by `zip -r`."
+            ) from exc
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as exc:
             with path.open("rb") as file:
                 begins = file.read(8)
@@ -214,7 +219,7 @@ class ArchiveReader:
                 f"{member.name!r} of {self._path} (method {member.handle.compress_type}: {exc}). Unpack it and zip it "
                 "again without a password, such as by `zip -r`: Windows Explorer packs large files by Deflate64 (9)."
             ) from exc
-        except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as exc:
+        except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, zlib.error) as exc:
             raise ArchiveError(
                 f"Every member of a zip must match its checksum. {member.name!r} of {self._path} is damaged or "
                 f"can't be read ({exc})."

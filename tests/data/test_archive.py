@@ -465,6 +465,14 @@ def write_with_method(path: Path, method: int, flags: int = 0) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("places", "said"), [(2, r"marked as UTF-8 must be.*real/\\xff\\xfe"), (1, "is damaged")])
+def test_a_name_that_is_not_the_utf8_that_it_says_is_said(tmp_path, places, said):
+    path = write_zip(tmp_path / "a.zip", {"real/é.jpg": jpeg(1)})
+    path.write_bytes(path.read_bytes().replace("real/é".encode(), b"real/\xff\xfe", places))
+    with pytest.raises(ArchiveError, match=said):
+        verify_zip(path)
+
+
 @pytest.mark.parametrize(
     ("method", "flags", "found"),
     [(9, 0, r"\(method 9:"), (98, 0, r"\(method 98:"), (8, 1, "is encrypted"), (99, 1, "is encrypted")],
