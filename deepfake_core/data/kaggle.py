@@ -36,10 +36,11 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
         CredentialsError, SourceError, ArchiveError, DiskError: a person has to act.
         DownloadError: the network failed; what has arrived is kept, and another call continues from there.
     """
-    if source.is_local:
-        return open_local(source, store)
-    if source.version and (here := _find_version(source, store, source.version, on_progress)):
-        return here
+    with translate_disk_errors(store.archives(source.name)):
+        if source.is_local:
+            return open_local(source, store)
+        if source.version and (here := _find_version(source, store, source.version, on_progress)):
+            return here
 
     def fetch() -> Archive:
         with translate_disk_errors(store.archives(source.name)), _log_in().build_kaggle_client() as kaggle:
