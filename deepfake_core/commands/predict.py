@@ -130,12 +130,14 @@ def find_sources(arguments: Sequence[str]) -> tuple[list[Source], list[Path]]:
     """Return what was named, each with its name, and the files in folders that are neither image nor clip.
 
     Raises:
-        ModelError: if a glob or a folder yields nothing.
+        ModelError: if a name is empty, or a glob or a folder yields nothing.
     """
     sources: list[Source] = []
     skipped: list[Path] = []
     for argument in arguments:
         path = Path(argument)
+        if not argument:  # as a path, this is the current folder
+            raise ModelError("An image must have a name. Received: an empty one. Pass files, folders or globs.")
         if argument == "-":
             sources += _read_standard_input()
         elif path.is_dir():

@@ -343,6 +343,12 @@ def test_what_names_nothing_is_said(candidate, tmp_path, capsys):
     assert "matches none" in capsys.readouterr().err
 
 
+def test_an_empty_name_is_not_the_current_folder(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["predict", "", "scene.png"]) == 2
+    assert "An image must have a name. Received: an empty one." in capsys.readouterr().err
+
+
 def test_nothing_to_judge_is_no_success(candidate, folder, capsys, monkeypatch):
     model = ["--model", str(candidate.folder), "--fail-on", "fake"]
     assert main(["predict", str(folder.parent / "i*"), *model]) == 2  # a folder, which a glob does not open
