@@ -73,7 +73,7 @@ def score_images(
         observer: of the verdicts.
 
     Raises:
-        ConfigurationError: if `images` is neither.
+        ConfigurationError: if `images` is neither, or is damaged.
         ModelError: if the folder holds no image.
     """
     total, sources = _open(images)
@@ -110,20 +110,25 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
     rule = "Images must be a folder, or a Parquet file with a column `image` of bytes"
     try:
         table = parquet.ParquetFile(images)
-    except (OSError, pyarrow.ArrowInvalid) as exc:
+    except (OSError, pyarrow.ArrowException) as exc:
         raise ConfigurationError(f"{rule}. Received: {images} ({exc})") from exc
     schema = table.schema_arrow
-    kind = schema.field("image").type if "image" in schema.names else None
+    kind = schema.field("image").type if schema.names.count("image") == 1 else None
     if kind not in (pyarrow.binary(), pyarrow.large_binary()):
         raise ConfigurationError(f"{rule}. Received: {images} with the columns {', '.join(map(str, schema))}")
     columns = [name for name in ("image", "name") if name in schema.names]
 
     def read() -> Iterator[tuple[str, Encoded]]:
         number = 0
-        for batch in table.iter_batches(ROWS_READ, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield str(row.get("name") or f"row {number}"), row["image"] or b""
+        try:
+            for batch in table.iter_batches(ROWS_READ, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield str(row.get("name") or f"row {number}"), row["image"] or b""
+        except (OSError, ValueError, pyarrow.ArrowException) as exc:
+            raise ConfigurationError(
+                f"{rule}. Received: {images}, which is damaged after row {number:,} ({exc}). Write it again."
+            ) from exc
 
     return table.metadata.num_rows, read
 

@@ -96,6 +96,22 @@ def test_what_holds_no_images_is_said_and_leaves_nothing(predictor, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_damaged_table_and_two_columns_of_images_are_said(tmp_path):
+    former = Predictor(Detector(copy_former(tmp_path / "model")), detect=False)
+    images = [jpeg(number) for number in range(20)]
+    damaged = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"image": images}), damaged, compression="none", data_page_size=1)
+    content = damaged.read_bytes()
+    place = content.rindex(images[15]) - 30  # the header of a page
+    damaged.write_bytes(content[:place] + b"\xff" * 30 + content[place + 30 :])
+    two = tmp_path / "two.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(images)] * 2, names=["image", "image"]), two)
+    for path, said in ((damaged, "is damaged after row"), (two, "columns .*image: binary.*image: binary")):
+        with pytest.raises(ConfigurationError, match=rf"a column `image` of bytes.*{path}.*{said}"):
+            score_images(former, path, tmp_path / "out" / "scores.parquet")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("prefect_api")
 def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):
