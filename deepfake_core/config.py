@@ -29,6 +29,9 @@ SPLITS = ("train", "val", "test", REGRESSION)
 FEEDBACK = "feedback"
 """Short name of the source that holds the images of confirmed reports."""
 
+MAX_SHORT_NAME = 150
+"""Bytes of a source's short name; a file's name, which has more in it, may have 255."""
+
 DEFAULT_MODEL = "deepfake-detector"
 """Name in MLflow's model registry."""
 
@@ -138,6 +141,7 @@ class Source(Parameters):
             raise ValueError(f"`version` is for Kaggle sources only. Received: {self.version} for {self.name!r}")
         if self.follow_links and not self.is_local:
             raise ValueError(f"`follow_links` is for local folders only. Received: true for {self.name!r}")
+        self._check_short_name()
         real, fake = self.folder_names.values()
         for one, other in product(real, fake):
             if one == other or fnmatchcase(one, other) or fnmatchcase(other, one):
@@ -170,7 +174,17 @@ class Source(Parameters):
         """Return the same source, with its owner in its short name."""
         copy = self.model_copy()
         copy._names_owner = True
+        copy._check_short_name()
         return copy
+
+    def _check_short_name(self) -> None:
+        size = len(os.fsencode(self.short_name))
+        if not 1 <= size <= MAX_SHORT_NAME:
+            raise ValueError(
+                f"The last part of a source's name, and the owner before it where two end alike, must have 1 to "
+                f"{MAX_SHORT_NAME} bytes without `.zip`, as files are named by it. Received: {size} in {self.name!r}. "
+                "Rename the zip or folder."
+            )
 
 
 KAGGLE_SOURCES = (

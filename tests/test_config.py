@@ -68,6 +68,18 @@ def test_short_names_are_names_that_mlflow_admits(name, short):
     assert Source(name=name).short_name == short
 
 
+@pytest.mark.parametrize("name", ["/", "/x/..", "/x/.zip", "./" + "n" * 151, "/x/" + "é" * 76, "owner/" + "n" * 151])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(ValidationError, match="must have 1 to 150 bytes"):
+        Source(name=name)
+    assert Source(name="./" + "n" * 150 + ".zip").short_name == "n" * 150
+
+
+def test_an_owner_that_makes_the_short_name_too_long_is_refused():
+    with pytest.raises(ValidationError, match="must have 1 to 150 bytes"):
+        name_sources(f"/{'a' * 100}/{'n' * 100}", f"/b/{'n' * 100}")
+
+
 def name_sources(*names: str) -> list[str]:
     return [source.short_name for source in DataParameters(sources=[{"name": name} for name in names]).sources]
 
