@@ -13,7 +13,16 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from deepfake_core.description import CLASS_NAMES as CLASS_NAMES  # there, as each registered model holds a copy of it
 from deepfake_core.description import MAX_IMAGE_SIZE
@@ -82,7 +91,38 @@ def _state_bounds(schema: dict[str, Any]) -> None:
 class Parameters(BaseModel):
     """Parameters that can't change and that know no key but their own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_state_bounds)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=_state_bounds)
+
+
+URL = r"[\w+.:-]+:/"
+"""How an address begins that is no folder."""
+
+
+def check_address(address: str) -> str:
+    """Return the address of a folder, or a URL that holds no credentials.
+
+    Raises:
+        ValueError: for a malformed URL, or one that holds a user name, a password or options.
+    """
+    rule = "An address must be a folder, or a URL such as s3://bucket/deepfake"
+    if not re.match(URL, address):
+        return address
+    if "@" in address or "?" in address:
+        shown = re.sub(r"/[^/].*@", "/...@", address).partition("?")[0]
+        raise ValueError(
+            f"{rule}, without user name, password or options: they would be logged. Received: {shown}. Set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, instead."
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(/?[^/].*)", address.rstrip("/")):
+        raise ValueError(f"{rule}. Received: {address}")
+    return address
+
+
+Address = Annotated[
+    str,
+    AfterValidator(check_address),
+    Field(min_length=1, json_schema_extra={"pattern": f"^(?!{URL}.*[@?])"}),  # so that Prefect's form refuses it too
+]
 
 
 FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
@@ -203,15 +243,13 @@ class DataParameters(Parameters):
         json_schema_extra={"uniqueItems": True},
         description="Data sets to merge. Where two hold the same picture equally large, the one listed first keeps it.",
     )
-    data_dir: str = Field(
+    data_dir: Address = Field(
         default="data",
-        min_length=1,
         description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
         "without credentials, such as s3://bucket/deepfake.",
     )
-    feedback: str = Field(
+    feedback: Address = Field(
         default="auto",
-        min_length=1,
         description="Folder or URL of the reports of wrong verdicts, whose confirmed images are one more source. "
         "auto: feedback/ in data_dir, where that is there. none: reports are left out.",
     )

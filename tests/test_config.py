@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -125,6 +127,19 @@ def test_sources_that_nothing_tells_apart_are_refused(names):
 def test_a_source_s_folders_and_links(values, message):
     with pytest.raises(ValidationError, match=message):
         Source(**{"name": "./faces", **values})
+
+
+@pytest.mark.parametrize("name", ["data_dir", "feedback"])
+@pytest.mark.parametrize("address", ["s3://k:5ecre7@b/x", "s3://b/x?secret=5ecre7", "s3:/b/x", "simplecache::s3://b/x"])
+def test_an_address_that_no_store_has_is_refused_without_its_secrets(name, address):
+    with pytest.raises(ValidationError, match="An address must be a folder, or a URL such as s3://bucket/") as caught:
+        DataParameters(**{name: address})
+    assert "5ecre7" not in str(caught.value)
+    pattern = DataParameters.model_json_schema()["properties"][name]["pattern"]  # of Prefect's form
+    assert bool(re.search(pattern, address)) == ("5ecre7" not in address)
+    for fine in ("data", "/data/me@home?", "~/data", "s3://bucket/deepfake"):
+        assert DataParameters(**{name: fine}).model_dump()[name] == fine
+        assert re.search(pattern, fine)
 
 
 def test_parameters_do_not_change():
