@@ -13,7 +13,16 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from deepfake_core.description import CLASS_NAMES as CLASS_NAMES  # there, as each registered model holds a copy of it
 from deepfake_core.description import MAX_IMAGE_SIZE
@@ -28,6 +37,9 @@ SPLITS = ("train", "val", "test", REGRESSION)
 
 FEEDBACK = "feedback"
 """Short name of the source that holds the images of confirmed reports."""
+
+MAX_SHORT_NAME = 150
+"""Bytes of a source's short name; a file's name, which has more in it, may have 255."""
 
 DEFAULT_MODEL = "deepfake-detector"
 """Name in MLflow's model registry."""
@@ -84,7 +96,38 @@ def _state_bounds(schema: dict[str, Any]) -> None:
 class Parameters(BaseModel):
     """Parameters that can't change and that know no key but their own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_state_bounds)
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=_state_bounds)
+
+
+URL = r"[\w+.:-]+:/"
+"""How an address begins that is no folder."""
+
+
+def check_address(address: str) -> str:
+    """Return the address of a folder, or a URL that holds no credentials.
+
+    Raises:
+        ValueError: for a malformed URL, or one that holds a user name, a password or options.
+    """
+    rule = "An address must be a folder, or a URL such as s3://bucket/deepfake"
+    if not re.match(URL, address):
+        return address
+    if "@" in address or "?" in address:
+        shown = re.sub(r"/[^/].*@", "/...@", address).partition("?")[0]
+        raise ValueError(
+            f"{rule}, without user name, password or options: they would be logged. Received: {shown}. Set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, instead."
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(/?[^/].*)", address.rstrip("/")):
+        raise ValueError(f"{rule}. Received: {address}")
+    return address
+
+
+Address = Annotated[
+    str,
+    AfterValidator(check_address),
+    Field(min_length=1, json_schema_extra={"pattern": f"^(?!{URL}.*[@?])"}),  # so that Prefect's form refuses it too
+]
 
 
 FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
@@ -143,6 +186,7 @@ class Source(Parameters):
             raise ValueError(f"`version` is for Kaggle sources only. Received: {self.version} for {self.name!r}")
         if self.follow_links and not self.is_local:
             raise ValueError(f"`follow_links` is for local folders only. Received: true for {self.name!r}")
+        self._check_short_name()
         real, fake = self.folder_names.values()
         for one, other in product(real, fake):
             if one == other or fnmatchcase(one, other) or fnmatchcase(other, one):
@@ -175,7 +219,17 @@ class Source(Parameters):
         """Return the same source, with its owner in its short name."""
         copy = self.model_copy()
         copy._names_owner = True
+        copy._check_short_name()
         return copy
+
+    def _check_short_name(self) -> None:
+        size = len(os.fsencode(self.short_name))
+        if not 1 <= size <= MAX_SHORT_NAME:
+            raise ValueError(
+                f"The last part of a source's name, and the owner before it where two end alike, must have 1 to "
+                f"{MAX_SHORT_NAME} bytes without `.zip`, as files are named by it. Received: {size} in {self.name!r}. "
+                "Rename the zip or folder."
+            )
 
 
 KAGGLE_SOURCES = (
@@ -194,15 +248,13 @@ class DataParameters(Parameters):
         json_schema_extra={"uniqueItems": True},
         description="Data sets to merge. Where two hold the same picture equally large, the one listed first keeps it.",
     )
-    data_dir: str = Field(
+    data_dir: Address = Field(
         default=DEFAULT_DATA_DIR,
-        min_length=1,
         description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
         "without credentials, such as s3://bucket/deepfake.",
     )
-    feedback: str = Field(
+    feedback: Address = Field(
         default="auto",
-        min_length=1,
         description="Folder or URL of the reports of wrong verdicts, whose confirmed images are one more source. "
         "auto: feedback/ in data_dir, where that is there. none: reports are left out.",
     )

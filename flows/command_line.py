@@ -118,8 +118,10 @@ def _explain(error: ValidationError) -> str:
         name = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
             lines.append(f"{name}: there is no such parameter. Correct its name or leave it out")
+        elif problem["type"] == "value_error":  # ours, which say what was received
+            lines.append(f"{name}: {problem['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"{name}: {problem['msg'].removeprefix('Value error, ')}. Received: {problem['input']!r}")
+            lines.append(f"{name}: {problem['msg']}. Received: {problem['input']!r}")
     return "Parameters must be known and in range.\n  " + "\n  ".join(lines) + "\nSee --help for all of them."
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import trustme
 
@@ -25,6 +25,8 @@ from tests.builders import write_zip
 
 API, STORAGE = "api.kaggle.com", "storage.googleapis.com"
 CHUNK = 1 << 16
+
+T = TypeVar("T")
 
 # To be absent where `environment` is set. Empty is not enough: the client takes an empty name and key for a
 # login, and an empty https_proxy hides HTTPS_PROXY. KAGGLE_TOKEN and KAGGLE_API_ENVIRONMENT would win as well.
@@ -61,6 +63,7 @@ class KaggleServer:
             Logging in is not among them.
         storage_statuses: the same for the coming downloads, such as [0, 503, 503] to fail a resume.
         retry_after: the header of that name in the answers that `statuses` and `storage_statuses` ask for.
+        answers: status, headers and body to answer the coming downloads with; None is the truth.
         storage: the host to which downloads are redirected; any but the usual one can't be reached.
         signature: what signs the addresses of downloads; a secret.
     """
@@ -73,6 +76,7 @@ class KaggleServer:
     statuses: list[int] = field(default_factory=list)
     storage_statuses: list[int] = field(default_factory=list)
     retry_after: str = ""
+    answers: list[tuple[int, dict[str, str], bytes] | None] = field(default_factory=list)
     storage: str = STORAGE
     signature: str = "9f3c5ecre7a1"
 
@@ -157,7 +161,7 @@ def _cut(connection: socket.socket) -> None:
         socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
-def _take(coming: list[int]) -> int | None:
+def _take(coming: list[T]) -> T | None:
     try:
         return coming.pop(0)  # atomic: several downloads may ask at once
     except IndexError:
@@ -234,10 +238,12 @@ def _make_kaggle(kaggle: KaggleServer, host: str) -> type[BaseHTTPRequestHandler
             self.answer(status, {"code": status, "message": "as the test asked"}, **asked)
 
         def answer(self, status: int, content: dict, **headers: str) -> None:
-            body = json.dumps(content).encode()
+            self.send_bytes(status, {**headers, "Content-Type": "application/json"}, json.dumps(content).encode())
+
+        def send_bytes(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
             self.send_response(status)
-            for name, value in {**headers, "Content-Type": "application/json", "Content-Length": len(body)}.items():
-                self.send_header(name, str(value))
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
@@ -249,6 +255,8 @@ def _make_kaggle(kaggle: KaggleServer, host: str) -> type[BaseHTTPRequestHandler
             file = found and kaggle.datasets.get(found[1], Dataset()).versions.get(int(found[2]))
             if status := _take(kaggle.storage_statuses):
                 self.fail(status)
+            elif answer := _take(kaggle.answers):
+                self.send_bytes(*answer)
             elif host != STORAGE or not file:
                 self.answer(404, {"error": "no such object"})
             elif not query.endswith(kaggle.signature):

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from pydantic import ValidationError
 
@@ -68,6 +70,18 @@ def test_short_names_are_names_that_mlflow_admits(name, short):
     assert Source(name=name).short_name == short
 
 
+@pytest.mark.parametrize("name", ["/", "/x/..", "/x/.zip", "./" + "n" * 151, "/x/" + "é" * 76, "owner/" + "n" * 151])
+def test_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(ValidationError, match="must have 1 to 150 bytes"):
+        Source(name=name)
+    assert Source(name="./" + "n" * 150 + ".zip").short_name == "n" * 150
+
+
+def test_an_owner_that_makes_the_short_name_too_long_is_refused():
+    with pytest.raises(ValidationError, match="must have 1 to 150 bytes"):
+        name_sources(f"/{'a' * 100}/{'n' * 100}", f"/b/{'n' * 100}")
+
+
 def name_sources(*names: str) -> list[str]:
     return [source.short_name for source in DataParameters(sources=[{"name": name} for name in names]).sources]
 
@@ -113,6 +127,19 @@ def test_sources_that_nothing_tells_apart_are_refused(names):
 def test_a_source_s_folders_and_links(values, message):
     with pytest.raises(ValidationError, match=message):
         Source(**{"name": "./faces", **values})
+
+
+@pytest.mark.parametrize("name", ["data_dir", "feedback"])
+@pytest.mark.parametrize("address", ["s3://k:5ecre7@b/x", "s3://b/x?secret=5ecre7", "s3:/b/x", "simplecache::s3://b/x"])
+def test_an_address_that_no_store_has_is_refused_without_its_secrets(name, address):
+    with pytest.raises(ValidationError, match="An address must be a folder, or a URL such as s3://bucket/") as caught:
+        DataParameters(**{name: address})
+    assert "5ecre7" not in str(caught.value)
+    pattern = DataParameters.model_json_schema()["properties"][name]["pattern"]  # of Prefect's form
+    assert bool(re.search(pattern, address)) == ("5ecre7" not in address)
+    for fine in ("data", "/data/me@home?", "~/data", "s3://bucket/deepfake"):
+        assert DataParameters(**{name: fine}).model_dump()[name] == fine
+        assert re.search(pattern, fine)
 
 
 def test_parameters_do_not_change():

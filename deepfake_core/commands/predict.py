@@ -4,6 +4,7 @@ import argparse
 import csv
 import glob
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,10 @@ from deepfake_core.commands.model import OBSERVE_HELP, load_model, observe, reso
 from deepfake_core.description import describe_rates
 from deepfake_core.detector import MAX_BYTES, Detector
 from deepfake_core.errors import ConfigurationError, ModelError
-from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
+from deepfake_core.serving.file_kinds import IMAGE_HEAD, find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import VERDICT_COLUMNS, Judged, Verdict
+from deepfake_core.storage.files import show_name
 
 STANDARD_INPUT = "standard input"
 
@@ -130,12 +132,14 @@ def find_images(arguments: Sequence[str]) -> tuple[list[NamedImage], list[Path]]
     """Return what was named, each with its name, and the files in folders that are neither image nor clip.
 
     Raises:
-        ConfigurationError: if a glob or a folder yields nothing.
+        ConfigurationError: if a name is empty, or a glob or a folder yields nothing.
     """
     named: list[NamedImage] = []
     skipped: list[Path] = []
     for argument in arguments:
         path = Path(argument)
+        if not argument:  # as a path, this is the current folder
+            raise ConfigurationError("An image must have a name. Received: an empty one. Pass files, folders or globs.")
         if argument == "-":
             named += _read_standard_input()
         elif path.is_dir():
@@ -151,18 +155,14 @@ def find_images(arguments: Sequence[str]) -> tuple[list[NamedImage], list[Path]]
                 skipped += [Path(file) for file in found if Path(file).is_dir()]
         else:
             named.append((argument, path))
-    return named, skipped
+    return [(show_name(name), image) for name, image in named], skipped
 
 
 def _read_standard_input() -> list[NamedImage]:
     data = sys.stdin.buffer.read(MAX_BYTES + 1)
-    try:
-        lines = data.decode().splitlines()  # no JPEG, PNG or WebP is text
-    except UnicodeDecodeError:
-        lines = []
-    if data and (not lines or b"\0" in data):  # no name holds a zero byte
+    if b"\0" in data or IMAGE_HEAD.match(data):  # no name holds a zero byte
         return [(STANDARD_INPUT, data)]
-    return [(line, Path(line)) for line in lines if line.strip()]
+    return [(name, Path(name)) for name in map(os.fsdecode, data.splitlines()) if name.strip()]
 
 
 def _judge(

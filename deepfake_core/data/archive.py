@@ -57,8 +57,6 @@ class Archive:
 def open_local(source: Source, store: Store) -> Archive:
     """Return the archive of a source that is a zip, which is verified, or a folder on this disk.
 
-    A zip is read whole once; after that, only if its size, its time of modification or its inode has changed.
-
     Raises:
         SourceError: if it does not exist.
         ArchiveError: if it is a zip and damaged.
@@ -74,17 +72,28 @@ def open_local(source: Source, store: Store) -> Archive:
             f"A local source must be an existing zip or folder. Received: {source.name!r} "
             f"(looked at {path.absolute()}). Correct `data.sources`."
         )
+    return Archive(source, path.absolute(), hash_zip(path, store), path.stat().st_size)
+
+
+def hash_zip(path: Path, store: Store) -> str:
+    """Return the SHA-256 of a zip on this disk, which is verified.
+
+    It is read whole once; after that, only if its size, its time of modification or its inode has changed.
+
+    Raises:
+        ArchiveError: if it is damaged.
+    """
     found = path.stat()
     state = {"size": found.st_size, "modified_ns": found.st_mtime_ns, "inode": found.st_ino}
     known = store.local_archive(path.absolute())
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(known.read_text())
         if kept["state"] == state:
-            return Archive(source, path.absolute(), str(kept["sha256"]), found.st_size)
+            return str(kept["sha256"])
     verify_zip(path)
     digest = hash_file(path)
     write_json(known, {"path": str(path.absolute()), "state": state, "sha256": digest})
-    return Archive(source, path.absolute(), digest, found.st_size)
+    return digest
 
 
 def verify_zip(path: Path) -> None:
@@ -119,6 +128,11 @@ class ArchiveReader:
         try:
             self._zip = zipfile.ZipFile(path)
             self._descriptor = self._zip.fp.fileno()  # type: ignore[union-attr]
+        except UnicodeDecodeError as exc:
+            raise ArchiveError(
+                f"Names in a zip that are marked as UTF-8 must be that. Received: {path}, which names {exc.object!r}. "
+                "Unpack it and zip it again, such as by `zip -r`."
+            ) from exc
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as exc:
             with path.open("rb") as file:
                 begins = file.read(8)
@@ -205,7 +219,7 @@ class ArchiveReader:
                 f"{member.name!r} of {self._path} (method {member.handle.compress_type}: {exc}). Unpack it and zip it "
                 "again without a password, such as by `zip -r`: Windows Explorer packs large files by Deflate64 (9)."
             ) from exc
-        except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as exc:
+        except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, zlib.error) as exc:
             raise ArchiveError(
                 f"Every member of a zip must match its checksum. {member.name!r} of {self._path} is damaged or "
                 f"can't be read ({exc})."

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from deepfake_core.config import Source
-from deepfake_core.data.archive import Archive, open_local, verify_zip
+from deepfake_core.data.archive import Archive, hash_zip, open_local
 from deepfake_core.data.credentials import CREDENTIALS_HELP, check, check_file, clean_variables
 from deepfake_core.data.download import download
 from deepfake_core.data.kaggle_errors import ask_kaggle
 from deepfake_core.errors import ArchiveError, CredentialsError, SourceError
-from deepfake_core.storage.files import hash_file, translate_disk_errors, write_json
+from deepfake_core.storage.files import translate_disk_errors, write_json
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
@@ -36,10 +36,11 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
         CredentialsError, SourceError, ArchiveError, DiskError: a person has to act.
         DownloadError: the network failed; what has arrived is kept, and another call continues from there.
     """
-    if source.is_local:
-        return open_local(source, store)
-    if source.version and (here := _find_version(source, store, source.version, on_progress)):
-        return here
+    with translate_disk_errors(store.archives(source.name)):
+        if source.is_local:
+            return open_local(source, store)
+        if source.version and (here := _find_version(source, store, source.version, on_progress)):
+            return here
 
     def fetch() -> Archive:
         with translate_disk_errors(store.archives(source.name)), _log_in().build_kaggle_client() as kaggle:
@@ -49,7 +50,7 @@ def fetch_archive(source: Source, store: Store, on_progress: Progress | None = N
                 return here
             partial = _find_zip(source, store, version).with_suffix(".zip.partial")
             download(_ask_for_zip(kaggle, source, version), partial, source.name, on_progress)
-        return _keep_zip(partial, source, version, dataset.license_name or None)
+        return _keep_zip(partial, source, store, version, dataset.license_name or None)
 
     return ask_kaggle(source, fetch)
 
@@ -114,7 +115,7 @@ def _find_version(source: Source, store: Store, version: int, on_progress: Progr
         ) from exc
     store.fetch(path, provenance["sha256"], marker, on_progress)
     try:
-        verify_zip(path)
+        hash_zip(path, store)
     except ArchiveError:
         path.unlink()
         raise
@@ -124,12 +125,22 @@ def _find_version(source: Source, store: Store, version: int, on_progress: Progr
 
 
 def _read_download(source: Source, store: Store, version: int) -> Archive | None:
+    """Return a version that is on this disk as it was downloaded; None if it is not, or has changed since."""
     path = _find_zip(source, store, version)
     provenance = path.with_suffix(".json")
     if not (path.exists() and provenance.exists()):
         return None
+    try:
+        archive = Archive(source, path, **json.loads(provenance.read_text()))
+        state = (archive.sha256, archive.bytes, archive.version)
+        is_whole = state == (hash_zip(path, store), path.stat().st_size, version)
+    except (ValueError, TypeError, RecursionError, ArchiveError):
+        is_whole = False
+    if not is_whole:
+        log.warning("%s: version %d has changed on this disk, it is fetched again", source.name, version)
+        return None
     log.info("%s: version %d is on disk already, nothing to download", source.name, version)
-    return Archive(source, path, **json.loads(provenance.read_text()))
+    return archive
 
 
 # Kaggle's client
@@ -187,23 +198,23 @@ def _ask_for_zip(kaggle: Any, source: Source, version: int) -> Any:
     return kaggle.datasets.dataset_api_client.download_dataset(request)
 
 
-def _keep_zip(partial: Path, source: Source, version: int, licence: str | None) -> Archive:
-    """Verify a finished download, write its provenance and give it its name."""
+def _keep_zip(partial: Path, source: Source, store: Store, version: int, licence: str | None) -> Archive:
+    """Give a finished download its name, verify it, and write its provenance: without it, the zip doesn't count."""
+    path = partial.replace(partial.with_suffix(""))
     try:
-        verify_zip(partial)
+        digest = hash_zip(path, store)
     except ArchiveError as exc:
-        partial.unlink()
+        path.unlink()
         raise ArchiveError(f"{source.name}: {exc} It was deleted; run again to download it from the start.") from exc
     archive = Archive(
         source=source,
-        path=partial.with_suffix(""),
-        sha256=hash_file(partial),
-        bytes=partial.stat().st_size,
+        path=path,
+        sha256=digest,
+        bytes=path.stat().st_size,
         version=version,
         licence=licence,
         downloaded_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    write_json(archive.path.with_suffix(".json"), {name: getattr(archive, name) for name in PROVENANCE})
-    partial.replace(archive.path)
+    write_json(path.with_suffix(".json"), {name: getattr(archive, name) for name in PROVENANCE})
     log.info("%s: version %d is on disk and verified, %.1f MB", source.name, version, archive.bytes / 1e6)
     return archive

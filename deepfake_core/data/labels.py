@@ -9,7 +9,7 @@ import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES, Source
 from deepfake_core.data.archive import ArchiveReader
-from deepfake_core.data.members import Member
+from deepfake_core.data.members import UNREADABLE, Member
 from deepfake_core.errors import ArchiveError, DatasetError
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ def _advise(index: pd.DataFrame) -> str:
             "Its links lead out of the source, or to nothing: set `follow_links: true` where it is a folder, or put "
             "the files there that they lead to."
         )
+    if UNREADABLE in reasons:
+        advice.append("This user can't read some of its files and folders: grant access, such as by `chmod -R u+rX`.")
     if "heic" in reasons:
         advice.append("HEIC and AVIF images are not read: convert them to JPEG, for example with `heif-convert`.")
     if len(nested):

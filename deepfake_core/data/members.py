@@ -4,12 +4,13 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deepfake_core.decoding import MAX_BYTES
+from deepfake_core.storage.files import show_name
 
 UNREADABLE = "unreadable"
 """The reason of files that are gone by now, or that the disk or its permissions don't let be read."""
@@ -33,18 +34,25 @@ class Member:
 
 
 def list_zip(infos: Sequence[zipfile.ZipInfo]) -> list[Member]:
-    """Return a zip's files; of those that share a name, each but the first gets a number, since each has its bytes."""
-    members: dict[str, Member] = {}
-    for info in infos:
-        name = info.filename.replace("\\", "/")  # Windows' separator
-        if name.endswith("/") and not info.file_size:
-            continue  # a folder
-        unique, number = name, 1
-        while unique in members:
+    """Return a zip's files."""
+    named = ((info.filename.replace("\\", "/"), info) for info in infos)  # Windows' separator
+    return _tell_apart(
+        Member(name, info.file_size, _find_problem(name, info), info)
+        for name, info in named
+        if not name.endswith("/") or info.file_size  # else a folder
+    )
+
+
+def _tell_apart(members: Iterable[Member]) -> list[Member]:
+    """Number those that share a name but for the first, since each has its bytes."""
+    found: dict[str, Member] = {}
+    for member in members:
+        unique, number = member.name, 1
+        while unique in found:
             number += 1
-            unique = f"{name} ({number})"
-        members[unique] = Member(unique, info.file_size, _find_problem(name, info), info)
-    return list(members.values())
+            unique = f"{member.name} ({number})"
+        found[unique] = member if number == 1 else replace(member, name=unique)
+    return list(found.values())
 
 
 def _find_problem(name: str, info: zipfile.ZipInfo) -> str:
@@ -67,19 +75,23 @@ def _find_common_problem(name: str, size: int) -> str:
 def list_folder(path: Path, follow_links: bool = False) -> list[Member]:
     """Return a folder's files in order of names, and what else is there with the reason not to read it.
 
-    Links to what is in the folder are followed, and with `follow_links` all; but no link to a folder around it.
+    Links to what is in the folder are followed, and with `follow_links` all; but no link to a folder around it, and of
+    those that lead to one folder only the first.
     """
     root = path.resolve()
-    return list(_list_below(root, "", Path(root.anchor) if follow_links else root, ()))
+    return _tell_apart(_list_below(root, "", Path(root.anchor) if follow_links else root, (), set()))
 
 
-def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ...]) -> Iterator[Member]:
+def _list_below(
+    folder: Path, prefix: str, allowed: Path, around: tuple[Path, ...], followed: set[Path]
+) -> Iterator[Member]:
     """List a folder, then those in it.
 
     Args:
         prefix: of the members' names.
         allowed: links may lead below this folder.
         around: the folders through which this one was reached, by their real paths.
+        followed: the folders that links led to so far, by their real paths; is added to.
     """
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208 - quicker: most are files
@@ -88,11 +100,15 @@ def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ..
         return
     folders = []
     for each in names:
-        file, name = folder / each, prefix + os.fsencode(each).decode("utf-8", "backslashreplace")
+        file, name = folder / each, prefix + show_name(each)
         try:
             info = file.lstat()
-            if stat.S_ISLNK(info.st_mode) and (target := _follow(file, allowed, (*around, *folder.parents, folder))):
-                file, info = target, target.lstat()
+            if stat.S_ISLNK(info.st_mode):
+                target = _follow(file, allowed, (*around, *folder.parents, folder))
+                if target and target not in followed:
+                    file, info = target, target.lstat()
+                    if stat.S_ISDIR(info.st_mode):
+                        followed.add(target)
         except OSError:  # gone by now
             yield Member(name, 0, UNREADABLE, file)
             continue
@@ -104,7 +120,7 @@ def _list_below(folder: Path, prefix: str, allowed: Path, around: tuple[Path, ..
             problem = "symlink" if stat.S_ISLNK(info.st_mode) else "not_a_file"
         yield Member(name, info.st_size, problem, file, info.st_mtime_ns)
     for below, name in folders:
-        yield from _list_below(below, name, allowed, (*around, folder))
+        yield from _list_below(below, name, allowed, (*around, folder), followed)
 
 
 def _follow(link: Path, allowed: Path, around: Collection[Path]) -> Path | None:

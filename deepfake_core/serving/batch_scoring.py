@@ -15,7 +15,7 @@ from deepfake_core.monitoring.observer import Observer
 from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
 from deepfake_core.serving.predictor import Encoded, Predictor
 from deepfake_core.serving.verdict import Judged
-from deepfake_core.storage.files import write_beside
+from deepfake_core.storage.files import show_name, write_beside
 from deepfake_core.storage.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def score_images(
         observer: of the verdicts.
 
     Raises:
-        ConfigurationError: if `images` is neither, or a folder without images.
+        ConfigurationError: if `images` is neither, is damaged, or is a folder without images.
     """
     total, sources = _open(images)
     counts: Counter[str] = Counter()
@@ -105,24 +105,29 @@ def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]
             log.warning("%s: %d files are no images and are not scored: %s", images, len(others), list_names(others))
         if not files:
             raise ConfigurationError(f"A folder must hold images. Received: {images}, which holds none.")
-        return len(files), lambda: ((str(file.relative_to(images)), file) for file in files)
+        return len(files), lambda: ((show_name(file.relative_to(images)), file) for file in files)
     rule = "Images must be a folder, or a Parquet file with a column `image` of bytes"
     try:
         table = parquet.ParquetFile(images)
-    except (OSError, pyarrow.ArrowInvalid) as exc:
+    except (OSError, pyarrow.ArrowException) as exc:
         raise ConfigurationError(f"{rule}. Received: {images} ({exc})") from exc
     schema = table.schema_arrow
-    kind = schema.field("image").type if "image" in schema.names else None
+    kind = schema.field("image").type if schema.names.count("image") == 1 else None
     if kind not in (pyarrow.binary(), pyarrow.large_binary()):
         raise ConfigurationError(f"{rule}. Received: {images} with the columns {', '.join(map(str, schema))}")
     columns = [name for name in ("image", "name") if name in schema.names]
 
     def read() -> Iterator[tuple[str, Encoded]]:
         number = 0
-        for batch in table.iter_batches(ROWS_READ, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield str(row.get("name") or f"row {number}"), row["image"] or b""
+        try:
+            for batch in table.iter_batches(ROWS_READ, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield str(row.get("name") or f"row {number}"), row["image"] or b""
+        except (OSError, ValueError, pyarrow.ArrowException) as exc:
+            raise ConfigurationError(
+                f"{rule}. Received: {images}, which is damaged after row {number:,} ({exc}). Write it again."
+            ) from exc
 
     return table.metadata.num_rows, read
 

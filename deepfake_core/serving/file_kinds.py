@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepfake_core.errors import ConfigurationError
+from deepfake_core.storage.files import show_name
 
 HEAD_BYTES = 4096
 
@@ -63,7 +64,7 @@ def find_files(folder: Path) -> tuple[list[Path], list[Path]]:
 def list_names(files: Sequence[Path]) -> str:
     """Return the files' names as a line: the first of them, where there are many."""
     more = f" and {len(files) - MAX_FILES_NAMED:,} more" if len(files) > MAX_FILES_NAMED else ""
-    return ", ".join(map(str, files[:MAX_FILES_NAMED])) + more
+    return ", ".join(map(show_name, files[:MAX_FILES_NAMED])) + more
 
 
 def _name_kind(file: Path) -> str:

@@ -17,6 +17,7 @@ from deepfake_core.serving.faces import Box
 from deepfake_core.serving.frames import ClipFrames
 from deepfake_core.serving.predictor import Crop, Predictor
 from deepfake_core.serving.verdict import Clip, Judged, Verdict
+from deepfake_core.storage.files import show_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +73,7 @@ def judge_clip(
         the clip was not seen.
     """
     detector, tracks, clip = predictor.detector, list[_Track](), ClipFrames(file, frames)
+    name = show_name(file)
     try:
         for second, image in clip:
             _follow(tracks, second, predictor.cut_faces(image))
@@ -81,16 +83,16 @@ def judge_clip(
                 on_progress(1, frames)
     except (UnreadableImageError, OSError) as exc:
         error = str(exc) if isinstance(exc, UnreadableImageError) else f"can't be read ({exc.strerror or exc})"
-        return Judged(str(file), [Verdict.refuse(str(file), detector.threshold, error, unreadable=True)])
+        return Judged(name, [Verdict.refuse(name, detector.threshold, error, unreadable=True)])
     _score(tracks, predictor)
     if on_progress:
         on_progress(frames - clip.seen, frames)
     if not tracks:
         error = f"no face was found in {clip.seen} frames; --no-detect judges whole frames"
-        return Judged(str(file), [Verdict.refuse(str(file), detector.threshold, error, warning=clip.warning)])
+        return Judged(name, [Verdict.refuse(name, detector.threshold, error, warning=clip.warning)])
     tracks.sort(key=lambda track: (len(track.scores) >= MIN_TRACK_FRAMES, average_scores(track.scores)), reverse=True)
     verdicts = [
-        _judge(predictor, clip, str(file), number if predictor.detects else None, one)
+        _judge(predictor, clip, name, number if predictor.detects else None, one)
         for number, one in enumerate(tracks, 1)
     ]
     picture = None
@@ -101,7 +103,7 @@ def judge_clip(
         picture = draw_heat(
             Image.fromarray(tracks[0].shown), [Box(0, 0, side, side)], list(heat), [verdicts[0].label == "fake"], lines
         )
-    return Judged(str(file), verdicts, picture, timelines=[(track.seconds, track.scores) for track in tracks])
+    return Judged(name, verdicts, picture, timelines=[(track.seconds, track.scores) for track in tracks])
 
 
 def average_scores(scores: list[float]) -> float:

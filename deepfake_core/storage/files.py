@@ -62,6 +62,11 @@ def find_disk_failure(error: Exception) -> int | None:
     return error.errno if denied or error.errno in (*NO_SPACE_ERRORS, errno.EROFS) else None
 
 
+def show_name(name: str | Path) -> str:
+    """Return a file's name as text that can be written anywhere: of bytes that are no UTF-8, with a backslash each."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 @contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; rename it into place when the body ends, remove it if the body raises.

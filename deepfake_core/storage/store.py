@@ -17,11 +17,11 @@ from typing import Any
 import fsspec
 import platformdirs
 
-from deepfake_core.config import FEEDBACK
+from deepfake_core.config import FEEDBACK, URL, check_address
 from deepfake_core.errors import ArchiveError, ConfigurationError
 from deepfake_core.storage.files import hash_file, require_space, write_beside
 from deepfake_core.storage.progress import Progress, count_bytes
-from deepfake_core.storage.store_errors import CREDENTIALS_HELP, name_endpoint, translate_errors
+from deepfake_core.storage.store_errors import name_endpoint, translate_errors
 
 MAX_CONCURRENT_PARTS = 4
 """Parts of one object that s3fs holds in memory; each has 50 MB, or more in objects of 500 GB and above."""
@@ -224,18 +224,12 @@ def open_store(data_dir: str | Path) -> Store:
         ConfigurationError: for a malformed URL, or one that holds a user name or password.
     """
     address = str(data_dir)
-    if not re.match(r"[\w+.:-]+:/", address):
+    if not re.match(URL, address):
         return Store(Path(address).expanduser().resolve())
-    rule = "An address must be a folder, or a URL such as s3://bucket/deepfake"
-    if "@" in address or "?" in address:
-        shown = re.sub(r"/[^/].*@", "/...@", address).partition("?")[0]
-        raise ConfigurationError(
-            f"{rule}, without user name, password or options: they would be logged. Received: {shown}. "
-            f"{CREDENTIALS_HELP}"
-        )
-    url = address.rstrip("/")
-    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(/?[^/].*)", url):
-        raise ConfigurationError(f"{rule}. Received: {address}")
+    try:
+        url = check_address(address).rstrip("/")
+    except ValueError as exc:
+        raise ConfigurationError(str(exc)) from None
     readable = re.sub(r"[^\w.-]+", "-", url)[:80]
     digest = hashlib.sha256(f"{url} {name_endpoint()}".encode()).hexdigest()[:8]
     return Store(platformdirs.user_cache_path("deepfake", appauthor=False) / f"{readable}-{digest}", url)

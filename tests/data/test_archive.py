@@ -16,6 +16,7 @@ import trustme
 
 from deepfake_core.config import KAGGLE_SOURCES, Source
 from deepfake_core.data.archive import verify_zip
+from deepfake_core.data.download import CHUNK  # is written whole, so a download resumes at the last one
 from deepfake_core.data.kaggle import fetch_archive, find_new_version
 from deepfake_core.data.kaggle_errors import MAX_WAITS
 from deepfake_core.errors import (
@@ -34,7 +35,6 @@ from deepfake_core.storage.store import open_store
 from tests.builders import faces, free_port, jpeg, write_zip
 
 SOURCE = Source(name="owner/some-faces")
-CHUNK = 1 << 20  # the client writes whole chunks, so it resumes at the last one
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,9 @@ def data_dir(tmp_path):
 
 
 def files(data_dir):
-    return sorted(str(file.relative_to(data_dir)) for file in data_dir.rglob("*") if file.is_file())
+    """Return the files of the data folder but for what is remembered of its zips."""
+    found = [file for file in data_dir.rglob("*") if file.is_file() and not file.match("indexes/zip-*.json")]
+    return sorted(str(file.relative_to(data_dir)) for file in found)
 
 
 @pytest.mark.slow
@@ -81,6 +83,44 @@ def test_a_version_that_is_here_is_not_downloaded_again_and_a_new_one_is(kaggle,
     assert first.path.exists()  # nothing lost
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pinned", [None, 1])
+@pytest.mark.parametrize("change", ["half", "one byte", "another zip"])
+def test_a_download_that_changed_on_this_disk_is_fetched_again(kaggle, data_dir, content, tmp_path, change, pinned):
+    source = SOURCE.model_copy(update={"version": pinned})
+    first = fetch_archive(source, open_store(data_dir))
+    other = {
+        "half": content[: len(content) // 2],
+        "one byte": content[:-200_000] + bytes([content[-200_000] ^ 1]) + content[-199_999:],
+        "another zip": write_zip(tmp_path / "other.zip", faces(5, start=50)).read_bytes(),
+    }
+    first.path.write_bytes(other[change])
+    assert (find_new_version(source, open_store(data_dir)) is None) == bool(pinned)
+    again = fetch_archive(source, open_store(data_dir))
+    assert again.path.read_bytes() == content
+    assert again.sha256 == first.sha256
+    asked = len(kaggle.downloads)
+    assert fetch_archive(source, open_store(data_dir)) == again
+    assert len(kaggle.downloads) == asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pinned", [None, 1])
+@pytest.mark.parametrize(
+    "change", [lambda text: text[:40], lambda _: "[]", lambda _: "[" * 100_000, lambda text: text.replace("1,", '"1",')]
+)
+def test_a_provenance_that_cannot_be_read_counts_as_none(kaggle, data_dir, content, change, pinned):
+    source = SOURCE.model_copy(update={"version": pinned})
+    provenance = fetch_archive(source, open_store(data_dir)).path.with_suffix(".json")
+    provenance.write_text(change(provenance.read_text()))
+    again = fetch_archive(source, open_store(data_dir))
+    assert again.path.read_bytes() == content
+    assert (again.version, again.bytes) == (1, len(content))
+    asked = len(kaggle.downloads)
+    assert fetch_archive(source, open_store(data_dir)) == again
+    assert len(kaggle.downloads) == asked
+
+
 def test_a_pinned_version_that_is_here_needs_no_network(kaggle, data_dir, content):
     kaggle.add(SOURCE.name, content, version=2)
     pinned = SOURCE.model_copy(update={"version": 1})
@@ -95,7 +135,7 @@ def test_a_connection_cut_half_way_is_resumed(kaggle, data_dir, content):
     kaggle.cuts = [len(content) // 2]
     fetched = fetch_archive(SOURCE, open_store(data_dir))
     assert fetched.path.read_bytes() == content
-    assert [asked for _, asked in kaggle.downloads] == ["", f"bytes={CHUNK}-"]
+    assert [asked for _, asked in kaggle.downloads] == ["", f"bytes={len(content) // 2 // CHUNK * CHUNK}-"]
 
 
 @pytest.mark.slow
@@ -109,22 +149,76 @@ def test_a_download_that_failed_goes_on_where_it_stopped(kaggle, data_dir, conte
         "archives/owner/some-faces/1.zip.partial.etag",
     ]
     assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
-    assert kaggle.downloads[-1][1] == f"bytes={CHUNK}-"
+    assert kaggle.downloads[-1][1] == f"bytes={1_500_000 // CHUNK * CHUNK}-"
     assert files(data_dir) == ["archives/owner/some-faces/1.json", "archives/owner/some-faces/1.zip"]
+
+
+@pytest.mark.slow
+def test_connections_that_are_cut_early_make_progress(kaggle, data_dir, content):
+    kaggle.cuts = [600_000, 20_000, 600_000, 400_000, 900_000]
+    for _ in range(2):
+        with pytest.raises(DownloadError, match="the download continues from there"):
+            fetch_archive(SOURCE, open_store(data_dir))
+    assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
+    asked = [int(span[6:-1]) for _, span in kaggle.downloads if span]
+    assert asked == sorted(set(asked))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [403, 404, 429, 500, 503])
 def test_an_error_instead_of_the_rest_keeps_what_came(kaggle, data_dir, content, status):
+    start = 2_500_000 // CHUNK * CHUNK
     kaggle.cuts = [2_500_000]
     kaggle.storage_statuses = [0, status, status]
     partial = data_dir / "archives" / "owner" / "some-faces" / "1.zip.partial"
     for _ in range(2):  # while it is resumed at once, and at the next call's start
         with pytest.raises(DownloadError, match=rf"storage answered {status} .*what has arrived is kept"):
             fetch_archive(SOURCE, open_store(data_dir))
-        assert partial.read_bytes() == content[: 2 * CHUNK]
+        assert partial.read_bytes() == content[:start]
     assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
-    assert kaggle.downloads[-1][1] == f"bytes={2 * CHUNK}-"
+    assert kaggle.downloads[-1][1] == f"bytes={start}-"
+
+
+HTML = (200, {"Content-Type": "text/html"}, b"<html>Log in</html>")
+FOREIGN = {
+    "a page": [HTML],
+    "a login": [(302, {"Location": "https://storage.googleapis.com/login"}, b""), HTML],
+    "nothing": [(204, {}, b"")],
+    "another start": [(206, {"Content-Range": "bytes 0-8/3000000"}, b"from zero")],
+    "no range": [(206, {}, b"some bytes")],
+    "a part of the rest": [(206, {"Content-Range": "bytes {start}-{start}/3000000"}, b"x")],
+    "another object": [(200, {"ETag": '"other"'}, b"{content}")],
+}
+"""What a proxy may answer to a request for the rest."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", FOREIGN)
+def test_a_foreign_answer_instead_of_the_rest_keeps_what_came(kaggle, data_dir, content, way):
+    start = 2_500_000 // CHUNK * CHUNK
+    kaggle.answers = [None]
+    for status, headers, body in FOREIGN[way]:
+        told = {name: value.replace("{start}", str(start)) for name, value in headers.items()}
+        kaggle.answers.append((status, told, content if body == b"{content}" else body))
+    kaggle.answers = [*kaggle.answers * 2, HTML]
+    kaggle.cuts = [2_500_000]
+    partial = data_dir / "archives" / "owner" / "some-faces" / "1.zip.partial"
+    for _ in range(3):  # while it is resumed at once, by the next call, and before the next asks for the rest
+        with pytest.raises(DownloadError, match=r"must be its rest. Received for owner/some-faces: status 20.*is kept"):
+            fetch_archive(SOURCE, open_store(data_dir))
+        assert partial.read_bytes() == content[:start]
+    assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
+    assert kaggle.downloads[-1][1] == f"bytes={start}-"
+
+
+@pytest.mark.slow
+def test_the_whole_object_instead_of_the_rest_is_taken(kaggle, data_dir, content):
+    kaggle.cuts = [2_500_000, 0]
+    with pytest.raises(DownloadError, match="the download continues from there"):
+        fetch_archive(SOURCE, open_store(data_dir))
+    etag = (data_dir / "archives" / "owner" / "some-faces" / "1.zip.partial.etag").read_text()
+    kaggle.answers = [None, (200, {"ETag": etag}, content)]
+    assert fetch_archive(SOURCE, open_store(data_dir)).path.read_bytes() == content
 
 
 @pytest.mark.slow
@@ -369,6 +463,14 @@ def write_with_method(path: Path, method: int, flags: int = 0) -> Path:
         content[place : place + 4] = (flags | content[place]).to_bytes(2, "little") + method.to_bytes(2, "little")
     path.write_bytes(content)
     return path
+
+
+@pytest.mark.parametrize(("places", "said"), [(2, r"marked as UTF-8 must be.*real/\\xff\\xfe"), (1, "is damaged")])
+def test_a_name_that_is_not_the_utf8_that_it_says_is_said(tmp_path, places, said):
+    path = write_zip(tmp_path / "a.zip", {"real/é.jpg": jpeg(1)})
+    path.write_bytes(path.read_bytes().replace("real/é".encode(), b"real/\xff\xfe", places))
+    with pytest.raises(ArchiveError, match=said):
+        verify_zip(path)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Labels by folders of several names, and what is said of a source without an image that can be used."""
 
+import os
+
 import pytest
 
 from deepfake_core.config import Source
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.labels import name_label
-from deepfake_core.errors import DatasetError
+from deepfake_core.errors import DatasetError, DiskError
 from deepfake_core.storage.store import open_store
 from tests.builders import jpeg, write_zip
 
@@ -73,6 +75,29 @@ def test_links_that_lead_out_say_so(tmp_path):
     assert "follow_links: true" in message
     assert "Correct `real_folder`" not in message
     assert index_of(folder.parent, follow_links=True)["reason"].to_dict() == {"real/a.jpg": ""}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("mode", [0o000, 0o111, 0o444])
+def test_what_may_not_be_read_says_so(tmp_path, mode):
+    folder = tmp_path / "faces"
+    (folder / "real").mkdir(parents=True)
+    (folder / "real" / "a.jpg").write_bytes(jpeg(1))
+    path = write_zip(tmp_path / "below" / "faces.zip", {"real/a.jpg": jpeg(1)})
+    path.chmod(0)
+    folder.chmod(mode)
+    try:
+        message = explain(folder)
+        with pytest.raises(DiskError, match=r"must be able to read and write .*faces.zip"):
+            index_of(path)
+        path.parent.chmod(0)
+        with pytest.raises(DiskError, match=r"must be able to read and write .*faces.zip"):
+            index_of(path)
+    finally:
+        for each in (folder, path.parent):
+            each.chmod(0o755)
+    assert "This user can't read some of its files and folders: grant access" in message
+    assert "Correct `real_folder`" not in message
 
 
 @pytest.mark.parametrize("name", ["real/IMG_1.HEIC", "real/renamed.jpg"])

@@ -10,6 +10,7 @@ import pytest
 from deepfake_core.config import Source
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.members import list_folder
 from deepfake_core.errors import ArchiveError
 from deepfake_core.storage.store import open_store
 from tests.builders import draw_image, encode, faces, jpeg, mpo, prepare, write_zip
@@ -70,6 +71,14 @@ def test_folders_of_a_zip_made_on_windows_name_the_label(tmp_path):
     )
     index = index_of(path)
     assert index["label"].to_dict() == {"set/real/a.jpg": "real", "set/fake/b.png": "fake"}
+
+
+def test_files_of_a_folder_whose_names_are_shown_alike_are_told_apart(folder):
+    for seed, name in ((3, b"a\xff.jpg"), (4, b"a\\xff.jpg")):
+        Path(os.fsdecode(os.fsencode(folder / "real") + b"/" + name)).write_bytes(jpeg(seed))
+    index = index_of(folder)
+    assert index["reason"].to_dict() == {"real/1.jpg": "", "real/a\\xff.jpg": "", "real/a\\xff.jpg (2)": ""}
+    assert index["sha256"].nunique() == 3
 
 
 def test_a_folder_of_a_zip_that_holds_bytes_is_listed(tmp_path):
@@ -146,6 +155,18 @@ def test_folders_that_link_to_each_other_are_read_once_each_way(folder):
         "fake/to_real/to_fake": "symlink",
         "real/to_fake/to_real": "symlink",
     }
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_a_folder_that_many_links_lead_to_is_followed_once(folder, count):
+    for name in range(count):
+        (folder / f"p{name}" / "real").mkdir(parents=True)
+        (folder / f"p{name}" / "real" / "a.jpg").write_bytes(jpeg(name))
+        for other in range(count):
+            (folder / f"p{name}" / f"friend{other}").symlink_to(f"../p{other}")
+    members = list_folder(folder)
+    assert sum(not member.problem for member in members) == 1 + 2 * count  # each as it is, and through one link
+    assert len(members) < 3 * count**2
 
 
 def test_a_source_that_is_a_link_is_read(folder):

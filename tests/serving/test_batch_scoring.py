@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -17,7 +19,7 @@ from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
 from deepfake_core.serving.batch_scoring import score_images
 from deepfake_core.serving.predictor import Predictor
-from tests.builders import NAME, draw_portrait, encode, jpeg
+from tests.builders import NAME, copy_former, draw_portrait, encode, jpeg
 
 IMAGES = {"a.jpg": jpeg(1), "below/b.png": encode(draw_portrait(2), "PNG"), "c.webp": b"words"}
 
@@ -60,6 +62,15 @@ def test_a_folder_and_a_table_of_the_same_images_give_the_same_scores(predictor,
     assert rows[0]["error"].fillna("").tolist() == ["", "", "must be a JPEG, PNG or WebP image"]
 
 
+def test_a_name_that_is_no_text_is_a_row(tmp_path):
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/b\xff.jpg")).write_bytes(jpeg(1))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/c\xff.txt")).write_text("words")
+    former = Predictor(Detector(copy_former(tmp_path / "model")), detect=False)
+    score_images(former, tmp_path / "in", tmp_path / "out.parquet")
+    assert pd.read_parquet(tmp_path / "out.parquet")["image"].tolist() == ["b\\xff.jpg"]
+
+
 def test_images_without_names_are_numbered_and_missing_ones_are_rows(predictor, tmp_path, monkeypatch):
     monkeypatch.setattr(batch_scoring, "ROWS_WRITTEN", 2)
     table = write_table(
@@ -83,6 +94,22 @@ def test_what_holds_no_images_is_said_and_leaves_nothing(predictor, tmp_path):
     with pytest.raises(ConfigurationError, match="which holds none"):
         score_images(predictor, tmp_path / "empty", tmp_path / "out" / "scores.parquet")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_table_and_two_columns_of_images_are_said(tmp_path):
+    former = Predictor(Detector(copy_former(tmp_path / "model")), detect=False)
+    images = [jpeg(number) for number in range(20)]
+    damaged = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"image": images}), damaged, compression="none", data_page_size=1)
+    content = damaged.read_bytes()
+    place = content.rindex(images[15]) - 30  # the header of a page
+    damaged.write_bytes(content[:place] + b"\xff" * 30 + content[place + 30 :])
+    two = tmp_path / "two.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(images)] * 2, names=["image", "image"]), two)
+    for path, said in ((damaged, "is damaged after row"), (two, "columns .*image: binary.*image: binary")):
+        with pytest.raises(ConfigurationError, match=rf"a column `image` of bytes.*{path}.*{said}"):
+            score_images(former, path, tmp_path / "out" / "scores.parquet")
+    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from deepfake_core.serving.explained import colour_heat
 from deepfake_core.serving.faces import Box, fit_crop, load_face_finder
 from deepfake_core.serving.predictor import MAX_QUEUED_IMAGES, Predictor
 from deepfake_core.training.export import load_network
-from tests.builders import draw_image, draw_portrait, draw_scene, encode, jpeg, stripes
+from tests.builders import copy_former, draw_image, draw_portrait, draw_scene, encode, jpeg, stripes
 
 PEOPLE = {(40, 60): 200, (300, 250): 150, (480, 40): 90}
 """Left and top, and side, of who is in the scene."""
@@ -271,6 +272,21 @@ def test_names_are_shown_as_they_are(candidate, tmp_path, capsys, monkeypatch):
     assert all(name in out for name in names)
 
 
+@pytest.mark.parametrize("form", [[], ["--csv"], ["--json"]])
+def test_a_name_that_is_no_text_is_shown_and_stops_no_other(tmp_path, capsys, monkeypatch, form):
+    monkeypatch.setenv("COLUMNS", "300")
+    names = [os.fsencode(tmp_path) + name for name in (b"/a.jpg", b"/b\xff.jpg", b"/c.jpg", b"/d\xfe.txt")]
+    for number, name in enumerate(names[:3]):
+        Path(os.fsdecode(name)).write_bytes(jpeg(number))
+    Path(os.fsdecode(names[3])).write_text("words")
+    model = ["--no-detect", "--model", str(copy_former(tmp_path / "model")), *form]
+    for arguments in ([str(tmp_path / "*.jpg")], [os.fsdecode(name) for name in names[:3]], ["-"]):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(names[:3]))))
+        assert main(["predict", *arguments, *model]) == 0
+        shown = capsys.readouterr().out.replace("\\\\", "\\")  # as JSON has it
+        assert all(f"{tmp_path}/{name}" in shown for name in ("a.jpg", "b\\xff.jpg", "c.jpg"))
+
+
 def test_bytes_beyond_the_limit_are_refused(detector, monkeypatch, tmp_path):
     monkeypatch.setattr("deepfake_core.serving.predictor.MAX_BYTES", 100)
     (tmp_path / "large.jpg").write_bytes(jpeg(1))
@@ -325,6 +341,12 @@ def test_what_names_nothing_is_said(candidate, tmp_path, capsys):
     assert "which holds none" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "*.jpg"), *model]) == 2
     assert "matches none" in capsys.readouterr().err
+
+
+def test_an_empty_name_is_not_the_current_folder(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert main(["predict", "", "scene.png"]) == 2
+    assert "An image must have a name. Received: an empty one." in capsys.readouterr().err
 
 
 def test_nothing_to_judge_is_no_success(candidate, folder, capsys, monkeypatch):
