@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ MAX_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_PIXELS
 MAX_DECODING_BYTES = 1_000_000_000
 """Memory that images take while they are decoded by `open_image`, whatever the number of threads."""
 
+MAX_SEGMENTS = 1000
+"""Of a JPEG's header, or chunks of a PNG or WebP besides one for each 256 bytes. Of 2,400 photos, none has over 8."""
+
 BYTES_PER_PIXEL = {"JPEG": 12, "PNG": 12, "WEBP": 20}
 """Memory while an image is decoded and made upright, at most, as measured: 0.6 and 1 GB for the largest."""
 
@@ -46,7 +50,7 @@ _ORIENTATION = 0x0112
 class UnreadableImageError(ValueError):
     """An image that can't be used.
 
-    `reason` is `not_an_image`, `heic`, `too_large`, `too_many_scans` or `truncated`.
+    `reason` is `not_an_image`, `heic`, `too_large`, `too_many_scans`, `too_many_segments` or `truncated`.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -77,8 +81,32 @@ class MemoryBudget:
 DECODING = MemoryBudget(MAX_DECODING_BYTES)
 
 
+class _JpegBytes(io.BytesIO):
+    """What Pillow reads a JPEG's header from, 3 or 4 times for each segment and once for each byte between them.
+
+    Every 4 kB count as one reading more, so that a header has 16 MB at most: Pillow copies Exif once for each segment.
+    """
+
+    reads_left = 4 * MAX_SEGMENTS
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.reads_left -= 1 + len(data) // 4096
+        if self.reads_left < 0:
+            raise _refuse_segments(MAX_SEGMENTS)
+        return data
+
+
 class JpegFile(JpegImageFile):
-    """A JPEG's first picture, whatever stands behind it (MPO), of whose Exif the orientation alone is read."""
+    """A JPEG's first picture, whatever stands behind it (MPO), of whose Exif the orientation alone is read.
+
+    Raises:
+        UnreadableImageError: with the reason `too_many_segments`. What Pillow raises for damaged headers is left as is.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(file := _JpegBytes(data))
+        file.reads_left = len(data)  # the header has been read
 
     def getexif(self) -> Image.Exif:
         _keep_orientation(self.info)
@@ -118,9 +146,14 @@ def open_header(data: bytes) -> Image.Image:
     data = bytes(data)
     if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
         raise UnreadableImageError("heic", "must be a JPEG, PNG or WebP image. Received: HEIC or AVIF; convert it")
-    file = io.BytesIO(data)
     try:
-        image = JpegFile(file) if data.startswith(_JPEG) else Image.open(file, formats=("PNG", "WEBP"))
+        if data.startswith(_JPEG):
+            image: Image.Image = JpegFile(data)
+        else:
+            check_chunks(data)
+            image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
+    except UnreadableImageError:
+        raise
     except (UnidentifiedImageError, SyntaxError, IndexError, TypeError, struct.error) as exc:
         raise UnreadableImageError("not_an_image", "must be a JPEG, PNG or WebP image") from exc
     except Image.DecompressionBombError as exc:
@@ -172,6 +205,38 @@ def check_scans(data: bytes, pixels: int) -> None:
             raise UnreadableImageError(
                 "too_many_scans", f"may hold {most} scans at most, as a JPEG of {pixels:,} pixels"
             )
+
+
+def check_chunks(data: bytes) -> None:
+    """Refuse a PNG or WebP of more chunks than a picture needs.
+
+    Raises:
+        UnreadableImageError: with the reason `too_many_segments`.
+    """
+    most = MAX_SEGMENTS + len(data) // 256
+    if sum(1 for _ in islice(_list_chunks(data), most + 1)) > most:
+        raise _refuse_segments(most)
+
+
+def _list_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Yield the kind of each chunk of a PNG or WebP, and where it begins and ends."""
+    kind, position, end = b"", 8, len(data)
+    is_png = data.startswith(b"\x89PNG\r\n\x1a\n")
+    if not is_png:
+        position, end = 12, min(end, 8 + int.from_bytes(data[4:8], "little"))
+    while position + 8 <= end and kind != b"IEND":
+        start = position
+        if is_png:
+            length, kind = struct.unpack_from(">L4s", data, start)
+            position += 12 + length
+        else:
+            kind, length = struct.unpack_from("<4sL", data, start)
+            position += 8 + length + length % 2
+        yield kind, start, position
+
+
+def _refuse_segments(most: int) -> UnreadableImageError:
+    return UnreadableImageError("too_many_segments", f"may hold {most:,} segments or chunks at most. Save it again")
 
 
 def _keep_orientation(info: dict[Any, Any]) -> None:

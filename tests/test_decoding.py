@@ -112,6 +112,49 @@ def test_every_real_face_has_far_fewer_scans_than_the_limit():
     assert max(file.read_bytes().count(b"\xff\xda") for file in files) <= MAX_SCANS // 5
 
 
+def put_chunks(data: bytes, kind: bytes, count: int) -> bytes:
+    """Put empty chunks into a WebP."""
+    body = data[8:] + (kind + bytes(4)) * count
+    return data[:4] + struct.pack("<L", len(body)) + body
+
+
+EMPTY_CHUNK = struct.pack(">L4sL", 0, b"prVt", zlib.crc32(b"prVt"))
+PNG, WEBP = encode(draw_image(1), "PNG"), encode(draw_image(1), "WEBP", exif=b"Exif\0\0II")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(jpeg(1)[:2] + b"\xff\xe5\0\2" * 300_000 + jpeg(1)[2:], id="segments"),
+        pytest.param(jpeg(1)[:2] + b"\xff\xe1\0\x08Exif\0\0" * 300_000 + jpeg(1)[2:], id="Exif"),
+        pytest.param(
+            jpeg(1)[:2] + (b"\xff\xe1\xfd\xe8Exif\0\0" + bytes(64_994)) * 500 + jpeg(1)[2:], id="32 MB of Exif"
+        ),
+        pytest.param(jpeg(1)[:2] + b"\xff\xf0\xff\xff" * 300_000 + jpeg(1)[2:], id="markers"),
+        pytest.param(jpeg(1)[:20] + bytes(1_000_000) + jpeg(1)[20:], id="junk"),
+        pytest.param(PNG[:33] + EMPTY_CHUNK * 300_000 + PNG[33:], id="PNG"),
+        pytest.param(PNG[:-12] + EMPTY_CHUNK * 300_000 + PNG[-12:], id="behind a PNG's picture"),
+        pytest.param(put_chunks(WEBP, b"abcd", 300_000), id="WebP"),
+    ],
+)
+def test_a_header_of_many_segments_is_refused_before_it_is_read(data):
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        assert reason_of(data) == "too_many_segments"
+        assert time.process_time() - started < 1
+        assert tracemalloc.get_traced_memory()[1] < 120_000_000  # for 32 MB of Exif; else under 10
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_real_files_hold_is_not_too_many_segments():
+    assert decode_image(jpeg(1)[:2] + (b"\xff\xe5\0\2" + b"\xff" * 4) * 100 + jpeg(1)[2:]).size == (48, 48)
+    assert decode_image(jpeg(1) + bytes(1_000_000)).size == (48, 48)
+    assert decode_image(PNG + bytes(1_000_000)).size == (48, 48)
+    assert decode_image(WEBP + bytes(1_000_000)).size == (48, 48)
+
+
 @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_a_side_is_limited_as_the_area_is(form, size):
@@ -181,7 +224,7 @@ def test_damaged_exif_costs_the_orientation_and_not_the_picture():
     whole[ORIENTATION] = 6
     for exif in (b"", b"II", b"MM\0*\0\0\0\xff", b"nothing at all", whole.tobytes()[6:-9]):
         assert decode_image(put_exif(exif)).size == (48, 48)
-    assert JpegFile(io.BytesIO(put_exif(b"nothing"))).getexif() == {}
+    assert JpegFile(put_exif(b"nothing")).getexif() == {}
 
 
 def test_memory_is_shared_out_whatever_the_number_of_threads():

@@ -1,7 +1,6 @@
 """A JPEG's header, read by Pillow without decoding the picture."""
 
 import hashlib
-import io
 import struct
 from functools import lru_cache
 from typing import NamedTuple
@@ -46,7 +45,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 def _read(data: bytes) -> JpegHeader | None:
     try:
-        image = JpegFile(io.BytesIO(data))
+        image = JpegFile(data)
     except DAMAGED:
         return None
     tables = tuple((number, *table) for number, table in image.quantization.items())
