@@ -173,7 +173,8 @@ def _decode_pixels(image: Image.Image) -> Image.Image:
     try:
         image.load()
         _keep_orientation(image.info)
-        ImageOps.exif_transpose(image, in_place=True)
+        if is_turned(image):
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # Pillow would clip its 65,536 greys to the lowest 256
             converted = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         else:
@@ -184,6 +185,11 @@ def _decode_pixels(image: Image.Image) -> Image.Image:
     converted.quantization = getattr(image, "quantization", {})  # type: ignore[attr-defined] # of a JPEG
     image.close()
     return converted
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image is shown turned or mirrored, by its Exif or, where that says nothing, by its XMP."""
+    return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
 
 
 def check_scans(data: bytes, pixels: int) -> None:

@@ -219,6 +219,24 @@ def test_orientation_is_read_as_pillow_reads_it(form, orientation, endian):
     assert decode_image(data).tobytes() == expected.tobytes()
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("exif", [None, 1, 3])
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_the_index_turns_an_image_as_serving_does_where_xmp_alone_says_so(form, exif):
+    stored = draw_image(1, 200).crop((0, 0, 200, 120))
+    other = Image.Exif()
+    other[ORIENTATION] = exif
+    data = encode(stored, form, xmp=XMP % 6, **({"exif": other} if exif else {}))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (expected.size == (120, 200)) == (exif is None)
+    assert decode_image(data).tobytes() == expected.convert("RGB").tobytes()
+    content, grey = decode(data)
+    assert (content.width, content.height) == expected.size
+    assert (grey.shape[0] > grey.shape[1]) == (exif is None)
+
+
 def test_damaged_exif_costs_the_orientation_and_not_the_picture():
     whole = Image.Exif()
     whole[ORIENTATION] = 6
