@@ -1,6 +1,6 @@
 """From encoded images to pixels, with Pillow alone: what is refused, and how much memory and time the rest takes.
 
-This file is also copied into every registered model, so it imports nothing of the project.
+This file and `image_header` are also copied into every registered model, so they import nothing else of the project.
 """
 
 import io
@@ -9,12 +9,11 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+
+from .image_header import JpegFile, UnreadableImageError, is_turned, keep_chunks, keep_orientation
 
 MAX_BYTES = 100_000_000
 """Larger files are refused unread."""
@@ -32,9 +31,6 @@ MAX_SCANS, MAX_SCANNED_PIXELS = 100, 20 * MAX_PIXELS
 MAX_DECODING_BYTES = 1_000_000_000
 """Memory that images take while they are decoded by `open_image`, whatever the number of threads."""
 
-MAX_SEGMENTS = 1000
-"""Of a JPEG's header, or chunks of a PNG or WebP besides one for each 256 bytes. Of 2,400 photos, none has over 8."""
-
 BYTES_PER_PIXEL = {"JPEG": 12, "PNG": 12, "WEBP": 20}
 """Memory while an image is decoded and made upright, at most, as measured: 0.6 and 1 GB for the largest."""
 
@@ -44,18 +40,6 @@ PILLOW_BLOCK_BYTES = 64 * 2**20
 _JPEG = b"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
-_ORIENTATION = 0x0112
-
-
-class UnreadableImageError(ValueError):
-    """An image that can't be used.
-
-    `reason` is `not_an_image`, `heic`, `too_large`, `too_many_scans`, `too_many_segments` or `truncated`.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 class MemoryBudget:
@@ -79,38 +63,6 @@ class MemoryBudget:
 
 
 DECODING = MemoryBudget(MAX_DECODING_BYTES)
-
-
-class _JpegBytes(io.BytesIO):
-    """What Pillow reads a JPEG's header from, 3 or 4 times for each segment and once for each byte between them.
-
-    Every 4 kB count as one reading more, so that a header has 16 MB at most: Pillow copies Exif once for each segment.
-    """
-
-    reads_left = 4 * MAX_SEGMENTS
-
-    def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
-        self.reads_left -= 1 + len(data) // 4096
-        if self.reads_left < 0:
-            raise _refuse_segments(MAX_SEGMENTS)
-        return data
-
-
-class JpegFile(JpegImageFile):
-    """A JPEG's first picture, whatever stands behind it (MPO), of whose Exif the orientation alone is read.
-
-    Raises:
-        UnreadableImageError: with the reason `too_many_segments`. What Pillow raises for damaged headers is left as is.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(file := _JpegBytes(data))
-        file.reads_left = len(data)  # the header has been read
-
-    def getexif(self) -> Image.Exif:
-        _keep_orientation(self.info)
-        return super().getexif()
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -150,8 +102,7 @@ def open_header(data: bytes) -> Image.Image:
         if data.startswith(_JPEG):
             image: Image.Image = JpegFile(data)
         else:
-            check_chunks(data)
-            image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP"))
+            image = Image.open(io.BytesIO(keep_chunks(data)), formats=("PNG", "WEBP"))
     except UnreadableImageError:
         raise
     except (UnidentifiedImageError, SyntaxError, IndexError, TypeError, struct.error) as exc:
@@ -172,7 +123,7 @@ def open_header(data: bytes) -> Image.Image:
 def _decode_pixels(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        _keep_orientation(image.info)
+        keep_orientation(image.info)
         if is_turned(image):
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # Pillow would clip its 65,536 greys to the lowest 256
@@ -185,11 +136,6 @@ def _decode_pixels(image: Image.Image) -> Image.Image:
     converted.quantization = getattr(image, "quantization", {})  # type: ignore[attr-defined] # of a JPEG
     image.close()
     return converted
-
-
-def is_turned(image: Image.Image) -> bool:
-    """Whether an image is shown turned or mirrored, by its Exif or, where that says nothing, by its XMP."""
-    return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
 
 
 def check_scans(data: bytes, pixels: int) -> None:
@@ -211,69 +157,3 @@ def check_scans(data: bytes, pixels: int) -> None:
             raise UnreadableImageError(
                 "too_many_scans", f"may hold {most} scans at most, as a JPEG of {pixels:,} pixels"
             )
-
-
-def check_chunks(data: bytes) -> None:
-    """Refuse a PNG or WebP of more chunks than a picture needs.
-
-    Raises:
-        UnreadableImageError: with the reason `too_many_segments`.
-    """
-    most = MAX_SEGMENTS + len(data) // 256
-    if sum(1 for _ in islice(_list_chunks(data), most + 1)) > most:
-        raise _refuse_segments(most)
-
-
-def _list_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield the kind of each chunk of a PNG or WebP, and where it begins and ends."""
-    kind, position, end = b"", 8, len(data)
-    is_png = data.startswith(b"\x89PNG\r\n\x1a\n")
-    if not is_png:
-        position, end = 12, min(end, 8 + int.from_bytes(data[4:8], "little"))
-    while position + 8 <= end and kind != b"IEND":
-        start = position
-        if is_png:
-            length, kind = struct.unpack_from(">L4s", data, start)
-            position += 12 + length
-        else:
-            kind, length = struct.unpack_from("<4sL", data, start)
-            position += 8 + length + length % 2
-        yield kind, start, position
-
-
-def _refuse_segments(most: int) -> UnreadableImageError:
-    return UnreadableImageError("too_many_segments", f"may hold {most:,} segments or chunks at most. Save it again")
-
-
-def _keep_orientation(info: dict[Any, Any]) -> None:
-    """Replace the Exif in an image's `info` by its orientation; all else is dropped unread.
-
-    Pillow copies what each of up to 65,535 entries points to: 250 kB of Exif took 5 GB and 30 s.
-    """
-    raw = info.pop("Raw profile type exif", None)  # how ImageMagick once wrote Exif into a PNG
-    exif = info.get("exif") or (bytes.fromhex("".join(raw.split("\n")[3:])) if raw else None)
-    if exif is None:
-        return
-    kept = Image.Exif()
-    if orientation := _find_orientation(exif):
-        kept[_ORIENTATION] = orientation
-    info["exif"] = kept.tobytes()
-
-
-def _find_orientation(exif: bytes) -> int:
-    """Return the orientation that Exif states, 1 to 8; 0 if it states none, or is damaged."""
-    while exif.startswith(b"Exif\0\0"):
-        exif = exif[6:]
-    big_endian = exif[:2] == b"MM"
-    sign = ">" if big_endian else "<"
-    found = 0
-    try:
-        (start,) = struct.unpack_from(f"{sign}L", exif, 4)
-        (count,) = struct.unpack_from(f"{sign}H", exif, start)
-        for position in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(f"{sign}HHL4s", exif, position)
-            if tag == _ORIENTATION and (size := {1: 1, 3: 2, 4: 4}.get(kind)):
-                found = int.from_bytes(value[:size], "big" if big_endian else "little")
-    except struct.error:
-        pass
-    return found if found in range(1, 9) else 0

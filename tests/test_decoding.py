@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from deepfake_core import decoding
 from deepfake_core.data.index import decode
-from deepfake_core.decoding import MAX_SCANS, JpegFile, MemoryBudget, UnreadableImageError, decode_image, open_image
+from deepfake_core.decoding import MAX_SCANS, MemoryBudget, UnreadableImageError, decode_image, open_image
+from deepfake_core.image_header import JpegFile
 from tests.builders import FACES, draw_image, encode, jpeg, mpo, needs_faces
 
 ORIENTATION = 0x0112
@@ -235,6 +236,35 @@ def test_the_index_turns_an_image_as_serving_does_where_xmp_alone_says_so(form, 
     content, grey = decode(data)
     assert (content.width, content.height) == expected.size
     assert (grey.shape[0] > grey.shape[1]) == (exif is None)
+
+
+def zip_text(key: bytes, text: bytes) -> tuple[bytes, bytes]:
+    return b"zTXt", key + b"\0\0" + zlib.compress(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        pytest.param(b"iCCP", b"a profile\0\0" + zlib.compress(bytes(2_000_000)), id="a colour profile of 2 MB"),
+        pytest.param(*zip_text(b"Comment", b"a" * 2_000_000), id="text of 2 MB"),
+        pytest.param(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 2_000_000), id="XMP of 2 MB"),
+        pytest.param(b"tEXt", b"workflow\0" + b"a" * 70_000_000, id="plain text of 70 MB"),
+        pytest.param(*zip_text(b"Raw profile type exif", b"\nexif\n  12\nno hex"), id="Exif that is no hex"),
+        pytest.param(b"tEXt", b"xmp\0text", id="a key that Pillow takes for its own"),
+        pytest.param(b"pHYs", b"\0", id="a resolution cut short"),
+    ],
+)
+def test_metadata_that_can_not_be_read_costs_no_png(kind, content):
+    before = add_chunk(PNG, kind, content)
+    chunk = before[33 : 45 + len(content)]
+    for data in (before, PNG[:-12] + chunk + PNG[-12:]):  # and behind the picture
+        tracemalloc.start()
+        try:
+            assert decode_image(data).tobytes() == draw_image(1).tobytes()
+            assert decode(data)[0].reason == ""
+            assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        finally:
+            tracemalloc.stop()
 
 
 def test_damaged_exif_costs_the_orientation_and_not_the_picture():

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from PIL.JpegImagePlugin import zigzag_index
 
-from deepfake_core.decoding import MAX_PIXELS, MAX_SIDE, JpegFile, is_turned
+from deepfake_core.decoding import MAX_PIXELS, MAX_SIDE
+from deepfake_core.image_header import JpegFile, is_turned
 from deepfake_core.input_gate import estimate_jpeg_quality
 
 MAX_REMEMBERED_BYTES = 4096
