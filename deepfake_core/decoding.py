@@ -39,7 +39,10 @@ PILLOW_BLOCK_BYTES = 64 * 2**20
 
 _JPEG = b"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
-_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
+HEIF_BRANDS = rb"avi[fos]|hei[cfmsx]|hev[cmsx]|mi(?:af|f[123])|msf1"
+"""Of files in the container of MP4 that hold HEIC, AVIF and their kin."""
+
+_HEIF = re.compile(rb".{4}ftyp(?:" + HEIF_BRANDS + rb")", re.DOTALL)
 
 
 class MemoryBudget:
@@ -96,7 +99,7 @@ def open_header(data: bytes) -> Image.Image:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise UnreadableImageError("not_an_image", "must be the bytes of an image, not a path, an address or nothing")
     data = bytes(data)
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+    if _HEIF.match(data):
         raise UnreadableImageError("heic", "must be a JPEG, PNG or WebP image. Received: HEIC or AVIF; convert it")
     try:
         if data.startswith(_JPEG):

@@ -162,7 +162,7 @@ def test_a_side_is_limited_as_the_area_is(form, size):
     assert reason_of(encode(Image.new("L", size), form)) == "too_large"
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif", b"avio", b"mif2", b"miaf"])
 def test_heic_is_named(brand):
     assert reason_of(b"\0\0\0\x18ftyp" + brand + bytes(100)) == "heic"
 
