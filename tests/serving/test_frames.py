@@ -45,7 +45,7 @@ CODEC_OPTIONS = {
 NOMINAL = {"mpg", "h264.mpg", "m2v.mpg", "h264.avi", "ogv"}
 """Containers that state the times of few frames; for the others, the rate counts."""
 
-WITH_LENGTH = ("mp4", "mov", "3gp", "mkv", "webm", "avi", "h264.avi", "flv")
+WITH_LENGTH = ("mp4", "mov", "3gp", "mkv", "webm", "avi", "h264.avi", "flv", "wmv")
 
 
 def draw_number(number):
