@@ -191,12 +191,19 @@ def test_a_body_beyond_the_limit_is_refused_while_it_arrives(served, path, decla
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "body", [{"data": [], "fn_index": 99}, {"data": [], "fn_index": -1}, {"data": [], "fn_index": "0"}, [], "x", None]
+    "body", [*({"data": [], "fn_index": number} for number in (99, -1, "0", [1], {})), [], "x", None]
 )
 @pytest.mark.parametrize("path", ["queue/join", "run/judge", "call/judge"])
 def test_a_call_of_nothing_is_the_callers_error(served, path, body):
     named = body | {"session_hash": "x"} if isinstance(body, dict) else body
     assert 400 <= requests.post(f"{served[0]}/gradio_api/{path}", json=named).status_code < 500
+
+
+@pytest.mark.slow
+def test_json_that_is_nested_without_end_is_the_callers_error(served):
+    for body in (b"[" * 400_000 + b"]" * 400_000, b'{"a":' * 150_000 + b"1" + b"}" * 150_000):
+        answer = requests.post(f"{served[0]}/gradio_api/run/judge", data=body)
+        assert (answer.status_code, answer.json()["detail"]) == (400, "The body must be JSON.")
 
 
 @pytest.mark.slow
