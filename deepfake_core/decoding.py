@@ -1,6 +1,6 @@
 """From encoded images to pixels, with Pillow alone: what is refused, and how much memory and time the rest takes.
 
-This file is also copied into every registered model, so it imports nothing of the project.
+This file and `image_header` are also copied into every registered model, so they import nothing else of the project.
 """
 
 import io
@@ -9,11 +9,11 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
+
+from .image_header import JpegFile, UnreadableImageError, is_turned, keep_chunks, keep_orientation
 
 MAX_BYTES = 100_000_000
 """Larger files are refused unread."""
@@ -39,19 +39,10 @@ PILLOW_BLOCK_BYTES = 64 * 2**20
 
 _JPEG = b"\xff\xd8\xff"
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
-_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
-_ORIENTATION = 0x0112
+HEIF_BRANDS = rb"avi[fos]|hei[cfmsx]|hev[cmsx]|mi(?:af|f[123])|msf1"
+"""Of files in the container of MP4 that hold HEIC, AVIF and their kin."""
 
-
-class UnreadableImageError(ValueError):
-    """An image that can't be used.
-
-    `reason` is `not_an_image`, `heic`, `too_large`, `too_many_scans` or `truncated`.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+_HEIF = re.compile(rb".{4}ftyp(?:" + HEIF_BRANDS + rb")", re.DOTALL)
 
 
 class MemoryBudget:
@@ -75,14 +66,6 @@ class MemoryBudget:
 
 
 DECODING = MemoryBudget(MAX_DECODING_BYTES)
-
-
-class JpegFile(JpegImageFile):
-    """A JPEG's first picture, whatever stands behind it (MPO), of whose Exif the orientation alone is read."""
-
-    def getexif(self) -> Image.Exif:
-        _keep_orientation(self.info)
-        return super().getexif()
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -116,11 +99,15 @@ def open_header(data: bytes) -> Image.Image:
     if not isinstance(data, bytes | bytearray | memoryview):
         raise UnreadableImageError("not_an_image", "must be the bytes of an image, not a path, an address or nothing")
     data = bytes(data)
-    if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+    if _HEIF.match(data):
         raise UnreadableImageError("heic", "must be a JPEG, PNG or WebP image. Received: HEIC or AVIF; convert it")
-    file = io.BytesIO(data)
     try:
-        image = JpegFile(file) if data.startswith(_JPEG) else Image.open(file, formats=("PNG", "WEBP"))
+        if data.startswith(_JPEG):
+            image: Image.Image = JpegFile(data)
+        else:
+            image = Image.open(io.BytesIO(keep_chunks(data)), formats=("PNG", "WEBP"))
+    except UnreadableImageError:
+        raise
     except (UnidentifiedImageError, SyntaxError, IndexError, TypeError, struct.error) as exc:
         raise UnreadableImageError("not_an_image", "must be a JPEG, PNG or WebP image") from exc
     except Image.DecompressionBombError as exc:
@@ -139,8 +126,9 @@ def open_header(data: bytes) -> Image.Image:
 def _decode_pixels(image: Image.Image) -> Image.Image:
     try:
         image.load()
-        _keep_orientation(image.info)
-        ImageOps.exif_transpose(image, in_place=True)
+        keep_orientation(image.info)
+        if is_turned(image):
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # Pillow would clip its 65,536 greys to the lowest 256
             converted = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         else:
@@ -172,37 +160,3 @@ def check_scans(data: bytes, pixels: int) -> None:
             raise UnreadableImageError(
                 "too_many_scans", f"may hold {most} scans at most, as a JPEG of {pixels:,} pixels"
             )
-
-
-def _keep_orientation(info: dict[Any, Any]) -> None:
-    """Replace the Exif in an image's `info` by its orientation; all else is dropped unread.
-
-    Pillow copies what each of up to 65,535 entries points to: 250 kB of Exif took 5 GB and 30 s.
-    """
-    raw = info.pop("Raw profile type exif", None)  # how ImageMagick once wrote Exif into a PNG
-    exif = info.get("exif") or (bytes.fromhex("".join(raw.split("\n")[3:])) if raw else None)
-    if exif is None:
-        return
-    kept = Image.Exif()
-    if orientation := _find_orientation(exif):
-        kept[_ORIENTATION] = orientation
-    info["exif"] = kept.tobytes()
-
-
-def _find_orientation(exif: bytes) -> int:
-    """Return the orientation that Exif states, 1 to 8; 0 if it states none, or is damaged."""
-    while exif.startswith(b"Exif\0\0"):
-        exif = exif[6:]
-    big_endian = exif[:2] == b"MM"
-    sign = ">" if big_endian else "<"
-    found = 0
-    try:
-        (start,) = struct.unpack_from(f"{sign}L", exif, 4)
-        (count,) = struct.unpack_from(f"{sign}H", exif, start)
-        for position in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, _, value = struct.unpack_from(f"{sign}HHL4s", exif, position)
-            if tag == _ORIENTATION and (size := {1: 1, 3: 2, 4: 4}.get(kind)):
-                found = int.from_bytes(value[:size], "big" if big_endian else "little")
-    except struct.error:
-        pass
-    return found if found in range(1, 9) else 0

@@ -1,7 +1,7 @@
 """From encoded images to verdicts, with numpy, Pillow and ONNX Runtime alone.
 
-This file, `decoding`, `description` and `input_gate` are also copied into every registered model, so they import
-nothing else of the project.
+This file, `decoding`, `image_header`, `description` and `input_gate` are also copied into every registered model, so
+they import nothing else of the project.
 Training and serving share `decode_image` and `resize_image`: what was trained is what is served.
 """
 

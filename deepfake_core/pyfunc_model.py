@@ -12,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 from uuid import uuid4
 
 import pandas as pd
@@ -47,7 +48,9 @@ def decode_text(value: Any) -> Any:
     """Return the bytes that a text holds as base64, of either alphabet, or as a data URL; None if it holds none."""
     if not isinstance(value, str):
         return value if isinstance(value, bytes | bytearray | memoryview) else None
-    text = re.sub(r"^data:[^,]*;base64,|\s|=+\s*$", "", value)
+    if value[:5].lower() == "data:":
+        value = re.sub(r'^data:(?:"[^"]*"|[^,"])*;base64,', "", unquote(value), flags=re.IGNORECASE)
+    text = re.sub(r"\s|=+\s*$", "", value)
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except ValueError:

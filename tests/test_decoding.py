@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from deepfake_core import decoding
 from deepfake_core.data.index import decode
-from deepfake_core.decoding import MAX_SCANS, JpegFile, MemoryBudget, UnreadableImageError, decode_image, open_image
+from deepfake_core.decoding import MAX_SCANS, MemoryBudget, UnreadableImageError, decode_image, open_image
+from deepfake_core.image_header import JpegFile
 from tests.builders import FACES, draw_image, encode, jpeg, mpo, needs_faces
 
 ORIENTATION = 0x0112
@@ -112,13 +113,56 @@ def test_every_real_face_has_far_fewer_scans_than_the_limit():
     assert max(file.read_bytes().count(b"\xff\xda") for file in files) <= MAX_SCANS // 5
 
 
+def put_chunks(data: bytes, kind: bytes, count: int) -> bytes:
+    """Put empty chunks into a WebP."""
+    body = data[8:] + (kind + bytes(4)) * count
+    return data[:4] + struct.pack("<L", len(body)) + body
+
+
+EMPTY_CHUNK = struct.pack(">L4sL", 0, b"prVt", zlib.crc32(b"prVt"))
+PNG, WEBP = encode(draw_image(1), "PNG"), encode(draw_image(1), "WEBP", exif=b"Exif\0\0II")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(jpeg(1)[:2] + b"\xff\xe5\0\2" * 300_000 + jpeg(1)[2:], id="segments"),
+        pytest.param(jpeg(1)[:2] + b"\xff\xe1\0\x08Exif\0\0" * 300_000 + jpeg(1)[2:], id="Exif"),
+        pytest.param(
+            jpeg(1)[:2] + (b"\xff\xe1\xfd\xe8Exif\0\0" + bytes(64_994)) * 500 + jpeg(1)[2:], id="32 MB of Exif"
+        ),
+        pytest.param(jpeg(1)[:2] + b"\xff\xf0\xff\xff" * 300_000 + jpeg(1)[2:], id="markers"),
+        pytest.param(jpeg(1)[:20] + bytes(1_000_000) + jpeg(1)[20:], id="junk"),
+        pytest.param(PNG[:33] + EMPTY_CHUNK * 300_000 + PNG[33:], id="PNG"),
+        pytest.param(PNG[:-12] + EMPTY_CHUNK * 300_000 + PNG[-12:], id="behind a PNG's picture"),
+        pytest.param(put_chunks(WEBP, b"abcd", 300_000), id="WebP"),
+    ],
+)
+def test_a_header_of_many_segments_is_refused_before_it_is_read(data):
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        assert reason_of(data) == "too_many_segments"
+        assert time.process_time() - started < 1
+        assert tracemalloc.get_traced_memory()[1] < 120_000_000  # for 32 MB of Exif; else under 10
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_real_files_hold_is_not_too_many_segments():
+    assert decode_image(jpeg(1)[:2] + (b"\xff\xe5\0\2" + b"\xff" * 4) * 100 + jpeg(1)[2:]).size == (48, 48)
+    assert decode_image(jpeg(1) + bytes(1_000_000)).size == (48, 48)
+    assert decode_image(PNG + bytes(1_000_000)).size == (48, 48)
+    assert decode_image(WEBP + bytes(1_000_000)).size == (48, 48)
+
+
 @pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
 def test_a_side_is_limited_as_the_area_is(form, size):
     assert reason_of(encode(Image.new("L", size), form)) == "too_large"
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif"])
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"avif", b"avio", b"mif2", b"miaf"])
 def test_heic_is_named(brand):
     assert reason_of(b"\0\0\0\x18ftyp" + brand + bytes(100)) == "heic"
 
@@ -176,12 +220,59 @@ def test_orientation_is_read_as_pillow_reads_it(form, orientation, endian):
     assert decode_image(data).tobytes() == expected.tobytes()
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("exif", [None, 1, 3])
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_the_index_turns_an_image_as_serving_does_where_xmp_alone_says_so(form, exif):
+    stored = draw_image(1, 200).crop((0, 0, 200, 120))
+    other = Image.Exif()
+    other[ORIENTATION] = exif
+    data = encode(stored, form, xmp=XMP % 6, **({"exif": other} if exif else {}))
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (expected.size == (120, 200)) == (exif is None)
+    assert decode_image(data).tobytes() == expected.convert("RGB").tobytes()
+    content, grey = decode(data)
+    assert (content.width, content.height) == expected.size
+    assert (grey.shape[0] > grey.shape[1]) == (exif is None)
+
+
+def zip_text(key: bytes, text: bytes) -> tuple[bytes, bytes]:
+    return b"zTXt", key + b"\0\0" + zlib.compress(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        pytest.param(b"iCCP", b"a profile\0\0" + zlib.compress(bytes(2_000_000)), id="a colour profile of 2 MB"),
+        pytest.param(*zip_text(b"Comment", b"a" * 2_000_000), id="text of 2 MB"),
+        pytest.param(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 2_000_000), id="XMP of 2 MB"),
+        pytest.param(b"tEXt", b"workflow\0" + b"a" * 70_000_000, id="plain text of 70 MB"),
+        pytest.param(*zip_text(b"Raw profile type exif", b"\nexif\n  12\nno hex"), id="Exif that is no hex"),
+        pytest.param(b"tEXt", b"xmp\0text", id="a key that Pillow takes for its own"),
+        pytest.param(b"pHYs", b"\0", id="a resolution cut short"),
+    ],
+)
+def test_metadata_that_can_not_be_read_costs_no_png(kind, content):
+    before = add_chunk(PNG, kind, content)
+    chunk = before[33 : 45 + len(content)]
+    for data in (before, PNG[:-12] + chunk + PNG[-12:]):  # and behind the picture
+        tracemalloc.start()
+        try:
+            assert decode_image(data).tobytes() == draw_image(1).tobytes()
+            assert decode(data)[0].reason == ""
+            assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        finally:
+            tracemalloc.stop()
+
+
 def test_damaged_exif_costs_the_orientation_and_not_the_picture():
     whole = Image.Exif()
     whole[ORIENTATION] = 6
     for exif in (b"", b"II", b"MM\0*\0\0\0\xff", b"nothing at all", whole.tobytes()[6:-9]):
         assert decode_image(put_exif(exif)).size == (48, 48)
-    assert JpegFile(io.BytesIO(put_exif(b"nothing"))).getexif() == {}
+    assert JpegFile(put_exif(b"nothing")).getexif() == {}
 
 
 def test_memory_is_shared_out_whatever_the_number_of_threads():

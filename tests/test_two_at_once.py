@@ -18,7 +18,8 @@ from deepfake_core.registry import names, production
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.runs import search_runs
 from deepfake_core.registry.versions import list_versions
-from deepfake_core.serving.page import UPLOADS, serve
+from deepfake_core.serving.page import serve
+from deepfake_core.serving.uploads import UPLOADS
 from deepfake_core.storage.store import open_store
 from tests.builders import FORMER, NAME, free_port, jpeg, wait_until
 from tests.small_retrain import DATA, fork, prepare, processes, retrain, run

@@ -47,7 +47,7 @@ from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-INDEX_FORMAT = 4
+INDEX_FORMAT = 5
 """Part of the cache's name: raise it when the same archive would give another index."""
 
 SHARD_SIZE = 2000

@@ -1,14 +1,14 @@
 """A JPEG's header, read by Pillow without decoding the picture."""
 
 import hashlib
-import io
 import struct
 from functools import lru_cache
 from typing import NamedTuple
 
 from PIL.JpegImagePlugin import zigzag_index
 
-from deepfake_core.decoding import MAX_PIXELS, MAX_SIDE, JpegFile
+from deepfake_core.decoding import MAX_PIXELS, MAX_SIDE
+from deepfake_core.image_header import JpegFile, is_turned
 from deepfake_core.input_gate import estimate_jpeg_quality
 
 MAX_REMEMBERED_BYTES = 4096
@@ -21,7 +21,7 @@ DAMAGED = (SyntaxError, OSError, ValueError, IndexError, TypeError, struct.error
 class JpegHeader(NamedTuple):
     """Size in pixels as stored, the name of the quantisation tables, and whether the image is plain.
 
-    `is_plain` is False for what libjpeg's grey decoding does not do alone: turned by Exif, CMYK, too large.
+    `is_plain` is False for what libjpeg's grey decoding does not do alone: turned, CMYK, too large.
     """
 
     width: int
@@ -46,12 +46,12 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
 
 def _read(data: bytes) -> JpegHeader | None:
     try:
-        image = JpegFile(io.BytesIO(data))
+        image = JpegFile(data)
     except DAMAGED:
         return None
     tables = tuple((number, *table) for number, table in image.quantization.items())
     is_small = image.width * image.height <= MAX_PIXELS and max(image.size) <= MAX_SIDE
-    plain = image.layers in (1, 3) and "exif" not in image.info and is_small
+    plain = image.layers in (1, 3) and not is_turned(image) and is_small
     return JpegHeader(*image.size, _name_tables(tables), plain) if tables else None
 
 

@@ -23,7 +23,7 @@ from deepfake_core.registry.versions import require_files
 
 log = logging.getLogger(__name__)
 
-OWN_CODE = ("decoding", "description", "input_gate")
+OWN_CODE = ("decoding", "description", "image_header", "input_gate")
 """The model's own code besides `detector`, side by side."""
 
 

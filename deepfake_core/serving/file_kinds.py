@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from deepfake_core.decoding import HEIF_BRANDS
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.storage.files import show_name
 
@@ -13,15 +14,17 @@ HEAD_BYTES = 4096
 MAX_FILES_NAMED = 20
 """Files that a message names."""
 
-PICTURE_BRANDS = rb"avi[fs]|crx |hei[cfmsx]|hev[cmsx]|jxl |mi[af][1f]|msf1"
-"""Of files in the container of MP4 that hold pictures: AVIF, HEIC and so on."""
-
 IMAGE_HEAD = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|BM.{4}\0{4}|II\*\0|MM\0\*|8BPS|qoif|\0\0\x01\0[^\0]\0"
-    rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  |\xff\x0a|\0\0\0\x0cJXL |.{4}ftyp(?:" + PICTURE_BRANDS + rb")",
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP|GIF8[79]a|BM.{4}(?:\0{4}|.{8}[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3})"
+    rb"|II[*+U]\0|MM\0[*+]|IIR[OS]|MMOR|II\xbc|FUJIFILM|8BPS|qoif|icns|DDS \x7c\0|v/1\x01|\x01\xda[\0\1][\1\2]"
+    rb"|\n[\0\2-\5]\x01[\1\2\4\x08]|P[1-6]\s(?:#[^\n]*\n)*\s*\d+\s+\d+\s|P7\nWIDTH|\0\0\x01\0[^\0]\0"
+    rb"|\xff\x4f\xff\x51|\0\0\0\x0cjP  |\xff\x0a|\0\0\0\x0cJXL |.{4}ftyp(?:crx |jxl |" + HEIF_BRANDS + rb")",
     re.DOTALL,
 )
-"""JPEG, PNG, WebP; and what is an image, though of a kind that is not judged: GIF, BMP, TIFF, HEIC and so on."""
+"""JPEG, PNG, WebP; and what is an image, though of a kind that is not judged: GIF, BMP, TIFF, HEIC, RAW and so on."""
+
+OTHER_HEAD = re.compile(rb"ID3|fLaC|OggS|RIFF|%PDF|%!PS|PK|\xd0\xcf\x11\xe0|.{4}ftyp", re.DOTALL)
+"""Sound and documents, whose first bytes may hold a JPEG, such as a cover."""
 
 CLIP_HEAD = re.compile(
     rb"\0.{3}(?:ftyp(?!M4[ABP])|moov|wide|free|skip|moof|styp)|.{4}mdat|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV\x01"
@@ -31,7 +34,11 @@ CLIP_HEAD = re.compile(
 )
 """MP4 and its kin, Matroska, AVI, FLV, ASF; Ogg with pictures, MPEG; MPEG-TS, which may begin within a packet."""
 
-IMAGE_NAME = re.compile(r"\.(avif|bmp|gif|hei[cf]|jfif|jpe|jpe?g|jxl|png|tiff?|webp)", re.IGNORECASE)
+IMAGE_NAME = re.compile(
+    r"\.(3fr|arw|avif|bmp|cr[23w]|dcr|dds|dng|erf|exr|gif|hei[cf]|hif|icns|ico|j2k|jfif|jp2|jpe|jpe?g|jxl|jxr|kdc|mrw|nef"
+    r"|nrw|orf|p[abgnp]m|pcx|pef|png|psd|qoi|raf|rw[2l]|sgi|srw|tga|tiff?|wdp|webp|x3f)",
+    re.IGNORECASE,
+)
 CLIP_NAME = re.compile(
     r"\.(3g[2p]|asf|avi|f4v|flv|m2ts|m4v|mkv|mov|mp4|mpe?g|mts|og[mv]|ts|vob|webm|wmv)", re.IGNORECASE
 )
@@ -82,6 +89,8 @@ def _name_kind(file: Path) -> str:
         return "clip"
     if file.name.startswith("._"):
         return ""  # what macOS leaves beside a file of that name on other systems' disks
+    if b"\xff\xd8\xff" in head and not OTHER_HEAD.match(head):
+        return "image"  # a JPEG behind what a download or a mail has put before it
     return "image" if IMAGE_NAME.fullmatch(file.suffix) else "clip" if CLIP_NAME.fullmatch(file.suffix) else ""
 
 

@@ -11,6 +11,13 @@ from PIL import Image
 from deepfake_core.detector import MAX_PIXELS, UnreadableImageError
 from deepfake_core.serving.packets import Packets
 
+ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+"""Holds the file's size from byte 40 on, and from 88 on flags, the lowest for a live stream (ASF Specification 3.2)."""
+
+ASF_HEADER_BYTES = 65_536
+"""In which the file's properties are searched."""
+
 
 class ClipFrames:
     """Frames spread evenly over a clip with their seconds from its first frame, upright, one at a time.
@@ -60,7 +67,7 @@ class ClipFrames:
         with self._file.open("rb") as opened:
             try:
                 packets = Packets(opened)
-                self.missing_seconds = None if _is_cut_avi(opened) else packets.missing_seconds
+                self.missing_seconds = None if _is_cut(opened) else packets.missing_seconds
                 chosen = packets.choose(self._count)
                 self.asked = len(chosen)
                 for number, frame in packets.decode(chosen):
@@ -80,7 +87,16 @@ class ClipFrames:
             raise UnreadableImageError("truncated", "is truncated or damaged: no frame can be decoded")
 
 
-def _is_cut_avi(opened: BinaryIO) -> bool:
+def _is_cut(opened: BinaryIO) -> bool:
+    """Whether an AVI or ASF holds fewer bytes than its header states; a stream that was recorded live states none."""
     opened.seek(0)
-    kind, size, form = struct.unpack("<4sI4s", opened.read(12).ljust(12, b"\0"))
-    return (kind, form) == (b"RIFF", b"AVI ") and opened.seek(0, os.SEEK_END) < size < 0xFFFFFFF0
+    head = opened.read(ASF_HEADER_BYTES)
+    stated = 0
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        (size,) = struct.unpack_from("<I", head, 4)
+        stated = size if size < 0xFFFFFFF0 else 0
+    elif head.startswith(ASF_HEADER):
+        place = head.find(ASF_FILE_PROPERTIES)
+        if 0 <= place <= len(head) - 92 and not head[place + 88] & 1:
+            (stated,) = struct.unpack_from("<Q", head, place + 40)
+    return opened.seek(0, os.SEEK_END) < stated

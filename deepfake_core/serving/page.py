@@ -3,13 +3,9 @@
 import html
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +19,7 @@ from deepfake_core.registry import connection, detectors
 from deepfake_core.serving.file_kinds import is_clip
 from deepfake_core.serving.load_versions import find_shadow, load_version
 from deepfake_core.serving.predictor import Predictor, load_detector
+from deepfake_core.serving.uploads import keep_uploads
 from deepfake_core.serving.verdict import Verdict
 from deepfake_core.serving.video import judge_clip, plot_timeline
 from deepfake_core.serving.wrong_verdict import Reporter, ShownVerdict, add_form, pick_verdict
@@ -38,14 +35,8 @@ MAX_UPLOAD_BYTES = 200_000_000
 MAX_ALIAS_AGE_SECONDS = 5
 """How long the answer to which version is in production is used before it is asked again."""
 
-MAX_UPLOAD_AGE_SECONDS = 600
-"""Older uploads are removed."""
-
 MAX_CALLS_AT_ONCE = 4
 """How many uploads are judged at a time, so that a slow one holds no other up."""
-
-UPLOADS = "deepfake-page-"
-"""How the names of folders with uploads begin; the number of the process follows."""
 
 LIMITS = (
     "JPEG, PNG or WebP of at most 100 MB, or a clip of at most 200 MB. A verdict is a probability, learned from the "
@@ -166,29 +157,6 @@ def serve(
         page.block_thread()
 
 
-@contextmanager
-def keep_uploads() -> Iterator[None]:
-    """Let Gradio keep uploads in a folder of this process, which goes at the end; remove those of ended processes."""
-    parent = Path(os.environ.get("GRADIO_TEMP_DIR", tempfile.gettempdir()))
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(f"{UPLOADS}*"):
-        if not _is_running(left.name.removeprefix(UPLOADS).partition("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{UPLOADS}{os.getpid()}-", dir=parent) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        yield
-
-
-def _is_running(number: str) -> bool:
-    try:
-        os.kill(int(number), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return True
-
-
 def launch_page(keeper: ModelKeeper, port: int, feedback: Feedback | None = None) -> Any:
     """Start the page's server and return the page."""
     page = build_page(keeper, feedback)
@@ -235,9 +203,7 @@ def build_page(keeper: ModelKeeper, feedback: Feedback | None = None) -> Any:
         text, picture, timeline, shown = judge_upload(keeper, Path(path)) if path else ("", None, None, None)
         return text, picture, gradio.update(value=timeline, visible=timeline is not None), shown
 
-    with gradio.Blocks(
-        title="Fake or real?", analytics_enabled=False, delete_cache=(MAX_UPLOAD_AGE_SECONDS, MAX_UPLOAD_AGE_SECONDS)
-    ) as page:
+    with gradio.Blocks(title="Fake or real?", analytics_enabled=False) as page:
         gradio.Markdown(f"# Fake or real?\n{LIMITS}")
         with gradio.Row():
             upload = gradio.File(label="Image or clip", type="filepath")  # of any name: its content decides

@@ -76,12 +76,12 @@ class RequestGuard:
     def _check_call(self, body: bytes, path: str) -> None:
         try:
             call = json.loads(body or b"{}")
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise HTTPException(400, "The body must be JSON.") from exc
         if not isinstance(call, dict):
             raise HTTPException(400, "The body must be a JSON object.")
         function = call.get("fn_index")
-        if function is not None and function not in self._functions:
+        if function is not None and (not isinstance(function, int) or function not in self._functions):
             raise HTTPException(404, f"fn_index must be one of {sorted(self._functions)}. Received: {function!r}.")
         name = CALL.fullmatch(path)
         if function is None and name and name[1] not in self._functions.values():

@@ -26,6 +26,7 @@ STORED = (
     "artifacts/detector/model.onnx",
     "code/decoding.py",
     "code/description.py",
+    "code/image_header.py",
     "code/detector.py",
     "code/input_gate.py",
     "conda.yaml",
@@ -37,7 +38,7 @@ STORED = (
 )
 ADDED = ("artifacts/detector/model.onnx.data", "code/numpy.py")
 CASES = [(how, file) for file in STORED for how in ("has changed", "is missing")]
-CASES += [("was added", file) for file in ADDED]  # 30: each of the 14 stored files twice, and two more
+CASES += [("was added", file) for file in ADDED]  # 32: each of the 15 stored files twice, and two more
 FEW = [CASES[4], CASES[9], CASES[-1]]  # detector.json has changed, the code is missing, a module was added
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -34,6 +35,9 @@ FORMS = {
         "inputs": [f"data:image/{kind};base64,{text}" for kind, text in zip(("jpeg", "png"), TEXTS, strict=True)]
     },
     "a data URL with parameters": {"inputs": [f"data:image/jpeg;name=a.jpg;base64,{text}" for text in TEXTS]},
+    "data URLs in capitals": {"inputs": [f"DATA:image/jpeg;BASE64,{text}" for text in TEXTS]},
+    "a data URL with a comma": {"inputs": [f'data:image/jpeg;name="a,b.jpg";base64,{text}' for text in TEXTS]},
+    "a data URL, percent-encoded": {"inputs": [f"data:image/jpeg;base64,{quote(text, safe='')}" for text in TEXTS]},
     "URL-safe base64": {"inputs": [base64.urlsafe_b64encode(data).decode() for data in IMAGES]},
     "base64 in lines": {"inputs": [base64.encodebytes(data).decode() for data in IMAGES]},
     "base64 without its end": {"inputs": [text.rstrip("=") for text in TEXTS]},

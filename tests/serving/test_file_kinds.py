@@ -20,6 +20,7 @@ OTHERS = {
     "empty": b"",
     "report.pdf": b"%PDF-1.7\n" + os.urandom(3000),
     "song.mp3": b"ID3\4" + bytes(3000),
+    "cover.mp3": b"ID3\4" + bytes(100) + jpeg(1),
     "song.ogg": b"OggS" + bytes(24) + b"\x01vorbis" + bytes(3000),
     "song": b"\0\0\0\x20ftypM4A " + bytes(3000),
     ".DS_Store": b"\0\0\0\1Bud1" + bytes(3000),
@@ -46,6 +47,31 @@ def test_whatever_is_an_image_is_found_by_its_content(tmp_path, form):
     known, others = find_files(tmp_path)
     assert (len(known), others) == (3, [])
     assert not any(map(is_clip, known))
+
+
+RARE = {
+    "Fuji": b"FUJIFILMCCD-RAW 0201",
+    "Olympus": b"IIRO\x08\0\0\0",
+    "Panasonic": b"IIU\0\x18\0\0\0",
+    "BigTIFF": b"II\x2b\0\x08\0\0\0",
+    "JPEG XR": b"II\xbc\x01",
+    "EXR": b"v/1\x01\2\0\0\0",
+    "PPM": encode(draw_image(1), "PPM"),
+    "PCX": encode(draw_image(1), "PCX"),
+    "SGI": encode(draw_image(1), "SGI"),
+    "drawing.tga": encode(draw_image(1), "TGA"),
+    "BMP with reserved bytes": encode(draw_image(1), "BMP")[:6] + b"\1\0\1\0" + encode(draw_image(1), "BMP")[10:],
+    "JPEG behind a line end": b"\n" + jpeg(1),
+    "JPEG behind an answer": b"HTTP/1.1 200 OK\r\n\r\n" + jpeg(1),
+    **{brand: b"\0\0\0\x1cftyp" + brand.encode() for brand in ("avio", "mif2", "miaf", "heif", "crx ")},
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_an_image_of_a_rare_kind_is_not_passed_over(tmp_path, name):
+    write(tmp_path, {name: RARE[name] + bytes(500)})
+    assert find_files(tmp_path) == ([tmp_path / name], [])
+    assert not is_clip(tmp_path / name)
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

@@ -15,7 +15,7 @@ from tests.numbered_clips import CODEC_OPTIONS, CONTAINERS, RATE, read_number, w
 NOMINAL = {"mpg", "h264.mpg", "m2v.mpg", "h264.avi", "ogv"}
 """Containers that state the times of few frames; for the others, the rate counts."""
 
-WITH_LENGTH = ("mp4", "mov", "3gp", "mkv", "webm", "avi", "h264.avi", "flv")
+WITH_LENGTH = ("mp4", "mov", "3gp", "mkv", "webm", "avi", "h264.avi", "flv", "wmv")
 
 
 def look(file, count):

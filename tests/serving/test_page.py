@@ -11,6 +11,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import requests
@@ -23,7 +24,8 @@ from deepfake_core.monitoring.observations import read_window
 from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.registry import connection, detectors, production, runs, versions
 from deepfake_core.serving import page as page_server
-from tests.builders import NAME, draw_portrait, draw_scene, free_port, jpeg, write_clip
+from deepfake_core.serving import uploads
+from tests.builders import NAME, draw_portrait, draw_scene, free_port, jpeg, wait_until, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -191,12 +193,33 @@ def test_a_body_beyond_the_limit_is_refused_while_it_arrives(served, path, decla
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "body", [{"data": [], "fn_index": 99}, {"data": [], "fn_index": -1}, {"data": [], "fn_index": "0"}, [], "x", None]
+    "body", [*({"data": [], "fn_index": number} for number in (99, -1, "0", [1], {})), [], "x", None]
 )
 @pytest.mark.parametrize("path", ["queue/join", "run/judge", "call/judge"])
 def test_a_call_of_nothing_is_the_callers_error(served, path, body):
     named = body | {"session_hash": "x"} if isinstance(body, dict) else body
     assert 400 <= requests.post(f"{served[0]}/gradio_api/{path}", json=named).status_code < 500
+
+
+def test_what_an_aborted_upload_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(uploads, "MAX_UPLOAD_AGE_SECONDS", 1)
+    with uploads.keep_uploads():
+        part, new = (Path(os.environ["GRADIO_TEMP_DIR"]) / name for name in ("tmpabcd", "new"))
+        part.write_bytes(bytes(1000))
+        os.utime(part, (time.time() - 60,) * 2)
+        new.touch()
+        os.utime(new, (time.time() + 60,) * 2)
+        wait_until(lambda: not part.exists())
+        assert new.exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_json_that_is_nested_without_end_is_the_callers_error(served):
+    for body in (b"[" * 400_000 + b"]" * 400_000, b'{"a":' * 150_000 + b"1" + b"}" * 150_000):
+        answer = requests.post(f"{served[0]}/gradio_api/run/judge", data=body)
+        assert (answer.status_code, answer.json()["detail"]) == (400, "The body must be JSON.")
 
 
 @pytest.mark.slow
