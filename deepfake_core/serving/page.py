@@ -38,6 +38,9 @@ MAX_ALIAS_AGE_SECONDS = 5
 MAX_CALLS_AT_ONCE = 4
 """How many uploads are judged at a time, so that a slow one holds no other up."""
 
+MAX_SESSIONS = 500
+"""Open pages and callers that Gradio remembers, 15 kB each; each POST without a session is a new one."""
+
 LIMITS = (
     "JPEG, PNG or WebP of at most 100 MB, or a clip of at most 200 MB. A verdict is a probability, learned from the "
     "images that the model card names; it proves nothing about a person."
@@ -169,6 +172,7 @@ def launch_page(keeper: ModelKeeper, port: int, feedback: Feedback | None = None
             quiet=True,
             footer_links=["api"],
             enable_monitoring=False,
+            state_session_capacity=MAX_SESSIONS,
             prevent_thread_lock=True,
             app_kwargs={"middleware": [_guard(page, port)]},
         )

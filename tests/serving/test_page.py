@@ -40,6 +40,7 @@ def served(candidate, put_mlflow, tmp_path_factory):
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
         patch.setattr(page_server, "MAX_UPLOAD_BYTES", 1_000_000)
         patch.setattr(page_server, "MAX_ALIAS_AGE_SECONDS", 0)
+        patch.setattr(page_server, "MAX_SESSIONS", 20)
         for _ in range(2):
             with runs.open_run("cnn") as run_id:
                 version = detectors.register_detector(run_id, candidate.folder, NAME, jpeg(1), {})
@@ -47,7 +48,7 @@ def served(candidate, put_mlflow, tmp_path_factory):
         production.move_production(NAME, "1", None, "test")
         port = free_port()
         launched = page_server.launch_page(page_server.ModelKeeper(f"models:/{NAME}@production", detect=True), port)
-        yield f"http://127.0.0.1:{port}", port
+        yield f"http://127.0.0.1:{port}", port, launched
         launched.close()
 
 
@@ -118,6 +119,14 @@ def send(served, file):
     with file.open("rb") as opened:
         (path,) = requests.post(f"{served[0]}/gradio_api/upload", files={"files": opened}).json()
     return call(served, {"path": path, "meta": {"_type": "gradio.FileData"}}).text
+
+
+@pytest.mark.slow
+def test_callers_without_a_session_are_not_remembered_for_ever(served, tmp_path):
+    (tmp_path / "words.jpg").write_text("words")
+    for _ in range(25):
+        assert "No verdict" in send(served, tmp_path / "words.jpg")
+    assert len(served[2].state_holder.session_data) <= 20
 
 
 @pytest.mark.slow
