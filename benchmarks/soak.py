@@ -12,7 +12,8 @@ clips: `deepfake predict FOLDER --json` on a folder of clips.
 retrain: `python -m flows.retrain` on drawn images, some of them new each time, and `deepfake gc` as `clean/weekly`
     calls it; after each, what lies on disk.
 
-Results go into benchmarks/results/soak.json and soak.png. Parts that are left out keep what is recorded of them.
+Results go into benchmarks/results/soak.json and soak.png: of each curve, 400 looks at most. Parts that are left out
+keep what is recorded of them.
 """
 
 import argparse
@@ -196,6 +197,12 @@ def summarise(curve: Curve) -> dict[str, float]:
     return summary
 
 
+def thin(curve: Curve) -> Curve:
+    """Return every n-th look, so that at most 400 are left."""
+    step = -(-max(map(len, curve.values())) // 400)
+    return {name: values[::step] for name, values in curve.items()}
+
+
 def plot(parts: dict[str, Any]) -> Figure:
     """Draw a column per part and a row per measurement; the last row is what lies on disk after each retrain."""
     names = ("memory_mb", "open_files", "threads")
@@ -246,7 +253,7 @@ def main() -> None:
         for part in options.only:
             count = getattr(options, part)
             curve = parts[part](count)
-            results["parts"][part] = {"count": count, "summary": summarise(curve), "curve": curve}
+            results["parts"][part] = {"count": count, "summary": summarise(curve), "curve": thin(curve)}
             print(part, results["parts"][part]["summary"], flush=True)
             write_json(options.output, results)
     plot(results["parts"]).savefig(options.output.with_suffix(".png"), dpi=110)
