@@ -171,7 +171,8 @@ def _plan_archives(store: Store, datasets: Sequence[Dataset], keep: int) -> Iter
         for version in sorted(files):
             if whole and version < whole[-1] and version not in whole[-keep:] and (source, version) not in used:
                 why = f"not among the newest {keep}, and no data set that is kept came from it"
-                yield _remove_paths(f"archive {source} version {version}", why, *files[version])
+                paths = [*files[version], *filter(Path.exists, map(store.local_archive, files[version]))]
+                yield _remove_paths(f"archive {source} version {version}", why, *paths)
 
 
 def _plan_indexes(store: Store, keep: int) -> Iterator[Removal]:

@@ -138,7 +138,7 @@ def test_what_production_and_a_rollback_need_stays_whatever_is_kept(years, tmp_p
     archives = {path.name for path in (data_dir / "archives" / SOURCE).iterdir()}
     assert archives == {f"{number}.{suffix}" for number in (1, 2, 5) for suffix in ("zip", "json")}
     indexes = sorted(path.name.partition("-")[0] for path in (data_dir / "indexes").iterdir())
-    assert indexes == ["faces", "near copies"]
+    assert indexes == ["faces", "near copies", "zip", "zip", "zip"]
 
     files = {"model.onnx", "detector.json", "checkpoint.keras"}
     assert all(pull(version, tmp_path / version) == files for version in "125")

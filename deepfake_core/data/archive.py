@@ -85,7 +85,7 @@ def hash_zip(path: Path, store: Store) -> str:
     """
     found = path.stat()
     state = {"size": found.st_size, "modified_ns": found.st_mtime_ns, "inode": found.st_ino}
-    known = store.local_archive(path.absolute())
+    known = store.local_archive(path)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(known.read_text())
         if kept["state"] == state:

@@ -63,7 +63,7 @@ class Store:
 
     def local_archive(self, path: Path) -> Path:
         """Return the JSON file that remembers the SHA-256 of a zip that lies elsewhere on this disk: a cache."""
-        return self.indexes() / f"zip-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
+        return self.indexes() / f"zip-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}.json"
 
     def splits(self, version: str = "") -> Path:
         """Return the folder of a data set; without a version, of all."""

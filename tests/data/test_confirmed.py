@@ -32,7 +32,7 @@ from tests.split_laws import check_laws, link, pictures, split, worlds
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(worlds(), st.data())
 def test_no_confirmed_image_nor_a_near_copy_of_it_is_where_it_must_not_be(world, data):
     """Reports, and what a source adds, come over three versions in any order; some reports are a face and its image."""

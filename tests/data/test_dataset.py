@@ -29,7 +29,7 @@ COLUMNS = [  # the first eleven are named in the issue that founded the project;
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_growing_moves_no_image_across_and_leaves_no_group_torn(world, random):
     index, links, before, most = world

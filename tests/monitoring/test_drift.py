@@ -94,7 +94,7 @@ def test_another_share_of_jpegs_is_a_change_and_what_no_row_has_is_left_out():
 
 def test_an_older_reference_which_has_all_digits_is_compared_with_rounded_observations():
     reference, window = draw_rows(500, 0).assign(jpeg_quality=92.0346), draw_rows(300, 1).assign(jpeg_quality=92.035)
-    assert compare_windows(reference, window).drifted is False
+    assert compare(reference, window).drifted is False
 
 
 @given(st.lists(st.floats(0, 1), max_size=9), st.sampled_from([0.01, 0.05, 0.2]))

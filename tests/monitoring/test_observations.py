@@ -32,7 +32,6 @@ from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.shadow import Shadow
 from deepfake_core.storage.store import open_store
 from tests.builders import NAME, copy_former, draw_image, draw_portrait, draw_scene, encode, free_port, jpeg, wait_until
-from tests.storage.test_store import endpoint, url  # noqa: F401 - fixtures
 
 NOW = datetime(2030, 1, 1, 23, 59, tzinfo=UTC)
 
@@ -200,7 +199,7 @@ def test_days_at_a_url_have_every_row_and_nothing_of_them_is_ever_on_this_disk(t
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("url")
+@pytest.mark.usefixtures("s3_url")
 def test_rows_wait_for_a_store_that_went_away_and_nothing_is_on_this_disk_meanwhile(tmp_path, monkeypatch):
     port = free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -134,7 +134,8 @@ def test_drift_lasts_where_2_of_the_last_5_windows_drifted_and_the_newest_did():
 def test_one_bad_day_in_windows_that_overlap_is_no_lasting_drift():
     version = read_version(NAME, "1")
     drifted = [8 <= day < 15 or day >= 22 for day in range(26)]  # one bad day in windows of 7 days, and bad days later
-    found = [windows.record_window(version, {}, drifted[day], day, days=7) for day in range(26)]
+    first = date(2026, 1, 1)
+    found = [windows.record_window(version, {}, drifted[day], first + timedelta(days=day), days=7) for day in range(26)]
     assert [day for day, lasts in enumerate(found) if lasts] == [22, 23, 24, 25]
 
 

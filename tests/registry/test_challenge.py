@@ -22,7 +22,7 @@ from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
-from deepfake_core.registry import challenge, names, production, runs
+from deepfake_core.registry import candidates, challenge, names, production, runs
 from deepfake_core.registry.candidates import TrainedCandidate, choose_best, log_measured
 from deepfake_core.registry.challenge import promote_challenger, register_challenger
 from deepfake_core.registry.connection import connect
@@ -228,7 +228,7 @@ def test_a_challenger_that_forgets_confirmed_reports_is_refused(challenge_with, 
     monkeypatch.setattr(challenge, "compare_scores", better)
     outcome, second = challenge_with(with_feedback, NO_FLOORS.model_copy(update={"max_recall_drop": 1}), threshold=1.0)
     (reason,) = [one for one in second.reasons if one.startswith("NOT met")]
-    assert f"confirmed reports: {len(images)} of {len(images)} wrong, production's 0" in reason
+    assert f"confirmed reports: wrong on {len(images)} of {len(images)}, production on 0" in reason
     assert reason.endswith(f"and {len(images) - 10} more")
     assert images["sha256"][0][:12] in reason
     assert production.find_production(NAME) == "1"
@@ -242,7 +242,7 @@ def test_a_challenger_that_forgets_confirmed_reports_is_refused(challenge_with, 
 @pytest.mark.slow
 def test_what_a_run_keeps_for_good_is_no_confirmed_report(challenge_with, with_feedback, candidate, tmp_path):
     _, version = challenge_with(with_feedback)
-    challenge.log_candidate(version.run_id, candidate, load_seen(with_feedback, "val", 32, ()), with_feedback)
+    candidates.log_candidate(version.run_id, candidate, load_seen(with_feedback, "val", 32, ()), with_feedback)
     val = with_feedback.split("val")
     reported = val["source"] == FEEDBACK
     assert reported.sum() > 5
@@ -268,7 +268,7 @@ def test_both_models_are_asked_about_confirmed_reports_that_neither_learned(chal
     images = with_feedback.split("regression")
     assert len(outcome.regression.compared) == len(images)
     assert all(image.before == image.after for image in outcome.regression.images)  # it is the same network
-    assert any("production's" in reason and "confirmed reports" in reason for reason in version.reasons)
+    assert any("production on" in reason and "confirmed reports" in reason for reason in version.reasons)
     reported = (with_feedback.split("test")["source"] == "feedback").sum()
     learned = outcome.comparison.left_out - reported
     assert reported > 0
