@@ -244,7 +244,7 @@ def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -
             checks.append(
                 Check(
                     True,
-                    f"recall on {source} {recall:.4f}; not compared, since production has too many false alarms there: "
+                    f"recall on {source} {recall:.4f}, not compared since production has too many false alarms there: "
                     f"{accused}",
                 )
             )

@@ -92,8 +92,8 @@ class Regression:
         passed = self.p_value >= MAX_REGRESSION_P
         text = (
             f"confirmed reports: wrong on {self.wrong_after} of {len(self.compared)}, "
-            f"production on {self.wrong_before}; "
-            f"the probability of so much worse by chance is {self.p_value:.3f}, at least {MAX_REGRESSION_P:g} is needed"
+            f"production on {self.wrong_before}, "
+            f"so much worse by chance with probability {self.p_value:.3f}, at least {MAX_REGRESSION_P:g} is needed"
         )
         return [(passed, text if passed else f"{text}, wrong in this version alone: {self._name_worse()}")]
 

@@ -62,7 +62,7 @@ class Store:
         return self.folder / "indexes"
 
     def local_archive(self, path: Path) -> Path:
-        """Return the JSON file that remembers the SHA-256 of a zip that lies elsewhere on this disk: a cache."""
+        """Return the JSON file that remembers the SHA-256 of a zip on this disk: a cache."""
         return self.indexes() / f"zip-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}.json"
 
     def splits(self, version: str = "") -> Path:

@@ -44,7 +44,7 @@ def test_the_test_is_scipys():
 def test_a_challenger_with_more_mistakes_than_chance_explains_is_refused(worse, better, promoted):
     decision = decide(count(worse, better, both=2))
     assert decision.promoted is promoted
-    text = f"confirmed reports: wrong on {worse + 2} of {worse + better + 2}, production on {better + 2};"
+    text = f"confirmed reports: wrong on {worse + 2} of {worse + better + 2}, production on {better + 2}, so much worse"
     assert decision.reasons[-1].startswith(f"{'met' if promoted else 'NOT met'}: {text}")
     assert ("wrong in this version alone" in decision.text) is not promoted
 
