@@ -20,6 +20,8 @@ from deepfake_core.training.fit import Training, train_checkpoint
 from deepfake_core.training.steps import TensorFlowSteps
 from tests.builders import RECIPE, ROOT, SIZE, needs_jax, stripes
 
+pytestmark = pytest.mark.sweep
+
 MOVED = AugmentationParameters(rotation=0, zoom=0)
 """Shifts and flips by whole pixels, which every path does alike."""
 
@@ -61,7 +63,6 @@ def run_child(code, *arguments, **environment):
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=needs_jax)])
-@pytest.mark.sweep
 def test_every_path_and_number_of_devices_learns_the_same(backend, tmp_path):
     if backend == "tensorflow":
         out = run_child(TWO_CPUS + CHILD, tmp_path)
@@ -110,7 +111,6 @@ print(sorted(replaced))
 @pytest.mark.process
 @pytest.mark.slow
 @needs_jax
-@pytest.mark.sweep
 def test_layers_for_jax_compute_what_those_of_keras_do():
     out = run_child(LAYERS, KERAS_BACKEND="jax")
     assert out.strip() == "['DepthwiseConvolution', 'MaxPooling', 'PointwiseConvolution']"
@@ -121,7 +121,6 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.sweep
 def test_a_killed_training_goes_on_as_an_uninterrupted_one(tmp_path):
     changes = {"architecture": "cgface", "image_size": SIZE, "epochs": 3}  # has dropout and batch normalisation
 

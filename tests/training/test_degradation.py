@@ -18,7 +18,7 @@ from deepfake_core.training import degradation
 from deepfake_core.training.augmentation import draw_matrices
 from tests.builders import FACES, ROOT, draw_image, draw_portrait, needs_faces, needs_jax
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.sweep]
 
 COUNT = 16
 SIZES = (150, 72, 75)
@@ -92,7 +92,7 @@ def compiled(function):
 
 
 CHILD = "import sys, numpy; from tests.training.test_degradation import compute; numpy.savez(sys.argv[1], **compute())"
-JAX = pytest.param("jax", marks=[pytest.mark.process, pytest.mark.sweep, needs_jax])
+JAX = pytest.param("jax", marks=[pytest.mark.process, needs_jax])
 
 
 @pytest.fixture(scope="module", params=["tensorflow", JAX])
