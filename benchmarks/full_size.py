@@ -72,9 +72,9 @@ def read_faces(archives: Path, name: str, side: int) -> Faces:
     """Decode the different faces of an archive at a size."""
     faces: Faces = {}
     with zipfile.ZipFile(archives / f"{name}.zip") as archive:
-        seen = {Path(member).name: member for member in archive.namelist() if member.endswith(".jpg")}
-        for member in seen.values():
-            label = Path(member).parent.name.removeprefix("training_")
+        members = [member for member in archive.namelist() if member.endswith(".jpg")]
+        seen = {(Path(member).parent.name.removeprefix("training_"), Path(member).name): member for member in members}
+        for (label, _), member in seen.items():
             with Image.open(archive.open(member)) as image:
                 faces.setdefault(label, []).append(image.convert("RGB").resize((side, side)))
     return faces

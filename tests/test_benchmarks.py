@@ -65,7 +65,7 @@ def test_gpu_training_runs_tiny_on_the_cpu(backend, tmp_path):
 def test_the_rehearsal_at_full_size_runs_small(tmp_path):
     """`make bench-full-size` is the large one."""
     for source, folder in ((KAGGLE_SOURCES[0], "training_"), (KAGGLE_SOURCES[2], "real_vs_fake/real-vs-fake/test/")):
-        members = {f"{folder}{name}": data for name, data in faces(5).items()}
+        members = {f"{folder}{name}": data for name, data in faces(60).items()}
         write_zip(tmp_path / f"{source.short_name}.zip", members)
     file = tmp_path / "full_size.json"
     sizes = ["--pictures", "300", "--folder", str(tmp_path), "--output", str(file)]
