@@ -70,10 +70,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add(options: argparse.Namespace) -> int:
     """Judge the images and report them; return 2 if one could not be read."""
     named, _ = find_images(options.images)
-    if not named:
-        raise ConfigurationError(
-            f"No images given. Received: {' '.join(options.images)}. Pass files, folders or globs."
-        )
     feedback = open_feedback(options.address)
     detector, version = load_named_model(options.model)
     predictor = Predictor(detector, detect=not options.no_detect)

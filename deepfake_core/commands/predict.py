@@ -72,9 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Judge what was named; return 1 if `--fail-on` applies, else 2 if a file could not be read, or a clip in part."""
     named, skipped = find_images(options.images)
-    if not named:
-        received = " ".join(options.images)
-        raise ConfigurationError(f"No images given. Received: {received}. Pass files, folders or globs.")
     model, version = resolve_version(options.model) if options.observe else (options.model, "")
     detector = load_model(model)
     if options.threshold is not None:
@@ -132,7 +129,7 @@ def find_images(arguments: Sequence[str]) -> tuple[list[NamedImage], list[Path]]
     """Return what was named, each with its name, and the files in folders that are neither image nor clip.
 
     Raises:
-        ConfigurationError: if a name is empty, or a glob or a folder yields nothing.
+        ConfigurationError: if a name is empty, a glob or a folder yields nothing, or no image is named.
     """
     named: list[NamedImage] = []
     skipped: list[Path] = []
@@ -155,6 +152,8 @@ def find_images(arguments: Sequence[str]) -> tuple[list[NamedImage], list[Path]]
                 skipped += [Path(file) for file in found if Path(file).is_dir()]
         else:
             named.append((argument, path))
+    if not named:
+        raise ConfigurationError(f"No images given. Received: {' '.join(arguments)}. Pass files, folders or globs.")
     return [(show_name(name), image) for name, image in named], skipped
 
 

@@ -49,7 +49,7 @@ def _hide_password(uri: str, text: str) -> str:
     """Remove each part of the address's password: drivers take what follows an @ in it for the host, and name it."""
     password = uri.partition("://")[2].rpartition("@")[0].partition(":")[2]
     for part in filter(None, re.split("[:@/?#]", password)):
-        text = text.replace(part, REMOVED)
+        text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", REMOVED, text)
     return text
 
 
