@@ -37,10 +37,11 @@ def keep_uploads() -> Iterator[None]:
 def _remove_old(folder: Path, ended: threading.Event) -> None:
     """Remove old files until the page ends: those of aborted uploads too, of which Gradio does not know."""
     while not ended.wait(MAX_UPLOAD_AGE_SECONDS / 10):
-        for file in folder.rglob("*"):
-            with suppress(OSError):
-                if file.is_file() and time.time() - file.stat().st_mtime > MAX_UPLOAD_AGE_SECONDS:
-                    file.unlink()
+        for parent, _, names in os.walk(folder):  # a folder that goes meanwhile is passed over
+            for file in (Path(parent, name) for name in names):
+                with suppress(OSError):
+                    if time.time() - file.stat().st_mtime > MAX_UPLOAD_AGE_SECONDS:
+                        file.unlink()
 
 
 def _is_running(number: str) -> bool:
