@@ -219,7 +219,7 @@ def retrain_folder(tmp_path_factory: pytest.TempPathFactory, empty_database: Pat
     write_zip(folder / small_retrain.ZIP, faces(12))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        small_retrain.processes.set_forkserver_preload([small_retrain.__name__])
+        small_retrain.processes.set_forkserver_preload(["tests.fork_server"])
         patch.setenv("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")  # else a file that is replaced stays open
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         connection.connect().create_experiment(names.EXPERIMENT, str(folder / "mlruns" / "1"))

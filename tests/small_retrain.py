@@ -22,7 +22,6 @@ import mlflow.pyfunc
 import mlflow.store.model_registry.sqlalchemy_store
 import mlflow.store.tracking.sqlalchemy_store
 import tf2onnx  # noqa: F401
-from mlflow.utils import requirements_utils
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepfake_core.config import (
@@ -53,8 +52,6 @@ from deepfake_core.training.calibration import calibrate_detector
 from deepfake_core.training.fit import Training, train_candidate
 from flows import retrain as flow
 from tests.builders import NAME
-
-requirements_utils._init_modules_to_packages_map()
 
 processes = multiprocessing.get_context("forkserver")
 """Forks each process from one that has imported this module."""
