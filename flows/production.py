@@ -8,8 +8,9 @@ from pydantic import Field
 
 from deepfake_core.config import DEFAULT_MODEL, NOT_PROMOTED, PROMOTED, WAITS
 from deepfake_core.registry import approval, production
-from deepfake_core.registry.aliases import read_production
+from deepfake_core.registry.aliases import explain_passed, find_production
 from deepfake_core.registry.connection import connect
+from deepfake_core.registry.names import NO_VERSION
 from deepfake_core.registry.probe import check_production
 from deepfake_core.registry.versions import read_version
 from tasks.announcement import announce
@@ -60,7 +61,7 @@ def roll_back(reason: str, model_name: str = DEFAULT_MODEL) -> str:
         What was done, as a sentence.
     """
     connect()
-    passed = production.explain_passed(model_name)
+    passed = explain_passed(model_name)
     restored, former = production.roll_back(model_name, reason)
     instead = f"instead of {former or 'none'}{passed}"
     done = f"Version {restored} of {model_name} is back in production {instead}: {reason}"
@@ -121,8 +122,9 @@ def health(model_name: str = DEFAULT_MODEL) -> str:
 
 
 def _settle(model_name: str) -> None:
-    if moved := production.take_outside_move(model_name):
-        announce("moved outside", model_name, read_production(model_name).version, moved)
+    with production.take_outside_moves(model_name) as moved:
+        if moved:
+            announce("moved outside", model_name, find_production(model_name) or NO_VERSION, moved)
     for version in approval.refuse_unanswered(model_name):
         text = f"Version {version} of {model_name} is not promoted, as nobody approved it."
         announce(NOT_PROMOTED, model_name, version, text)

@@ -34,7 +34,7 @@ def refuse(options: argparse.Namespace) -> int:
 
 
 def roll_back(options: argparse.Namespace) -> int:
-    from deepfake_core.registry import production
+    from deepfake_core.registry import aliases, production
     from deepfake_core.registry.connection import connect
 
     connect()
@@ -44,7 +44,7 @@ def roll_back(options: argparse.Namespace) -> int:
         options, f"Put version {previous} back into production instead of {current or 'none'}?"
     ):
         return 1
-    passed = production.explain_passed(options.model_name)
+    passed = aliases.explain_passed(options.model_name)
     restored, former = production.roll_back(options.model_name, options.reason)
     undo = f" `deepfake promote {former}` undoes it." if former else ""
     print(f"Version {restored} is back in production instead of {former or 'none'}{passed}.{undo}")

@@ -8,6 +8,7 @@ from mlflow.exceptions import MlflowException
 
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
+from deepfake_core.registry.audit import read_record
 from deepfake_core.registry.versions import ModelVersion, read_version
 
 
@@ -52,20 +53,37 @@ def find_previous(model_name: str) -> str | None:
 def list_rollbacks(model_name: str, with_deleted: bool = False) -> list[str]:
     """Return where rollbacks lead, one after the other: what production replaced, if it can still be served.
 
-    Where the version in production was deleted, that is the version with the alias `previous`, and what it replaced.
+    Where the version in production was deleted, or lost its alias, that is what it had replaced.
 
     Args:
         with_deleted: versions too that were deleted, or whose model files were removed.
     """
     known, current = list_known(model_name), find_production(model_name)
-    previous = None if current else find_alias(model_name, names.PREVIOUS)
-    replaced = follow(current, known) if current else [previous, *follow(previous, known)] if previous else []
+    replaced = follow(current, known) if current else follow_record(model_name, read_record(model_name), known)
     return [one for one in replaced if with_deleted or (one in known and names.FILES_REMOVED not in known[one].tags)]
+
+
+def explain_passed(model_name: str) -> str:
+    """Return a remark on versions that the next rollback passes over; empty if it passes over none."""
+    replaced, previous = list_rollbacks(model_name, with_deleted=True), find_previous(model_name)
+    passed = replaced[: replaced.index(previous)] if previous else replaced
+    return f" (passed over, as deleted or without model files: {', '.join(passed)})" if passed else ""
 
 
 def list_known(model_name: str) -> dict[str, Any]:
     found = mlflow.MlflowClient().search_model_versions(f"name = '{model_name}'")
     return {str(version.version): version for version in found}
+
+
+def follow_record(model_name: str, recorded: list[str], known: Mapping[str, Any]) -> list[str]:
+    """Return where rollbacks led from the version that was recorded as production, though it may be deleted by now.
+
+    Former code recorded the version alone.
+    """
+    if len(recorded) == 1 and recorded[0] in known:
+        return follow(recorded[0], known)
+    previous = None if recorded[1:] else find_alias(model_name, names.PREVIOUS)
+    return [previous, *follow(previous, known)] if previous else recorded[1:]
 
 
 def follow(version: str, known: Mapping[str, Any]) -> list[str]:

@@ -32,9 +32,11 @@ THRESHOLD = "threshold"
 
 # Tags of the registered model
 RECORDED_PRODUCTION = "recorded_production"
-"""The version that the audit trail says is in production: if the alias is elsewhere, someone moved it in MLflow."""
+"""The version that the audit trail says is in production, then where rollbacks from it lead.
+
+If the alias is elsewhere, someone moved it in MLflow. It outlives versions that are deleted there."""
 OUTSIDE_MOVE = "moved_outside"
-"""A sentence on such a move, until `production.health` has announced it."""
+"""What to say of such moves, until `production.health` has announced it."""
 
 # Tags of runs
 DATA_FOLDER = "data_folder"

@@ -1,7 +1,6 @@
-"""The version in production: how it moves, and the record of who moved it and why."""
+"""The version in production: how it moves, whatever is killed meanwhile or moved in MLflow itself."""
 
 import getpass
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -11,22 +10,32 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from deepfake_core.errors import ModelError, ProductionMovedError
-from deepfake_core.evaluation.promotion import NOT_MET, REASON_SEPARATOR
+from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.registry import names
 from deepfake_core.registry.aliases import (
+    explain_passed,
     find_alias,
     find_challenger,
     find_previous,
     find_production,
-    follow,
+    follow_record,
     list_known,
     list_rollbacks,
 )
-from deepfake_core.registry.versions import ModelVersion, read_version, record_answer, require_files, tag_version
+from deepfake_core.registry.audit import (
+    MAX_RECORDED_VERSIONS,
+    MOVED_OUTSIDE,
+    begin_move,
+    note_outside_move,
+    read_model_tags,
+    read_move,
+    read_record,
+    record_move,
+)
+from deepfake_core.registry.versions import find_objections, read_version, record_answer, require_files
 
 log = logging.getLogger(__name__)
 
-MOVED_OUTSIDE = "moved outside, in MLflow itself"
 MAX_LOCK_SECONDS = 60
 """A lock on the aliases that is older was left by a process that died; moving them takes a second."""
 
@@ -66,7 +75,7 @@ def _move(
         rollbacks = rollbacks[rollbacks.index(version) + 1 :]
     elif current:
         rollbacks = [current, *rollbacks]
-    _begin_move(model_name, version, rollbacks, current, getpass.getuser(), reason, back)
+    begin_move(model_name, version, rollbacks, current, getpass.getuser(), reason, back)
     if find_alias(model_name, names.PREVIOUS) == version:
         client.delete_registered_model_alias(model_name, names.PREVIOUS)
     client.set_registered_model_alias(model_name, names.PRODUCTION, version)
@@ -78,30 +87,18 @@ def _move(
         log.warning("%s: production has moved, its tags are completed by the next move (%s)", model_name, why)
 
 
-def _begin_move(
-    model_name: str, version: str, rollbacks: list[str], former: str | None, by: str, reason: str, back: bool = False
-) -> str:
-    """Write what is to be said of a move, as one tag, and where rollbacks lead from then on; return the tag."""
-    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    move = json.dumps({"from": former, "at": now, "by": by, "because": reason, "back": back})
-    leads = " ".join(one for one in rollbacks if one != version)
-    tag_version(model_name, version, {names.ROLLS_BACK_TO: leads, names.MOVE: move})
-    return move
-
-
-def take_outside_move(model_name: str) -> str | None:
-    """Return a sentence, once, on aliases that someone moved in MLflow itself; None if nobody did.
+@contextmanager
+def take_outside_moves(model_name: str) -> Iterator[str | None]:
+    """Give what to say of aliases that someone moved in MLflow itself, until a body succeeds; None if nobody did.
 
     What was moved is in the audit trail by then.
     """
-    complete_move(model_name)
     client = mlflow.MlflowClient()
-    if find_production(model_name) is None:
-        return None
-    text = client.get_registered_model(model_name).tags.get(names.OUTSIDE_MOVE)
-    if text:
-        client.delete_registered_model_tag(model_name, names.OUTSIDE_MOVE)
-    return text
+    with hold_aliases(client, model_name):
+        text = read_model_tags(model_name).get(names.OUTSIDE_MOVE)
+        yield text
+        if text:
+            client.delete_registered_model_tag(model_name, names.OUTSIDE_MOVE)
 
 
 def complete_move(model_name: str) -> None:
@@ -114,46 +111,37 @@ def complete_move(model_name: str) -> None:
 
 
 def _complete_move(client: mlflow.MlflowClient, model_name: str) -> None:
-    current = find_production(model_name)
-    if current is None:
+    current, known, recorded = find_production(model_name), list_known(model_name), read_record(model_name)
+    for version, found in known.items():
+        if version != current and names.MOVE in found.tags:  # it was killed before the alias moved
+            client.delete_model_version_tag(model_name, version, names.MOVE)
+    if not (current or recorded):
         return
-    known = list_known(model_name)
-    recorded = client.get_registered_model(model_name).tags.get(names.RECORDED_PRODUCTION)
-    begun = known[current].tags.get(names.MOVE)
-    if recorded not in (None, current) and not begun:
-        rollbacks = [recorded, *(follow(recorded, known) if recorded in known else [])]
-        begun = _begin_move(model_name, current, rollbacks, recorded, "unknown", MOVED_OUTSIDE)
-        _note_outside_move(client, model_name, f"{names.PRODUCTION} from version {recorded} to {current}")
-    if begun:
-        move = json.loads(begun)
-        former = move["from"]
-        if former in known:
-            left = {names.PRODUCTION_UNTIL: move["at"], names.REPLACED_BECAUSE: move["because"]}
-            tag_version(model_name, former, left | {names.REPLACED_BY: current})
-        since = {names.PRODUCTION_BY: move["by"], names.PRODUCTION_BECAUSE: move["because"]}
-        if not move["back"]:
-            since[names.REPLACED] = former or names.NO_VERSION
-        tag_version(model_name, current, since | {names.PRODUCTION_SINCE: move["at"]})
-        challenger = find_challenger(model_name)
-        if challenger and int(challenger) <= int(current):
-            client.delete_registered_model_alias(model_name, names.CHALLENGER)
+    now, begun = current or names.NO_VERSION, current is not None and names.MOVE in known[current].tags
+    move = read_move(known[now]) if begun else None
+    if current and not recorded and names.PRODUCTION_SINCE not in known[current].tags:
+        recorded = [names.NO_VERSION]
+    if recorded and recorded[0] != now and not move:
+        note_outside_move(model_name, f"{names.PRODUCTION} from version {recorded[0]} to {now}")
+        rollbacks = [recorded[0], *follow_record(model_name, recorded, known)]
+        move = begin_move(model_name, current, rollbacks, recorded[0], "unknown", MOVED_OUTSIDE)
+    if move:
+        record_move(model_name, current, move, known)
+    challenger = find_challenger(model_name)
+    if move and current and challenger and int(challenger) <= int(current):
+        client.delete_registered_model_alias(model_name, names.CHALLENGER)
     previous, found = find_previous(model_name), find_alias(model_name, names.PREVIOUS)
-    if recorded and not begun and previous and found not in (None, previous):
-        _note_outside_move(client, model_name, f"{names.PREVIOUS} from version {previous} to {found}; it is put back")
+    if recorded and not move and previous and found not in (None, previous):
+        note_outside_move(model_name, f"{names.PREVIOUS} from version {previous} to {found}; it is put back")
     if previous:
         client.set_registered_model_alias(model_name, names.PREVIOUS, previous)
     else:
         client.delete_registered_model_alias(model_name, names.PREVIOUS)
-    if recorded != current:
-        client.set_registered_model_tag(model_name, names.RECORDED_PRODUCTION, current)
-    if begun:
-        client.delete_model_version_tag(model_name, current, names.MOVE)
-
-
-def _note_outside_move(client: mlflow.MlflowClient, model_name: str, what: str) -> None:
-    text = f"{MOVED_OUTSIDE}: someone moved the alias {what}"
-    log.warning("%s: %s", model_name, text)
-    client.set_registered_model_tag(model_name, names.OUTSIDE_MOVE, text)
+    record = [now, *list_rollbacks(model_name, with_deleted=True)][:MAX_RECORDED_VERSIONS]
+    if record != recorded:
+        client.set_registered_model_tag(model_name, names.RECORDED_PRODUCTION, " ".join(record))
+    if begun or (move and current):
+        client.delete_model_version_tag(model_name, now, names.MOVE)
 
 
 def name_challenger(model_name: str, version: str) -> None:
@@ -206,28 +194,6 @@ def roll_back(model_name: str, reason: str) -> tuple[str, str | None]:
     because = f"rolled back from version {current}: {reason}{explain_passed(model_name)}"
     move_production(model_name, previous, current, because, back=True)
     return previous, current
-
-
-def explain_passed(model_name: str) -> str:
-    """Return a remark on versions that the next rollback passes over; empty if it passes over none."""
-    replaced, previous = list_rollbacks(model_name, with_deleted=True), find_previous(model_name)
-    passed = replaced[: replaced.index(previous)] if previous else replaced
-    return f" (passed over, as deleted or without model files: {', '.join(passed)})" if passed else ""
-
-
-def find_objections(version: ModelVersion, production: ModelVersion | None) -> list[str]:
-    """Return the objections to putting a version into production."""
-    objections = []
-    if version.decision == names.WAITS:
-        now, compared = production.version if production else names.NO_VERSION, version.tags[names.COMPARED_WITH]
-        if now != compared:
-            objections.append(f"it was compared with version {compared}, and {now} is in production now")
-    elif version.decision != names.PROMOTED:
-        failed = [reason for reason in version.reasons if reason.startswith(NOT_MET)]
-        objections.append(", ".join(failed) or "it was never compared with production")
-    if version.is_drawn and production and not production.is_drawn:
-        objections.append("it was trained on drawn images, production on photographs")
-    return objections
 
 
 @contextmanager

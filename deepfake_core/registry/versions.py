@@ -11,11 +11,12 @@ from mlflow.exceptions import MlflowException
 
 from deepfake_core.errors import ModelError
 from deepfake_core.evaluation.evaluation import Estimate
-from deepfake_core.evaluation.promotion import REASON_SEPARATOR
+from deepfake_core.evaluation.promotion import NOT_MET, REASON_SEPARATOR
 from deepfake_core.registry import names
 from deepfake_core.registry.connection import DEFAULT_TRACKING_URI, connect
 
-MAX_DESCRIPTION_CHARACTERS = 5000
+MAX_TEXT_CHARACTERS = 5000
+"""What MLflow's databases hold of a description, or of a registered model's tag."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def find_run(run_id: str) -> Any:
 
 def describe_version(model_name: str, version: str, card: str) -> None:
     """Set a version's description: its model card, as Markdown, cut to what MLflow's databases hold."""
-    if len(card) > MAX_DESCRIPTION_CHARACTERS:
-        card = f"{card[: MAX_DESCRIPTION_CHARACTERS - 40].rsplit(chr(10), 1)[0]}\n\nCut; report.html has all."
+    if len(card) > MAX_TEXT_CHARACTERS:
+        card = f"{card[: MAX_TEXT_CHARACTERS - 40].rsplit(chr(10), 1)[0]}\n\nCut; report.html has all."
     mlflow.MlflowClient().update_model_version(model_name, version, card)
 
 
@@ -195,6 +196,21 @@ def require_files(version: Any) -> None:
             f"whose files were removed {removed}; metrics and report are kept. Choose another version "
             f"(`deepfake versions`), or train it again with `force`: run {version.run_id} lists data and parameters."
         )
+
+
+def find_objections(version: ModelVersion, production: ModelVersion | None) -> list[str]:
+    """Return the objections to putting a version into production."""
+    objections = []
+    if version.decision == names.WAITS:
+        now, compared = production.version if production else names.NO_VERSION, version.tags[names.COMPARED_WITH]
+        if now != compared:
+            objections.append(f"it was compared with version {compared}, and {now} is in production now")
+    elif version.decision != names.PROMOTED:
+        failed = [reason for reason in version.reasons if reason.startswith(NOT_MET)]
+        objections.append(", ".join(failed) or "it was never compared with production")
+    if version.is_drawn and production and not production.is_drawn:
+        objections.append("it was trained on drawn images, production on photographs")
+    return objections
 
 
 def has_versions(model_name: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
@@ -25,7 +25,10 @@ from tests.builders import NAME
 
 pytestmark = pytest.mark.sweep
 
-WRITES = ("set_model_version_tag", "set_registered_model_alias", "delete_registered_model_alias")
+WRITES = (
+    *("set_model_version_tag", "delete_model_version_tag", "set_registered_model_alias"),
+    *("delete_registered_model_alias", "set_registered_model_tag", "delete_registered_model_tag"),
+)
 """What a move of production does to the registry, beside its lock."""
 
 
@@ -71,15 +74,20 @@ def forget_chains(client: mlflow.MlflowClient) -> None:
     for version in versions.list_versions(NAME):
         if names.ROLLS_BACK_TO in version.tags:
             client.delete_model_version_tag(NAME, version.version, names.ROLLS_BACK_TO)
+    client.set_registered_model_tag(NAME, names.RECORDED_PRODUCTION, production.find_production(NAME))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("former", [False, True], ids=["", "tags of former code"])
 @pytest.mark.parametrize(
-    ("deleted", "expected"), [("1", "2"), ("2", "1"), ("12", None), ("3", "2"), ("31", "2"), ("32", None)]
+    ("deleted", "expected"), [("1", "2"), ("2", "1"), ("12", None), ("3", "2"), ("31", "2"), ("32", "1"), ("321", None)]
 )
 def test_a_rollback_leads_to_the_newest_version_that_still_exists(client, capsys, deleted, expected, former, tmp_path):
-    """The third is in production; where it is deleted itself, the alias `previous` still says what it replaced."""
+    """The third is in production; where it is deleted itself, the model's tag still says what it replaced.
+
+    Former code's tag did not: then the alias `previous` says it, unless that version was deleted too.
+    """
+    expected = None if former and deleted == "32" else expected
     promote("1", "2", "3")
     if former:
         forget_chains(client)
@@ -93,7 +101,7 @@ def test_a_rollback_leads_to_the_newest_version_that_still_exists(client, capsys
     else:
         assert status == 0
         assert f"Version {expected} is back in production instead of {'none' if '3' in deleted else 3}" in printed.out
-        assert ("passed over, as deleted or without model files: 2" in printed.out) == (deleted == "2")
+        assert ("passed over, as deleted or without model files: 2" in printed.out) == (deleted in ("2", "32"))
         left = {"production": expected}
         assert find_aliases(client) == (left | {"previous": "1"} if expected == "2" and "1" not in deleted else left)
     assert model_files.find_needed_datasets(NAME) == ({"0123456789abcdef"} if find_aliases(client) else set())
@@ -138,7 +146,7 @@ def break_write(monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("back", [False, True], ids=["promote", "roll back"])
-@pytest.mark.parametrize("allowed", range(12))
+@pytest.mark.parametrize("allowed", range(14))
 def test_a_failure_at_any_write_leaves_what_the_next_move_repairs(client, monkeypatch, allowed, back):
     promote("1", "2", "3")
     with monkeypatch.context() as broken:
@@ -176,28 +184,174 @@ def check_record(client: mlflow.MlflowClient, name: str = NAME) -> None:
     assert names.MOVE not in tags
 
 
-STEPS = st.tuples(st.sampled_from(("promote", "roll back", "delete")), st.sampled_from("123"))
+STEPS = st.tuples(
+    st.sampled_from(("promote", "roll back", "delete", "move outside", "remove")), st.sampled_from("1234")
+)
 
 
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(STEPS, min_size=1, max_size=10))
-def test_whatever_is_promoted_rolled_back_and_deleted_aliases_and_tags_agree(client, steps):
+@example([*[("promote", number) for number in "1234"], ("delete", "4"), ("delete", "3"), ("roll back", "")])
+@example([*[("promote", number) for number in "123"], ("remove", ""), ("move outside", "4"), ("roll back", "")])
+@given(st.lists(STEPS, min_size=1, max_size=8))
+def test_whatever_is_promoted_rolled_back_moved_and_deleted_aliases_and_tags_agree(client, steps):
     name = client.create_registered_model(f"model-{uuid.uuid4().hex}").name
-    for _ in range(3):
+    for _ in range(4):
         register(client, name)
+    existing, current, chain = set("1234"), None, []  # where rollbacks lead
     for step, number in steps:
-        chain, current = production.list_rollbacks(name), production.find_production(name)
-        exists = number in {version.version for version in versions.list_versions(name)}
-        if step == "delete" and exists:
-            client.delete_model_version(name, number)
-        elif step == "promote" and exists and number != current:
-            promote(number, name=name)
-            check_record(client, name)
-        elif step == "roll back" and chain:
+        before = current
+        if step == "roll back" and chain:
             assert production.roll_back(name, "complaints") == (chain[0], current)
-            assert production.list_rollbacks(name) == chain[1:]
+            current, chain = chain[0], chain[1:]
+        elif step in ("promote", "move outside") and number in existing - {current}:
+            if step == "promote":
+                promote(number, name=name)
+            else:
+                client.set_registered_model_alias(name, "production", number)
+            current, chain = number, [one for one in [current, *chain] if one not in (None, number)]
+        elif step == "delete" and number in existing:
+            client.delete_model_version(name, number)
+            existing, chain = existing - {number}, [one for one in chain if one != number]
+            current = None if number == current else current
+        elif step == "remove" and current:
+            client.delete_registered_model_alias(name, "production")
+            current = None
+        told, outside = take_outside_moves(name), step not in ("promote", "roll back") and current != before
+        text = f"{production.MOVED_OUTSIDE}: someone moved the alias production from version {before or 'none'} to "
+        assert told == (f"{text}{current or 'none'}" if outside else None)
+        assert production.list_rollbacks(name) == chain
+        assert find_aliases(client, name).get("production") == current
+        if current:
             check_record(client, name)
+
+
+def take_outside_moves(name: str = NAME) -> str | None:
+    with production.take_outside_moves(name) as text:
+        return text
+
+
+@pytest.mark.slow
+def test_a_move_that_was_killed_explains_no_later_one_from_outside(client, monkeypatch):
+    promote("1", "2")
+    with monkeypatch.context() as broken, pytest.raises(MlflowException):
+        break_write(broken, 3)  # the alias is the fourth write
+        promote("3")
+    assert names.MOVE in read_version(NAME, "3").tags
+    promote("4")
+    client.set_registered_model_alias(NAME, "production", "3")
+    assert take_outside_moves() == f"{production.MOVED_OUTSIDE}: someone moved the alias production from version 4 to 3"
+    check_record(client)
+    moved, left = read_version(NAME, "3").tags, read_version(NAME, "4").tags
+    assert (moved["production_by"], moved["production_because"]) == ("unknown", production.MOVED_OUTSIDE)
+    assert (moved["replaced"], left["replaced_by"]) == ("4", "3")
+    assert production.list_rollbacks(NAME) == ["4", "2", "1"]
+
+
+@pytest.mark.slow
+def test_every_move_from_outside_is_told_until_a_body_succeeds(client):
+    promote("1", "2")
+    client.set_registered_model_alias(NAME, "production", "1")
+    promote("3")  # by someone who did not look
+    client.set_registered_model_alias(NAME, "production", "2")
+    told = (
+        "moved outside, in MLflow itself: someone moved the alias production from version 2 to 1; "
+        "someone moved the alias production from version 3 to 2"
+    )
+    with pytest.raises(KeyboardInterrupt), production.take_outside_moves(NAME) as text:
+        assert text == told
+        raise KeyboardInterrupt
+    assert take_outside_moves() == told
+    assert take_outside_moves() is None
+
+    client.set_registered_model_tag(NAME, names.OUTSIDE_MOVE, "x" * versions.MAX_TEXT_CHARACTERS)
+    client.set_registered_model_alias(NAME, "production", "1")
+    text = take_outside_moves()  # where nobody looked for long, the newest are kept
+    assert len(text) == versions.MAX_TEXT_CHARACTERS
+    assert text.endswith("from version 2 to 1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deleted", [False, True], ids=["the alias", "the version"])
+def test_production_that_someone_removed_in_mlflow_is_told_once(client, deleted):
+    assert take_outside_moves() is None
+    promote("1", "2")
+    if deleted:
+        client.delete_model_version(NAME, "2")
+    else:
+        client.delete_registered_model_alias(NAME, "production")
+    assert take_outside_moves().endswith("production from version 2 to none")
+    assert take_outside_moves() is None
+    assert find_aliases(client) == {"previous": "1"}
+    if not deleted:
+        assert read_version(NAME, "2").tags["replaced_by"] == "none"
+    client.set_registered_model_alias(NAME, "production", "4")
+    assert take_outside_moves().endswith("production from version none to 4")
+    check_record(client)
+    assert find_aliases(client) == {"production": "4", "previous": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("to", "allowed"), [*(("3", allowed) for allowed in range(14)), *(("none", allowed) for allowed in range(7))]
+)
+def test_a_move_from_outside_is_told_wherever_writing_fails_and_once(client, monkeypatch, allowed, to):
+    promote("1", "2")
+    if to == "none":
+        client.delete_registered_model_alias(NAME, "production")
+    else:
+        client.set_registered_model_alias(NAME, "production", to)
+    with monkeypatch.context() as broken, pytest.raises(MlflowException):
+        break_write(broken, allowed)
+        take_outside_moves()
+    told = f"{production.MOVED_OUTSIDE}: someone moved the alias production from version 2 to {to}"
+    assert [take_outside_moves() for _ in range(2)] == [told, None]
+    assert production.list_rollbacks(NAME) == (["1"] if to == "none" else ["2", "1"])
+    assert read_version(NAME, "2").tags["replaced_by"] == to
+
+
+DAMAGES = ("", "promoted by Ann", "{", "7", "null", "[]", "{}", '{"from": "1"}')
+WRONG_TYPE = '{"from": "1", "at": null, "by": "Ann", "because": "better", "back": false}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "damage"),
+    [*(("rollback", damage) for damage in (*DAMAGES, WRONG_TYPE)), ("promote", "{"), ("look", "{")],
+)
+def test_a_damaged_tag_of_a_move_blocks_nothing_and_the_move_counts_as_one_from_outside(
+    client, monkeypatch, caplog, command, damage
+):
+    promote("1")
+    with monkeypatch.context() as broken:
+        break_write(broken, 4)  # the alias has moved, and no more
+        promote("2")
+    client.set_model_version_tag(NAME, "2", names.MOVE, damage)
+    if command == "promote":
+        assert main(["promote", "3", "--reason", "next", "--yes"]) == 0
+        assert find_aliases(client) == {"production": "3", "previous": "2"}
+    elif command == "rollback":
+        assert main(["rollback", "--reason", "complaints", "--yes"]) == 0
+        assert find_aliases(client) == {"production": "1"}
+    assert take_outside_moves().endswith("someone moved the alias production from version 1 to 2")
+    assert "the tag move_to_production of version 2 of deepfake-detector is damaged, and removed" in caplog.text
+    check_record(client)
+    tags = read_version(NAME, "2").tags
+    assert (tags["production_by"], tags["production_because"]) == ("unknown", production.MOVED_OUTSIDE)
+    assert names.MOVE not in tags
+
+
+@pytest.mark.slow
+def test_a_damaged_tag_of_the_first_move_and_one_where_nothing_moved(client, monkeypatch):
+    with monkeypatch.context() as broken:
+        break_write(broken, 3)  # the alias has moved, and no more
+        promote("1")
+    client.set_model_version_tag(NAME, "1", names.MOVE, "{")
+    assert take_outside_moves().endswith("production from version none to 1")
+    check_record(client)
+    client.set_model_version_tag(NAME, "1", names.MOVE, "{")
+    assert take_outside_moves() is None
+    check_record(client)
 
 
 KILLED = """

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter
-from prefect.states import Cancelled, Completed, Suspended
+from prefect.states import Cancelled, Cancelling, Completed, Suspended
 
 from deepfake_core.cli import main
 from deepfake_core.config import EvaluationParameters
@@ -311,6 +311,28 @@ def test_health_asks_about_a_version_that_waits_and_once_whatever_became_of_the_
         assert (run.id, run.state.name) == (asked.id, state.name)
 
 
+def test_a_version_is_refused_after_its_hours_though_its_question_was_cancelled(questions):
+    from flows.production import health
+
+    start = datetime.now(UTC)
+    health()
+    (asked,) = questions()
+    put(asked, Suspended(timeout_seconds=3600))
+    with get_client(sync_client=True) as prefect:
+        prefect.set_flow_run_state(asked.id, Cancelling())  # as the button Cancel in Prefect does
+    health()
+    (asked,) = questions()
+    assert (asked.state.name, read_version(NAME, "3").decision) == ("Cancelled", names.WAITS)
+
+    tag_version(NAME, "3", {"answer_until": (start - timedelta(minutes=1)).isoformat(timespec="seconds")})
+    health()
+    refused = read_version(NAME, "3")
+    assert (refused.decision, refused.reasons[-1][:33]) == (names.NOT_PROMOTED, "refused: nobody approved it until")
+    (event,) = wait_until(lambda: find_events("deepfake.version.not-promoted", start))
+    assert event["payload"]["text"].endswith("is not promoted, as nobody approved it.")
+    assert len(questions()) == 1
+
+
 def test_questions_about_a_version_that_was_decided_about_or_deleted_are_cancelled(versions, questions):
     from flows.production import health
 
@@ -372,8 +394,13 @@ def test_aliases_that_someone_moves_in_mlflow_are_announced_once_and_in_the_audi
     versions.set_registered_model_alias(NAME, "previous", "3")
     health()
     assert find_aliases() == {"production": "2", "previous": "1"}
-    events = wait_until(lambda: found if len(found := find_events("deepfake.version.moved-outside", start)) > 1 else [])
+    versions.delete_registered_model_alias(NAME, "production")
+    for _ in range(2):
+        with pytest.raises(ModelError, match="There must be a production model"):
+            health()
+    events = wait_until(lambda: found if len(found := find_events("deepfake.version.moved-outside", start)) > 2 else [])
     assert [one["payload"]["text"].partition(": ")[2] for one in events] == [
+        "someone moved the alias production from version 2 to none",
         "someone moved the alias previous from version 1 to 3; it is put back",
         "someone moved the alias production from version 2 to 4",
     ]
