@@ -501,7 +501,7 @@ def test_environment_variables_are_no_parameters(monkeypatch):
 
 
 @pytest.mark.process
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_an_unreachable_prefect_server_is_said_without_a_traceback(tmp_path):
     address = f"http://127.0.0.1:{free_port()}/api"
     environment = {**os.environ, "PREFECT_API_URL": address, "PREFECT_CLIENT_MAX_RETRIES": "0"}

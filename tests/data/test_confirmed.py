@@ -31,7 +31,7 @@ from tests.builders import draw_image, encode, faces, jpeg, prepare, write_zip
 from tests.split_laws import check_laws, link, pictures, split, worlds
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @settings(max_examples=30, deadline=None)
 @given(worlds(), st.data())
 def test_no_confirmed_image_nor_a_near_copy_of_it_is_where_it_must_not_be(world, data):

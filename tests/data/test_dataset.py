@@ -28,7 +28,7 @@ COLUMNS = [  # the first eleven are named in the issue that founded the project;
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @settings(max_examples=30, deadline=None)
 @given(worlds(), st.randoms(use_true_random=False))
 def test_growing_moves_no_image_across_and_leaves_no_group_torn(world, random):

@@ -248,7 +248,7 @@ POOL, FILM = draw_pool(), draw_film()
 MISSING = st.sets(st.sampled_from(range(len(POOL))), max_size=20)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @settings(max_examples=25, deadline=None)
 @given(searches=st.lists(st.tuples(MISSING, st.sampled_from((0, 4, 8, 11, 40))), min_size=2, max_size=4))
 def test_a_search_that_goes_on_from_another_finds_what_a_search_anew_does(searches):

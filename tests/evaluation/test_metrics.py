@@ -120,7 +120,7 @@ def test_resamples_keep_groups_together_and_draw_as_many_groups_as_there_are():
     assert not np.array_equal(weights, draw_resamples(groups, count=50, seed=1))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_95_of_100_intervals_hold_the_truth():
     labels, scores = draw_scores(400_000)
     truth = compute_metrics(labels, scores, 0.5)

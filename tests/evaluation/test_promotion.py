@@ -169,7 +169,7 @@ def count_promotions(repeats: int, gain: float) -> int:
     return promoted
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_of_1000_retrains_of_equally_good_models_at_most_50_are_promoted():
     assert count_promotions(1000, gain=0) <= 50
 

@@ -24,7 +24,7 @@ def draw_rows(count: int, seed: int, whole: bool = True, **changed: float) -> pd
     return rows.assign(face=None if whole else 1)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_at_most_1_in_20_windows_from_the_same_world_alarms():
     reference = draw_rows(1000, 0)
     alarms = sum(bool(compare(reference, draw_rows(300, seed)).drifted) for seed in range(1, 501))

@@ -313,7 +313,7 @@ def test_a_taken_port_is_said(served, candidate, capsys):
     assert "folder written by `deepfake pull`" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.process
 def test_no_upload_is_left_when_the_page_ends(candidate, tmp_path):
     (tmp_path / f"deepfake-page-{2**22 + 1}-left").mkdir()  # no process has this number
