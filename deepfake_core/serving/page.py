@@ -1,8 +1,10 @@
 """`deepfake serve`: a page on which a person drops an image or a clip and sees the verdict."""
 
+import ctypes
 import html
 import logging
 import os
+import platform
 import signal
 import threading
 import time
@@ -37,6 +39,9 @@ MAX_ALIAS_AGE_SECONDS = 5
 
 MAX_CALLS_AT_ONCE = 4
 """How many uploads are judged at a time, so that a slow one holds no other up."""
+
+MAX_HEAP_BLOCK_BYTES = 1_000_000
+"""Larger blocks of memory, such as decoded images, are given back to the system when they are freed."""
 
 MAX_SESSIONS = 500
 """Open pages and callers that Gradio remembers, 15 kB each; each POST without a session is a new one."""
@@ -153,11 +158,19 @@ def serve(
         ModelError: if Gradio is not installed, or there is no such model.
         ServiceError: if MLflow can't be reached.
     """
+    _give_memory_back()
     with keep_uploads():
         page = launch_page(ModelKeeper(model, detect, observer, shadow), port, feedback)
         print(f"http://{ADDRESS}:{port} - Ctrl+C ends it.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         page.block_thread()
+
+
+def _give_memory_back() -> None:
+    """Fix the size from which glibc keeps a block outside its heaps; else it raises that, and the heaps only grow."""
+    if platform.libc_ver()[0] == "glibc":
+        m_mmap_threshold = -3  # mallopt(3)
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, MAX_HEAP_BLOCK_BYTES)
 
 
 def launch_page(keeper: ModelKeeper, port: int, feedback: Feedback | None = None) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.registry import connection, detectors, production, runs, versions
 from deepfake_core.serving import page as page_server
 from deepfake_core.serving import uploads
-from tests.builders import NAME, draw_portrait, draw_scene, free_port, jpeg, wait_until, write_clip
+from tests.builders import NAME, ROOT, draw_portrait, draw_scene, free_port, jpeg, wait_until, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -311,6 +312,34 @@ def test_a_taken_port_is_said(served, candidate, capsys):
     assert "which is taken" in capsys.readouterr().err
     assert main(["serve", "--model", "/dev/null"]) == 2
     assert "folder written by `deepfake pull`" in capsys.readouterr().err
+
+
+FREED = """
+import ctypes, psutil
+from deepfake_core.serving import page
+page._give_memory_back()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.free(libc.malloc(16_000_000))  # glibc keeps blocks of up to this size from now on, unless it is told not to
+before = psutil.Process().memory_info().rss
+freed = []
+for _ in range(20):
+    freed.append(libc.malloc(4_000_000))
+    libc.memset(freed[-1], 1, 4_000_000)
+    libc.memset(libc.malloc(50_000), 1, 50_000)  # is never freed, and lies behind
+for block in freed:
+    libc.free(block)
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does with freed memory")
+def test_memory_of_images_goes_back_to_the_system():
+    told = subprocess.run([sys.executable, "-c", FREED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 10_000_000
 
 
 @pytest.mark.sweep
