@@ -103,7 +103,7 @@ containers: image  ## start what make up starts in containers, on PostgreSQL; PO
 IMAGE ?= $(shell sed -n 's/^IMAGE=//p' deployments/stack.env)
 LOCK = $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-header --python-version 3.11 \
 	pyproject.toml
-IMAGE_EXTRAS = --extra train --extra flows --extra remote --group cuda --constraint requirements.lock
+IMAGE_EXTRAS = --extra train --extra flows --extra remote --extra cluster --group cuda --constraint requirements.lock
 
 # uv comes from the lock too, by pip with its hashes; then uv installs the rest.
 .venv/installed: requirements.lock pyproject.toml

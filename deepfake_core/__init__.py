@@ -12,6 +12,7 @@ TELEMETRY = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "ORT_DISABLE_TELEMETRY": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 """Each library's switch, off; deployments/stack.env and the Dockerfile have the same."""
 
