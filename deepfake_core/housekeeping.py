@@ -188,7 +188,7 @@ def _plan_indexes(store: Store, keep: int) -> Iterator[Removal]:
 
 def _plan_leftovers(store: Store, removed: Collection[Path]) -> Iterator[Removal]:
     why = "its process was killed"
-    for folder in (store.splits(), store.batches(), store.training()):
+    for folder in (store.indexes(), store.splits(), store.batches(), store.training()):
         for path in sorted(folder.glob(".*.partial")):
             yield _remove_paths(f"unfinished {store.name(path)}", why, path)
     hidden = [path for pattern in (".*", "*/.*", "*/*/.*") for path in sorted(store.folder.glob(pattern))]

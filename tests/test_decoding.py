@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from deepfake_core import decoding
-from deepfake_core.data.index import decode
+from deepfake_core.data.contents import decode
 from deepfake_core.decoding import MAX_SCANS, MemoryBudget, UnreadableImageError, decode_image, open_image
 from deepfake_core.image_header import JpegFile
 from tests.builders import FACES, draw_image, encode, jpeg, mpo, needs_faces

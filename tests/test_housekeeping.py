@@ -251,10 +251,13 @@ def test_unfinished_files_go_when_nobody_writes_to_them_any_more(years):
     written = [archives / ".6.json.77", data_dir / "batches" / f"{versions[4]}-32px" / ".train.npy.77"]
     for path in (*abandoned, *written, archives / "4.zip.partial", archives / "6.zip.partial"):
         path.write_bytes(b"half")
+    shards = data_dir / "indexes" / ".faces-v4-0123456789abcdef.partial"
+    shards.mkdir()
+    (shards / "0000000000-0000010000.parquet").write_bytes(b"rows")
     for path in abandoned:
         os.utime(path, (time.time() - 2 * DAY,) * 2)
     gone = {path for removal in clean(open_store(data_dir), keep=1) for path in removal.paths}
-    assert {*abandoned, archives / "4.zip.partial"} <= gone
+    assert {*abandoned, shards, archives / "4.zip.partial"} <= gone
     assert all(path.exists() for path in (*written, archives / "6.zip.partial"))
     assert not any(path.exists() for path in gone)
 

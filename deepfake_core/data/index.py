@@ -9,7 +9,6 @@ Each image is read and decoded once, and gives everything that later stages ask 
 - `thumbnail`: 32 x 32 grey pixels (1,024 bytes), and `hash`: 256 bits made from it (32 bytes), see `hashes`.
 """
 
-import builtins
 import contextlib
 import hashlib
 import logging
@@ -17,31 +16,19 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-import simplejpeg
-from PIL import Image
 
 from deepfake_core.config import Source
 from deepfake_core.data.archive import Archive, ArchiveReader
-from deepfake_core.data.hashes import hash_thumbnails, shrink_images
-from deepfake_core.data.jpeg_header import read_jpeg_header
+from deepfake_core.data.contents import Content, Contents, decode, shrink_and_hash
 from deepfake_core.data.labels import check_csv_files, check_labels, name_label
 from deepfake_core.data.members import UNREADABLE, Member
-from deepfake_core.decoding import (
-    BYTES_PER_PIXEL,
-    DECODING,
-    MAX_BYTES,
-    MemoryBudget,
-    UnreadableImageError,
-    check_scans,
-    open_image,
-)
-from deepfake_core.storage.files import write_beside
+from deepfake_core.data.shards import Shard, cut_shards, join_shards, open_members
+from deepfake_core.decoding import MAX_BYTES, MemoryBudget
+from deepfake_core.storage.files import remove_folder, write_beside
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
@@ -50,40 +37,21 @@ log = logging.getLogger(__name__)
 INDEX_FORMAT = 5
 """Part of the cache's name: raise it when the same archive would give another index."""
 
-SHARD_SIZE = 2000
-DECODED_AT_ONCE = 128
-"""Images of a shard that are in memory before they are shrunk, of 256 x 256 pixels at most."""
+SHARD_SIZE = 10_000
+"""Files of an archive whose rows are written at once."""
 
-MIN_DECODED_PIXELS = 64
-"""JPEGs are decoded at the smallest of libjpeg's scales that leaves this many pixels a side."""
+DECODED_AT_ONCE = 128
+"""Images that are in memory before they are shrunk, of 256 x 256 pixels at most."""
 
 READING = MemoryBudget(2 * MAX_BYTES)
 """Memory of files from when they are read until they are decoded; `DECODING` is asked for after it, never before."""
 
-NO_PIXELS = np.empty((0, 0), np.uint8)
-
-
-class Content(NamedTuple):
-    """What follows from an image's bytes alone: the columns from `width` on."""
-
-    width: int = 0
-    height: int = 0
-    bytes: int = 0
-    format: str = ""
-    jpeg_table: str = ""
-    reason: str = ""
-    hash: builtins.bytes = b""
-    thumbnail: builtins.bytes = b""
-
-
 INDEX_COLUMNS = ["source", "member", "sha256", "label", *Content._fields]
-Contents = dict[str, Content]
-"""By the SHA-256 of the bytes."""
 
 
 def build_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> pd.DataFrame:
     """Describe every file of an archive; an archive that was indexed before is not read again,
-    unless a file could not be read.
+    unless a file could not be read. Shards that are finished are not made again.
 
     Of a changed archive, only images whose bytes were not in the source's last index are decoded.
 
@@ -93,44 +61,97 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
     Raises:
         DatasetError: if no image has a label, or a csv file and the folders disagree on one.
     """
-    source = archive.source
-    rule = source.model_dump_json(include={"real_folder", "fake_folder", "csv_real_label", "follow_links"})
-    key = hashlib.sha256(f"{archive.sha256} {rule}".encode()).hexdigest()[:16]
-    prefix = f"{source.short_name}-v{INDEX_FORMAT}-"
-    cached = store.indexes() / f"{prefix}{key}.parquet"
-    if cached.exists() and not (index := pd.read_parquet(cached))["reason"].eq(UNREADABLE).any():
+    source, name = archive.source, name_index(archive)
+    if (index := _read_index(name, store)) is not None:
         log.info("%s: unchanged, its index is on disk already", source.short_name)
         return index
-    known = _read_contents(find_newest_index(store, prefix))
-    known_before = len(known)
-    with archive.open() as reader:
-        members = sorted(reader.members, key=lambda member: member.name)
-        size = min(SHARD_SIZE, max(DECODED_AT_ONCE, len(members) // (16 * (os.cpu_count() or 1))))
-        shards = [members[start : start + size] for start in range(0, len(members), size)]
-        rows: list[tuple] = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for shard in pool.map(lambda shard: index_members(source, reader, shard, known), shards):
-                rows += shard
-                if on_progress:
-                    on_progress(len(rows), len(members))
-        index = pd.DataFrame(rows, columns=INDEX_COLUMNS).astype(
-            {"width": "int32", "height": "int32", "bytes": "int64"}
-        )
+    try:
+        shards = cut_shards(archive, store, name, SHARD_SIZE)
+        for shard in shards:
+            index_shard(shard, os.cpu_count() or 1, on_progress)
+        index = join_shards(shards)
+        reader, members = open_members(archive)
         check_labels(source, index, members)
         if source.csv_real_label is not None:
             check_csv_files(source, reader, index)
-    with write_beside(cached) as beside:
+        new = set(index["sha256"]) - _read_contents(find_newest_index(store, _begin_name(source))).keys() - {""}
+    finally:
+        open_members.cache_clear()
+        _read_contents.cache_clear()
+    with write_beside(_place_index(name, store)) as beside:
         index.to_parquet(beside, index=False)
+    remove_folder(store.shards(name))
     unusable = index.loc[index["reason"] != "", "reason"].value_counts().to_dict()
     log.info(
         "%s: %d files, %d decoded now (others are copies, or were known), %d usable images, left out: %s",
         source.short_name,
         len(index),
-        len(known) - known_before,
+        len(new),
         int((index["reason"] == "").sum()),
         unusable or "none",
     )
     return index
+
+
+def list_shards(archives: Sequence[Archive], store: Store) -> list[Shard]:
+    """Return the shards that are still to be made of the archives that have several.
+
+    `build_index` makes what there is left to do.
+    """
+    missing: list[Shard] = []
+    for archive in archives:
+        name = name_index(archive)
+        if _read_index(name, store) is None and len(shards := cut_shards(archive, store, name, SHARD_SIZE)) > 1:
+            missing += [shard for shard in shards if not shard.is_done]
+    return missing
+
+
+def index_shard(shard: Shard, threads: int, on_progress: Progress | None = None) -> None:
+    """Write a shard's rows, unless they are on disk.
+
+    Raises:
+        DeepfakeError: that names the shard.
+    """
+    if shard.is_done:
+        return
+    source = shard.archive.source
+    reader, all_members = open_members(shard.archive)
+    members = all_members[shard.start : shard.stop]
+    known = dict(_read_contents(find_newest_index(shard.store, _begin_name(source))))
+    size = max(DECODED_AT_ONCE, len(members) // (16 * threads))
+    parts = [members[start : start + size] for start in range(0, len(members), size)]
+    rows: list[tuple] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for part in pool.map(lambda part: index_members(source, reader, part, known), parts):
+            rows += part
+            if on_progress:
+                on_progress(shard.start + len(rows), len(all_members))
+    types = {"width": "int32", "height": "int32", "bytes": "int64"}
+    shard.write(pd.DataFrame(rows, columns=INDEX_COLUMNS).astype(types))
+
+
+def name_index(archive: Archive) -> str:
+    """Return the name of an archive's index, by all that it follows from."""
+    rule = archive.source.model_dump_json(include={"real_folder", "fake_folder", "csv_real_label", "follow_links"})
+    key = hashlib.sha256(f"{archive.sha256} {rule}".encode()).hexdigest()[:16]
+    return f"{_begin_name(archive.source)}{key}"
+
+
+def _begin_name(source: Source) -> str:
+    """Return what the names of a source's indexes begin with."""
+    return f"{source.short_name}-v{INDEX_FORMAT}-"
+
+
+def _place_index(name: str, store: Store) -> Path:
+    return store.indexes() / f"{name}.parquet"
+
+
+def _read_index(name: str, store: Store) -> pd.DataFrame | None:
+    """Return an index that is on disk; None if it is not, or a file could not be read when it was made."""
+    file = _place_index(name, store)
+    if file.exists() and not (index := pd.read_parquet(file))["reason"].eq(UNREADABLE).any():
+        return index
+    return None
 
 
 def find_newest_index(store: Store, prefix: str) -> Path | None:
@@ -140,6 +161,7 @@ def find_newest_index(store: Store, prefix: str) -> Path | None:
     return max(indexes, key=os.path.getmtime, default=None)
 
 
+@lru_cache(maxsize=2)
 def _read_contents(index: Path | None) -> Contents:
     """Return what an earlier index of the source knows, whatever its labels."""
     if index is None:
@@ -167,7 +189,7 @@ def index_members(source: Source, reader: ArchiveReader, members: Sequence[Membe
                 digests.append("" if data is None else hashlib.sha256(data).hexdigest())
                 if data is not None and digests[-1] not in known and digests[-1] not in new:
                     new[digests[-1]] = decode(data)
-        known |= _shrink_and_hash(new)
+        known |= shrink_and_hash(new)
         for member, digest in zip(part, digests, strict=True):
             content = known[digest] if digest else Content(reason=member.problem or UNREADABLE)
             label = name_folder(member.name.rpartition("/")[0])
@@ -181,49 +203,3 @@ def _read(reader: ArchiveReader, member: Member) -> bytes | None:
     with contextlib.suppress(OSError):  # of a folder's file, which is gone or can't be read
         return None if member.problem else reader.read(member)
     return None
-
-
-def decode(data: bytes) -> tuple[Content, np.ndarray]:
-    """Return an image's content without thumbnail and hash, and grey pixels (h, w), if any, to make those from."""
-    header = read_jpeg_header(data)
-    table = header.table if header else ""
-    if header and header.is_plain:
-        try:
-            area = header.width * header.height
-            check_scans(data, area)
-            with DECODING.hold(area * BYTES_PER_PIXEL["JPEG"]):
-                pixels = simplejpeg.decode_jpeg(
-                    data, "GRAY", min_height=MIN_DECODED_PIXELS, min_width=MIN_DECODED_PIXELS
-                )
-                return Content(header.width, header.height, len(data), "JPEG", table), _reduce(pixels[:, :, 0])
-        except ValueError:
-            pass  # damaged, or of a rare kind: Pillow raises the exact error
-    try:
-        with open_image(data) as image:
-            content = Content(image.width, image.height, len(data), image.format or "", table)
-            return content, _reduce(np.asarray(image.convert("L")))
-    except UnreadableImageError as exc:
-        return Content(bytes=len(data), jpeg_table=table, reason=exc.reason), NO_PIXELS
-
-
-def _reduce(pixels: np.ndarray) -> np.ndarray:
-    """Average blocks of a large picture's pixels, so that both sides are 256 pixels at most."""
-    if max(pixels.shape) <= 4 * MIN_DECODED_PIXELS:
-        return pixels
-    height, width = (max(1, side // MIN_DECODED_PIXELS) for side in pixels.shape)
-    return np.asarray(Image.fromarray(pixels).reduce((width, height)))
-
-
-def _shrink_and_hash(decoded: dict[str, tuple[Content, np.ndarray]]) -> Contents:
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for digest, (_, pixels) in decoded.items():
-        by_shape.setdefault(pixels.shape, []).append(digest)
-    contents: Contents = {}
-    for shape, digests in by_shape.items():
-        if shape == NO_PIXELS.shape:
-            contents |= {digest: decoded[digest][0] for digest in digests}
-            continue
-        thumbnails = shrink_images(np.stack([decoded[digest][1] for digest in digests]))
-        for digest, bits, thumbnail in zip(digests, hash_thumbnails(thumbnails), thumbnails, strict=True):
-            contents[digest] = Content(*decoded[digest][0][:-2], bits.tobytes(), thumbnail.tobytes())
-    return contents

@@ -61,6 +61,10 @@ class Store:
         """Return the folder of image indexes, a Parquet file per archive, and of near copies: a cache."""
         return self.folder / "indexes"
 
+    def shards(self, index: str) -> Path:
+        """Return the folder of the finished parts of an index that is not whole yet: a cache."""
+        return self.indexes() / f".{index}.partial"
+
     def local_archive(self, path: Path) -> Path:
         """Return the JSON file that remembers the SHA-256 of a zip on this disk: a cache."""
         return self.indexes() / f"zip-{hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]}.json"

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -15,10 +16,11 @@ from PIL import Image
 
 from deepfake_core import decoding, detector
 from deepfake_core.config import Source
+from deepfake_core.data.contents import decode
 from deepfake_core.data.hashes import shrink_images
-from deepfake_core.data.index import build_index, decode
+from deepfake_core.data.index import build_index, index_shard, list_shards
 from deepfake_core.data.kaggle import fetch_archive
-from deepfake_core.errors import DatasetError
+from deepfake_core.errors import ArchiveError, DatasetError, SourceError
 from deepfake_core.storage.store import open_store
 from tests.builders import draw_image, encode, faces, forbid, jpeg, recode, write_zip
 
@@ -358,7 +360,7 @@ def test_large_images_are_decoded_in_bounded_memory_on_any_number_of_cores(tmp_p
         "import os, resource, sys; os.cpu_count = lambda: 16\n"
         "from deepfake_core.config import Source; from deepfake_core.data import index\n"
         "from deepfake_core.data.kaggle import fetch_archive; from deepfake_core.storage.store import open_store\n"
-        "index.DECODED_AT_ONCE = 1; index.SHARD_SIZE = 1; store = open_store(sys.argv[2])\n"
+        "index.DECODED_AT_ONCE = 1; store = open_store(sys.argv[2])\n"
         "measure = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024; before = measure()\n"
         "rows = index.build_index(fetch_archive(Source(name=sys.argv[1]), store), store)\n"
         "assert (rows['reason'] == '').sum() == 6; print(measure() - before)"
@@ -366,3 +368,62 @@ def test_large_images_are_decoded_in_bounded_memory_on_any_number_of_cores(tmp_p
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "data")]
     used = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert used < 1.1 * decoding.MAX_DECODING_BYTES
+
+
+@pytest.mark.process
+def test_an_index_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch, decoded):
+    """It is killed when it is about to name its third shard; the two that are whole are not made again."""
+    path = write_zip(tmp_path / "a.zip", faces(10))
+    (tmp_path / "whole").mkdir()
+    whole = index_of(write_zip(tmp_path / "whole" / "a.zip", faces(10)))
+    code = (
+        "import os, signal, sys; from deepfake_core.config import Source; from deepfake_core.data import index\n"
+        "from deepfake_core.data.kaggle import fetch_archive; from deepfake_core.storage.store import open_store\n"
+        "die = lambda event, what: event == 'os.rename' and '0000000010-' in str(what[1]) and os.kill(os.getpid(), 9)\n"
+        "index.SHARD_SIZE = 5; store = open_store(sys.argv[2]); sys.addaudithook(die)\n"
+        "index.build_index(fetch_archive(Source(name=sys.argv[1]), store), store)\n"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "data")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 5)
+    decoded.clear()
+    pd.testing.assert_frame_equal(index_of(path), whole)
+    assert len(decoded) == 10
+    (one,), (other,) = [(folder / "data" / "indexes").glob("*.parquet") for folder in (tmp_path, tmp_path / "whole")]
+    assert one.name == other.name
+    assert one.read_bytes() == other.read_bytes()
+    assert not list(one.parent.glob(".*"))
+
+
+def test_a_shard_with_a_file_that_could_not_be_read_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 3)
+    for name, data in faces(3).items():
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a" / name).write_bytes(data)
+    store = open_store(tmp_path / "data")
+    archive = fetch_archive(Source(name=str(tmp_path / "a")), store)
+    shards = list_shards([archive], store)
+    away = (tmp_path / "a" / "real" / "1.jpg").rename(tmp_path / "away.jpg")
+    for shard in shards:
+        index_shard(shard, threads=1)
+    assert list_shards([archive], store) == shards[1:]
+    away.rename(tmp_path / "a" / "real" / "1.jpg")
+    assert build_index(archive, store)["reason"].eq("").all()
+
+
+def test_archives_of_one_shard_need_no_tasks(make_zip):
+    path = make_zip(faces(3))
+    store = open_store(path.parent / "data")
+    assert list_shards([fetch_archive(Source(name=str(path)), store)], store) == []
+
+
+def test_an_archive_that_was_replaced_while_shards_read_it_is_refused(make_zip):
+    path = make_zip(faces(3))
+    store = open_store(path.parent / "data")
+    archive = fetch_archive(Source(name=str(path)), store)
+    make_zip(faces(4))
+    with pytest.raises(ArchiveError, match=r"must not change during a run.*bytes, now it has"):
+        build_index(archive, store)
+    path.unlink()
+    with pytest.raises(SourceError, match="must have it at the same path"):
+        build_index(archive, store)

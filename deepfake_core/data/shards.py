@@ -1,0 +1,83 @@
+"""An archive's index is made in shards: of some thousand files each, in order of names, the rows as a Parquet file.
+
+A shard's file is named by all that its rows follow from: archive, label rule and format (the index's name), and the
+range. It appears whole, so that the next run goes on where one was killed. Once the index is there, they are removed.
+"""
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from deepfake_core.data.archive import Archive, ArchiveReader
+from deepfake_core.data.members import UNREADABLE, Member
+from deepfake_core.errors import ArchiveError, SourceError
+from deepfake_core.storage.files import write_beside
+from deepfake_core.storage.store import Store
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The files from `start` up to `stop` of an archive, in order of names; `index` names what they are a part of."""
+
+    archive: Archive
+    store: Store
+    index: str
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.archive.source.short_name} {self.start}-{self.stop}"
+
+    @property
+    def file(self) -> Path:
+        return self.store.shards(self.index) / f"{self.start:010}-{self.stop:010}.parquet"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its rows are on disk, and none is of a file that could not be read then."""
+        return self.file.is_file() and not pd.read_parquet(self.file, columns=["reason"])["reason"].eq(UNREADABLE).any()
+
+    def write(self, rows: pd.DataFrame) -> None:
+        with write_beside(self.file) as beside:
+            rows.to_parquet(beside, index=False)
+
+
+def cut_shards(archive: Archive, store: Store, index: str, size: int) -> list[Shard]:
+    """Return the shards of an archive, `size` files each; the last has the rest."""
+    count = len(open_members(archive)[1])
+    return [Shard(archive, store, index, start, min(start + size, count)) for start in range(0, max(count, 1), size)]
+
+
+def join_shards(shards: Sequence[Shard]) -> pd.DataFrame:
+    """Return the rows of an archive's shards, in one piece, as if they had never been apart."""
+    return pa.concat_tables(pq.read_table(shard.file) for shard in shards).combine_chunks().to_pandas()
+
+
+@lru_cache(maxsize=2)  # one that ends and one that begins; to list a large archive takes seconds
+def open_members(archive: Archive) -> tuple[ArchiveReader, list[Member]]:
+    """Open an archive; return its reader, and its members in order of names. `open_members.cache_clear` closes it.
+
+    Raises:
+        SourceError: if this machine does not have it.
+        ArchiveError: if it is not what it was when it was hashed.
+    """
+    if not archive.path.exists():
+        raise SourceError(
+            f"Each machine that reads an archive must have it at the same path. Received: {socket.gethostname()}, "
+            f"which has no {archive.path}. Put sources and `data.data_dir` on a disk that all nodes of "
+            "`data.cluster` share."
+        )
+    reader = archive.open()
+    found = sum(member.size for member in reader.members) if archive.path.is_dir() else archive.path.stat().st_size
+    if found != archive.bytes:
+        raise ArchiveError(
+            f"An archive must not change during a run. {archive.path} had {archive.bytes:,} bytes, now it has "
+            f"{found:,}. Run again: it is indexed anew."
+        )
+    return reader, sorted(reader.members, key=lambda member: member.name)
