@@ -253,6 +253,12 @@ class DataParameters(Parameters):
         description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
         "without credentials, such as s3://bucket/deepfake.",
     )
+    cluster: str = Field(
+        default="",
+        pattern=r"^(auto|(ray://)?[\w.-]+:\d+|)$",
+        description="Ray cluster that indexes large archives: host:6379 or auto on a machine of the cluster, "
+        "ray://host:10001 from elsewhere. Empty: this machine's cores.",
+    )
     feedback: Address = Field(
         default="auto",
         description="Folder or URL of the reports of wrong verdicts, whose confirmed images are one more source. "

@@ -3,6 +3,7 @@
 from prefect import flow, runtime, unmapped
 
 from deepfake_core.config import DataParameters
+from deepfake_core.data.index import list_shards
 from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.store import open_store
 from tasks.data import (
@@ -11,11 +12,13 @@ from tasks.data import (
     fetch_reports,
     find_near_copies,
     index_archive,
+    index_shard,
     merge,
     report_on_data,
     share,
     split,
 )
+from tasks.shards import run_shards
 
 
 @flow(name="prepare")
@@ -33,6 +36,7 @@ def prepare(data: DataParameters = DataParameters()) -> str:
     with lock_folder(store.folder, holder=f"flow run {runtime.flow_run.name}"):
         sources = (*data.sources, *fetch_reports(data.feedback, store))
         archives = download.map(sources, unmapped(store)).result()
+        run_shards(index_shard, list_shards(archives, store), data.cluster)
         indexes = index_archive.map(archives, unmapped(store)).result()
         links = find_near_copies(indexes, store)
         rows = split(deduplicate(indexes, links), links, store, data)

@@ -16,6 +16,7 @@ from deepfake_core.data import dataset as datasets
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.credentials import VARIABLES
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.shards import Shard
 from deepfake_core.housekeeping import Removal
 from deepfake_core.reports import data_report
 from deepfake_core.storage.store import Store
@@ -66,6 +67,12 @@ def index_archive(archive: Archive, store: Store) -> pd.DataFrame:
     """Describe every file of an archive."""
     with report_progress(f"index {archive.source.short_name}") as on_progress:
         return index.build_index(archive, store, on_progress)
+
+
+@task(name="index shard", task_run_name="index shard {shard}", **CPU)
+def index_shard(shard: Shard, threads: int) -> None:
+    """Write the rows of some thousand files of an archive, unless they are there."""
+    index.index_shard(shard, threads)
 
 
 @task(name="find near copies", **CPU)

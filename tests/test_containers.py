@@ -234,10 +234,32 @@ async def render_job(variables: dict) -> dict:
     return configuration.job_manifest
 
 
-async def keep_known_fields(job: dict) -> dict:
+async def keep_known_fields(content: dict, kind: str = "V1Job") -> dict:
     async with kubernetes.ApiClient() as api:
-        response = SimpleNamespace(data=json.dumps(job))
-        return api.sanitize_for_serialization(api.deserialize(response, "V1Job"))
+        response = SimpleNamespace(data=json.dumps(content))
+        return api.sanitize_for_serialization(api.deserialize(response, kind))
+
+
+def test_the_ray_cluster_has_the_fields_that_kuberay_knows_and_runs_the_image():
+    """Its pods are checked by Kubernetes' own classes; the rest by the names in KubeRay's schema."""
+    cluster = yaml.safe_load((FOLDER / "ray-cluster.yaml").read_text())
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    spec = cluster["spec"]
+    assert set(spec) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    assert spec["rayVersion"] == read_lock(FOLDER / "gpu.lock")["ray"]
+    (workers,), head = spec["workerGroupSpecs"], spec["headGroupSpec"]
+    assert set(head) == {"rayStartParams", "template"}
+    assert set(workers) == {*head, "groupName", "replicas", "minReplicas", "maxReplicas"}
+    for group in (head, workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert asyncio.run(keep_known_fields(group["template"], "V1PodTemplateSpec")) == group["template"]
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["image"] == SHARED["IMAGE"]
+        assert container["volumeMounts"] == [{"name": "data", "mountPath": f"{read_dockerfile('WORKDIR')}/data"}]
+        claim = TEMPLATE["variables"]["properties"]["data_claim"]["default"]
+        assert pod["volumes"] == [{"name": "data", "persistentVolumeClaim": {"claimName": claim}}]
+        assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
 
 
 @pytest.mark.usefixtures("prefect_api")

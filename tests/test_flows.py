@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import LogSort
 from prefect.deployments.runner import RunnerDeployment
 from prefect.flow_engine import run_flow
@@ -334,6 +335,19 @@ def test_prepare_downloads_the_three_data_sets_and_retries_what_can_heal(trackin
 
     assert prepare(data) == str(dataset.path)
     assert len(kaggle.downloads) == 3
+
+
+def test_each_shard_of_a_large_archive_is_a_task(tracking, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 25)
+    path, other = (write_zip(tracking / name, faces(count)) for name, count in (("large.zip", 30), ("small.zip", 10)))
+    state = prepare(parameters(tracking, Source(name=str(path)), Source(name=str(other))), return_state=True)
+    wanted = FlowRunFilter(id={"any_": [state.state_details.flow_run_id]})
+    with get_client(sync_client=True) as client:
+        named = {run.name for run in client.read_task_runs(flow_run_filter=wanted)}
+    assert {name for name in named if name.startswith("index")} == {
+        *("index shard large 0-25", "index shard large 25-50", "index shard large 50-60"),
+        *("index large", "index small"),
+    }
 
 
 @pytest.mark.slow

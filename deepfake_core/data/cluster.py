@@ -1,0 +1,57 @@
+"""A connection to a Ray cluster. Ray is imported here alone, and only where `data.cluster` names one."""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from deepfake_core.errors import ConfigurationError, ServiceError
+
+CONNECT_SECONDS = 10
+
+
+@contextlib.contextmanager
+def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
+    """Connect this process to a Ray cluster; yield the number of its cores.
+
+    Args:
+        address: as `data.cluster` has it, not empty.
+        packages: folders of code that nodes run. They get a copy, so that they run what the driver runs.
+
+    Raises:
+        ConfigurationError: if Ray is not installed.
+        ServiceError: if there is no cluster, it has another version of Ray or Python, or a node failed for good.
+    """
+    try:
+        import prefect_ray  # noqa: F401
+        import ray
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"`data.cluster` needs packages that are not installed ({exc}). Install the extra `cluster`: "
+            "pip install 'deepfake-retraining[cluster]'. Or leave `data.cluster` empty."
+        ) from exc
+    rule = "`data.cluster` must name a running Ray cluster that this machine reaches"
+    remedy = "Compare with `ray status` on its head node; start one by `ray start --head`, or leave it empty."
+    code = {"py_modules": [str(package) for package in packages], "excludes": ["__pycache__"]}
+    try:
+        if address != "auto":
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # attempts to connect, of 40 s each; else 20
+        ray.init(address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ray.exceptions.RayError) as exc:
+        raise ServiceError(f"{rule}. Received: {address} ({exc}). {remedy}") from exc
+    try:
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if not cores:
+            raise ServiceError(f"{rule}, with at least one core. Received: {address}, which has none. {remedy}")
+        yield cores
+    except ray.exceptions.RayError as exc:
+        raise ServiceError(
+            f"Each node of `data.cluster` must stay up, and have the packages that this machine has. Received: {exc}. "
+            "What was finished is kept: run again once the node is mended."
+        ) from exc
+    finally:
+        ray.shutdown()

@@ -1,0 +1,87 @@
+"""Shards run as tasks, in threads of this machine or on a Ray cluster: only the task runner differs."""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prefect import Task
+from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from deepfake_core.data.cluster import connect_cluster
+from deepfake_core.data.shards import Shard
+from deepfake_core.errors import ConfigurationError, DeepfakeError
+from tasks.progress import report_progress
+
+ROOT = Path(__file__).parents[1]
+CODE = ("deepfake_core", "tasks")
+"""The packages that a shard's task imports."""
+
+
+class Workers(NamedTuple):
+    """What runs shards: how many at once at most, and in how many threads each."""
+
+    runner: TaskRunner[Any]
+    at_once: int
+    threads: int
+
+
+@contextmanager
+def open_workers(cluster: str) -> Iterator[Workers]:
+    """Yield the workers that `data.cluster` names, ready to run tasks."""
+    if not cluster:
+        with ThreadPoolTaskRunner(max_workers=2) as here:  # one ends while the next begins
+            yield Workers(here, 2, os.cpu_count() or 1)
+        return
+    if not PREFECT_API_URL.value():
+        raise ConfigurationError(
+            "`data.cluster` needs a Prefect server that the nodes reach too. Received: no PREFECT_API_URL. Start one, "
+            "such as by `make up`, and set PREFECT_API_URL to its address."
+        )
+    with connect_cluster(cluster, [ROOT / name for name in CODE]) as cores:
+        from prefect_ray import RayTaskRunner
+
+        with RayTaskRunner() as there:  # of the connection that is open
+            yield Workers(there, 2 * cores, 1)
+
+
+def run_shards(task: Task[[Shard, int], None], shards: Sequence[Shard], cluster: str) -> None:
+    """Run a task for each shard, in order. If one fails, no other is begun, and those in progress are finished.
+
+    Raises:
+        DeepfakeError: of the first shard that failed, with its name.
+    """
+    if not shards:
+        return
+    waiting = deque(shards)
+    begun: deque[tuple[Shard, PrefectFuture[None]]] = deque()
+    failed: list[tuple[Shard, PrefectFuture[None]]] = []
+    with open_workers(cluster) as workers, report_progress(task.name) as on_progress:
+        while waiting or begun:
+            while waiting and len(begun) < workers.at_once:
+                shard = waiting.popleft()
+                begun.append((shard, workers.runner.submit(task, {"shard": shard, "threads": workers.threads})))
+            shard, future = begun.popleft()
+            future.wait()
+            if future.state.is_completed():
+                on_progress(len(shards) - len(waiting) - len(begun), len(shards))
+            else:
+                failed.append((shard, future))
+                waiting.clear()
+        for shard, future in failed:
+            raise_failure(future, f"{task.name} {shard}")
+
+
+def raise_failure(future: PrefectFuture[None], name: str) -> None:
+    """Raise why a task failed, with its name."""
+    try:
+        future.result()
+    except DeepfakeError as exc:
+        raise type(exc)(f"{name}: {exc}") from exc
+    except Exception as exc:
+        exc.add_note(f"This was {name}.")
+        raise
