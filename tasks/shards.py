@@ -34,7 +34,8 @@ class Workers(NamedTuple):
 def open_workers(cluster: str) -> Iterator[Workers]:
     """Yield the workers that `data.cluster` names, ready to run tasks."""
     if not cluster:
-        with ThreadPoolTaskRunner(max_workers=2) as here:  # one ends while the next begins
+        here: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=2)  # one ends while the next begins
+        with here:
             yield Workers(here, 2, os.cpu_count() or 1)
         return
     if not PREFECT_API_URL.value():
@@ -83,5 +84,5 @@ def raise_failure(future: PrefectFuture[None], name: str) -> None:
     except DeepfakeError as exc:
         raise type(exc)(f"{name}: {exc}") from exc
     except Exception as exc:
-        exc.add_note(f"This was {name}.")
+        exc.add_note(f"in {name}")
         raise

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepfake_core.config import DataParameters, Source
 from deepfake_core.data import index
@@ -24,6 +24,8 @@ from deepfake_core.data.archive import open_local
 from deepfake_core.errors import ArchiveError, ConfigurationError, ServiceError
 from deepfake_core.storage.store import open_store
 from flows.prepare import prepare
+from tasks.data import index_shard
+from tasks.shards import run_shards
 from tests.builders import ROOT, faces, free_port, wait_until, write_zip
 
 pytestmark = [
@@ -44,17 +46,18 @@ IMAGES = 60
 class Node:
     """A node with one core."""
 
-    def __init__(self, *options: str) -> None:
+    def __init__(self, *options: str, **environment: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # a socket's path has 107 bytes at most
         folder = [f"--temp-dir={self.folder}"] if "--head" in options else []  # others take the head's
         command = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", "--disable-usage-stats"]
         more = ["--object-store-memory=80000000", "--min-worker-port=0", "--max-worker-port=0"]
-        environment = {
-            name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-        }  # the driver sends code
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the driver sends its code
         with (self.folder / "log").open("w") as log:
             self.process = subprocess.Popen(
-                [*command, *more, *folder, *options], env=environment, stdout=log, stderr=subprocess.STDOUT
+                [*command, *more, *folder, *options],
+                env={**own, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     @property
@@ -74,12 +77,13 @@ class Node:
 
 
 @contextmanager
-def start_node(*options: str) -> Iterator[Node]:
+def start_node(*options: str, **environment: str) -> Iterator[Node]:
     """Start a node. A raylet gives its agents 15 s to start: on a busy machine, that takes several tries."""
-    node = Node(*options)
+    node = Node(*options, **environment)
     try:
         while not node.wait():
-            node = Node(*options)
+            shutil.rmtree(node.folder)
+            node = Node(*options, **environment)
         yield node
     finally:
         if node.is_running:
@@ -87,13 +91,22 @@ def start_node(*options: str) -> Iterator[Node]:
         shutil.rmtree(node.folder, ignore_errors=True)
 
 
+HERE = "--node-ip-address=127.0.0.1"
+
+
+@contextmanager
+def start_head(**environment: str) -> Iterator[str]:
+    """Start a cluster of one node; yield its address."""
+    head = f"127.0.0.1:{free_port()}"
+    own = (f"--port={head[10:]}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false")
+    with start_node("--head", HERE, *own, **environment):
+        yield head
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
     """Start two nodes; return the address of the head."""
-    head = f"127.0.0.1:{free_port()}"
-    here = "--node-ip-address=127.0.0.1"
-    own = (f"--port={head[10:]}", f"--ray-client-server-port={free_port()}", "--include-dashboard=false")
-    with start_node("--head", here, *own), start_node(f"--address={head}", here):
+    with start_head() as head, start_node(f"--address={head}", HERE):
         yield head
 
 
@@ -154,7 +167,7 @@ def test_two_nodes_give_the_data_set_of_one_machine(cluster, data, local):
 
 def test_a_node_that_is_killed_costs_only_what_it_was_at(cluster, data, local):
     there = data.model_copy(update={"cluster": cluster})
-    with start_node(f"--address={cluster}") as node, watch_shards(data) as seen:
+    with start_node(f"--address={cluster}", HERE) as node, watch_shards(data) as seen:
         killer = threading.Thread(target=lambda: (wait_until(lambda: len(seen) > 3), node.kill()))
         killer.start()
         prepare(there)
@@ -197,10 +210,25 @@ def test_a_shard_that_always_fails_is_named_and_the_others_are_kept(cluster, dat
     assert all(len(list(folder.iterdir())) for folder in store.indexes().glob(".*.partial"))
 
 
+def test_a_node_that_lacks_a_package_is_named_with_it(data, tmp_path):
+    (tmp_path / "simplejpeg.py").write_text("raise ModuleNotFoundError('No module named simplejpeg')")
+    with (
+        start_head(PYTHONPATH=str(tmp_path)) as head,
+        pytest.raises(ServiceError, match=r"ip=.* in index shard a 0-6.*No module named simplejpeg"),
+    ):
+        prepare(data.model_copy(update={"cluster": head}))
+
+
 def test_a_cluster_that_is_not_there_is_refused_at_once(data):
     there = data.model_copy(update={"cluster": f"127.0.0.1:{free_port()}"})
     with pytest.raises(ServiceError, match=r"must name a running Ray cluster.*Connection refused"):
         prepare(there)
+
+
+def test_a_cluster_without_a_prefect_server_is_refused():
+    """Each worker of the cluster would start a server of its own."""
+    with temporary_settings({PREFECT_API_URL: None}), pytest.raises(ConfigurationError, match="no PREFECT_API_URL"):
+        run_shards(index_shard, ["a shard"], "auto")
 
 
 def test_without_the_extra_the_error_says_what_to_install(data, monkeypatch):

@@ -139,8 +139,17 @@ def check_prefect(arguments, flows):
 
 
 def check_mlflow(arguments, _flows):
-    """Have MLflow's command line read the arguments, down to the subcommand that would run."""
-    command = mlflow_cli
+    check_click(mlflow_cli, arguments)
+
+
+def check_ray(arguments, _flows):
+    from ray.scripts.scripts import cli as ray_cli  # here, as it takes a second
+
+    check_click(ray_cli, arguments)
+
+
+def check_click(command, arguments):
+    """Have a command line read the arguments, down to the subcommand that would run."""
     while isinstance(command, click.Group):
         name, command, arguments = command.resolve_command(click.Context(command), arguments)
     command.make_context(name, arguments)
@@ -160,6 +169,7 @@ CHECKERS = {
     "mlflow": check_mlflow,
     "prefect": check_prefect,
     "python": check_python,
+    "ray": check_ray,
     "uv": check_uv,
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,9 +50,11 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
             raise ServiceError(f"{rule}, with at least one core. Received: {address}, which has none. {remedy}")
         yield cores
     except ray.exceptions.RayError as exc:
+        lines = re.sub(r"\x1b\[\d+m", "", str(exc)).strip().splitlines()
+        where = " ".join([lines[0], *getattr(exc, "__notes__", ())])
         raise ServiceError(
-            f"Each node of `data.cluster` must stay up, and have the packages that this machine has. Received: {exc}. "
-            "What was finished is kept: run again once the node is mended."
+            "Each node of `data.cluster` must stay up, and have the packages that this machine has. "
+            f"Received: {where}: {lines[-1]}. What was finished is kept: mend the node and run again."
         ) from exc
     finally:
         ray.shutdown()
