@@ -63,6 +63,7 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
     """
     source, name = archive.source, name_index(archive)
     if (index := _read_index(name, store)) is not None:
+        remove_folder(store.shards(name))  # which a run left that was killed at its very end
         log.info("%s: unchanged, its index is on disk already", source.short_name)
         return index
     try:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from deepfake_core.data.archive import Archive, ArchiveReader
 from deepfake_core.data.members import UNREADABLE, Member
 from deepfake_core.errors import ArchiveError, SourceError
-from deepfake_core.storage.files import write_beside
+from deepfake_core.storage.files import translate_disk_errors, write_beside
 from deepfake_core.storage.store import Store
 
 
@@ -44,6 +44,17 @@ class Shard:
         return self.file.is_file() and not pd.read_parquet(self.file, columns=["reason"])["reason"].eq(UNREADABLE).any()
 
     def write(self, rows: pd.DataFrame) -> None:
+        """Write the rows' file into the folder that `cut_shards` made.
+
+        Raises:
+            SourceError: if this machine does not see it.
+        """
+        if not self.file.parent.is_dir():
+            raise SourceError(
+                "Each machine that writes shards must see the data folder at the same path. Received: "
+                f"{socket.gethostname()}, which has no {self.file.parent}. Put `data.data_dir` on a disk that all "
+                "nodes of `data.cluster` share."
+            )
         with write_beside(self.file) as beside:
             rows.to_parquet(beside, index=False)
 
@@ -51,6 +62,8 @@ class Shard:
 def cut_shards(archive: Archive, store: Store, index: str, size: int) -> list[Shard]:
     """Return the shards of an archive, `size` files each; the last has the rest."""
     count = len(open_members(archive)[1])
+    with translate_disk_errors(store.shards(index)):
+        store.shards(index).mkdir(parents=True, exist_ok=True)
     return [Shard(archive, store, index, start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 

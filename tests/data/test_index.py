@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -371,24 +372,26 @@ def test_large_images_are_decoded_in_bounded_memory_on_any_number_of_cores(tmp_p
 
 
 @pytest.mark.process
-def test_an_index_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch, decoded):
-    """It is killed when it is about to name its third shard; the two that are whole are not made again."""
+@pytest.mark.parametrize(("renamed", "left"), [("/0000000010-", 10), (r"\.partial$", 0)])
+def test_an_index_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch, decoded, renamed, left):
+    """It is killed when it is about to name its third shard, or to remove all shards. None is made again."""
     path = write_zip(tmp_path / "a.zip", faces(10))
     (tmp_path / "whole").mkdir()
     whole = index_of(write_zip(tmp_path / "whole" / "a.zip", faces(10)))
     code = (
-        "import os, signal, sys; from deepfake_core.config import Source; from deepfake_core.data import index\n"
+        "import os, re, sys; from deepfake_core.config import Source; from deepfake_core.data import index\n"
         "from deepfake_core.data.kaggle import fetch_archive; from deepfake_core.storage.store import open_store\n"
-        "die = lambda event, what: event == 'os.rename' and '0000000010-' in str(what[1]) and os.kill(os.getpid(), 9)\n"
+        "is_it = re.compile(sys.argv[3]).search\n"
+        "die = lambda event, what: event == 'os.rename' and is_it(str(what[1])) and os.kill(os.getpid(), 9)\n"
         "index.SHARD_SIZE = 5; store = open_store(sys.argv[2]); sys.addaudithook(die)\n"
         "index.build_index(fetch_archive(Source(name=sys.argv[1]), store), store)\n"
     )
-    command = [sys.executable, "-c", code, str(path), str(tmp_path / "data")]
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "data"), renamed]
     assert subprocess.run(command).returncode == -signal.SIGKILL
     monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 5)
     decoded.clear()
     pd.testing.assert_frame_equal(index_of(path), whole)
-    assert len(decoded) == 10
+    assert len(decoded) == left
     (one,), (other,) = [(folder / "data" / "indexes").glob("*.parquet") for folder in (tmp_path, tmp_path / "whole")]
     assert one.name == other.name
     assert one.read_bytes() == other.read_bytes()
@@ -409,6 +412,16 @@ def test_a_shard_with_a_file_that_could_not_be_read_is_made_again(tmp_path, monk
     assert list_shards([archive], store) == shards[1:]
     away.rename(tmp_path / "a" / "real" / "1.jpg")
     assert build_index(archive, store)["reason"].eq("").all()
+
+
+def test_a_machine_that_does_not_see_the_data_folder_is_named(make_zip, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 3)
+    path = make_zip(faces(3))
+    store = open_store(path.parent / "data")
+    shard = list_shards([fetch_archive(Source(name=str(path)), store)], store)[0]
+    store.folder.rename(path.parent / "elsewhere")
+    with pytest.raises(SourceError, match=f"{socket.gethostname()}, which has no {store.folder}"):
+        index_shard(shard, threads=1)
 
 
 def test_archives_of_one_shard_need_no_tasks(make_zip):
