@@ -56,7 +56,7 @@ class Shard:
                 "nodes of `data.cluster` share."
             )
         with write_beside(self.file) as beside:
-            rows.to_parquet(beside, index=False)
+            rows.to_parquet(beside, index=False, compression=None, use_dictionary=False, write_statistics=False)
 
 
 def cut_shards(archive: Archive, store: Store, index: str, size: int) -> list[Shard]:
@@ -69,7 +69,8 @@ def cut_shards(archive: Archive, store: Store, index: str, size: int) -> list[Sh
 
 def join_shards(shards: Sequence[Shard]) -> pd.DataFrame:
     """Return the rows of an archive's shards, in one piece, as if they had never been apart."""
-    return pa.concat_tables(pq.read_table(shard.file) for shard in shards).combine_chunks().to_pandas()
+    table = pa.concat_tables(pq.read_table(shard.file) for shard in shards).combine_chunks()
+    return table.to_pandas(self_destruct=True)
 
 
 @lru_cache(maxsize=2)  # one that ends and one that begins; to list a large archive takes seconds
