@@ -26,7 +26,7 @@ from deepfake_core.data.archive import Archive, ArchiveReader
 from deepfake_core.data.contents import Content, Contents, decode, shrink_and_hash
 from deepfake_core.data.labels import check_csv_files, check_labels, name_label
 from deepfake_core.data.members import UNREADABLE, Member
-from deepfake_core.data.shards import Shard, cut_shards, join_shards, open_members
+from deepfake_core.data.shards import Shard, cut_shards, is_whole, join_shards, open_members
 from deepfake_core.decoding import MAX_BYTES, MemoryBudget
 from deepfake_core.storage.files import remove_folder, write_beside
 from deepfake_core.storage.progress import Progress
@@ -62,10 +62,10 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
         DatasetError: if no image has a label, or a csv file and the folders disagree on one.
     """
     source, name = archive.source, name_index(archive)
-    if (index := _read_index(name, store)) is not None:
+    if is_whole(file := _place_index(name, store)):
         remove_folder(store.shards(name))  # which a run left that was killed at its very end
         log.info("%s: unchanged, its index is on disk already", source.short_name)
-        return index
+        return pd.read_parquet(file)
     try:
         shards = cut_shards(archive, store, name, SHARD_SIZE)
         for shard in shards:
@@ -79,7 +79,7 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
     finally:
         open_members.cache_clear()
         _read_contents.cache_clear()
-    with write_beside(_place_index(name, store)) as beside:
+    with write_beside(file) as beside:
         index.to_parquet(beside, index=False)
     remove_folder(store.shards(name))
     unusable = index.loc[index["reason"] != "", "reason"].value_counts().to_dict()
@@ -102,8 +102,9 @@ def list_shards(archives: Sequence[Archive], store: Store) -> list[Shard]:
     missing: list[Shard] = []
     for archive in archives:
         name = name_index(archive)
-        if _read_index(name, store) is None and len(shards := cut_shards(archive, store, name, SHARD_SIZE)) > 1:
-            missing += [shard for shard in shards if not shard.is_done]
+        if not is_whole(_place_index(name, store)):
+            shards = cut_shards(archive, store, name, SHARD_SIZE)
+            missing += [shard for shard in shards if len(shards) > 1 and not shard.is_done]
     return missing
 
 
@@ -145,14 +146,6 @@ def _begin_name(source: Source) -> str:
 
 def _place_index(name: str, store: Store) -> Path:
     return store.indexes() / f"{name}.parquet"
-
-
-def _read_index(name: str, store: Store) -> pd.DataFrame | None:
-    """Return an index that is on disk; None if it is not, or a file could not be read when it was made."""
-    file = _place_index(name, store)
-    if file.exists() and not (index := pd.read_parquet(file))["reason"].eq(UNREADABLE).any():
-        return index
-    return None
 
 
 def find_newest_index(store: Store, prefix: str) -> Path | None:

@@ -40,8 +40,7 @@ class Shard:
 
     @property
     def is_done(self) -> bool:
-        """Whether its rows are on disk, and none is of a file that could not be read then."""
-        return self.file.is_file() and not pd.read_parquet(self.file, columns=["reason"])["reason"].eq(UNREADABLE).any()
+        return is_whole(self.file)
 
     def write(self, rows: pd.DataFrame) -> None:
         """Write the rows' file into the folder that `cut_shards` made.
@@ -57,6 +56,11 @@ class Shard:
             )
         with write_beside(self.file) as beside:
             rows.to_parquet(beside, index=False, compression=None, use_dictionary=False, write_statistics=False)
+
+
+def is_whole(file: Path) -> bool:
+    """Whether rows of an index are on disk, and none is of a file that could not be read then."""
+    return file.is_file() and not pd.read_parquet(file, columns=["reason"])["reason"].eq(UNREADABLE).any()
 
 
 def cut_shards(archive: Archive, store: Store, index: str, size: int) -> list[Shard]:
