@@ -43,14 +43,14 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # attempts to connect, of 40 s each; else 20
         ray.init(address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ray.exceptions.RayError) as exc:
-        raise ServiceError(f"{rule}. Received: {address} ({exc}). {remedy}") from exc
+        raise ServiceError(f"{rule}. Received: {address} ({_list_lines(exc)[-1]}). {remedy}") from exc
     try:
         cores = int(ray.cluster_resources().get("CPU", 0))
         if not cores:
             raise ServiceError(f"{rule}, with at least one core. Received: {address}, which has none. {remedy}")
         yield cores
     except ray.exceptions.RayError as exc:
-        lines = re.sub(r"\x1b\[\d+m", "", str(exc)).strip().splitlines()
+        lines = _list_lines(exc)
         where = " ".join([lines[0], *getattr(exc, "__notes__", ())])
         raise ServiceError(
             "Each node of `data.cluster` must stay up, and have the packages that this machine has. "
@@ -58,3 +58,8 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
         ) from exc
     finally:
         ray.shutdown()
+
+
+def _list_lines(exc: Exception) -> list[str]:
+    """Return an error's text without colours; of what failed elsewhere, the last line says why."""
+    return re.sub(r"\x1b\[\d+m", "", str(exc)).strip().splitlines() or [type(exc).__name__]
