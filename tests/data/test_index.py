@@ -430,6 +430,16 @@ def test_archives_of_one_shard_need_no_tasks(make_zip):
     assert list_shards([fetch_archive(Source(name=str(path)), store)], store) == []
 
 
+def test_an_archive_whose_index_is_there_is_not_opened_for_shards(make_zip, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 3)
+    path = make_zip(faces(3))
+    store = open_store(path.parent / "data")
+    archive = fetch_archive(Source(name=str(path)), store)
+    build_index(archive, store)
+    forbid(monkeypatch, "deepfake_core.data.shards.open_members")
+    assert list_shards([archive], store) == []
+
+
 def test_an_archive_that_was_replaced_while_shards_read_it_is_refused(make_zip):
     path = make_zip(faces(3))
     store = open_store(path.parent / "data")
