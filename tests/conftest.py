@@ -23,7 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine, scikit-learn's threads spin: ten times the CPU
 
 PROCESS_FIXTURES = {"chromium", "prefect_api", "served", "stack"}
-FIRST = ("test_flows.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
+FIRST = ("test_flows.py", "test_cluster.py", "test_stack.py", "test_packaging.py", "test_fit.py", "test_devices.py")
 """The files that take longest."""
 
 TOGETHER = {

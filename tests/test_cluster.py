@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,9 +37,8 @@ pytestmark = [
     pytest.mark.process,
     pytest.mark.slow,
     pytest.mark.sweep,
+    pytest.mark.skipif(find_spec("ray") is None, reason="the extra `cluster` is not installed"),
 ]
-
-pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
 SHARD_SIZE = 6
 IMAGES = 60
