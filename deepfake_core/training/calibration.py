@@ -156,7 +156,7 @@ def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tupl
     lower = float(fakes[below - 1]) if below else 0.0
     upper = float(reals[above - 1]) if above else 1.0
     return (
-        min(lower, -_find_bound(-scores, labels == 1, max_error, 0.0)),
+        min(lower, 0.0 - _find_bound(-scores, labels == 1, max_error, 0.0)),  # no -0.0
         max(upper, _find_bound(scores, labels == 0, max_error, 1.0)),
     )
 

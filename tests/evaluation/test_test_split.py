@@ -256,7 +256,7 @@ def test_a_model_that_gives_no_numbers_is_refused(candidate, monkeypatch):
         check_parity(candidate.folder, reals)
 
 
-def make_report(dataset, folder, regression=None):
+def make_report(dataset, folder, regression=None, bounds=None):
     result = evaluate_on_test(folder, dataset)
     table = measure_robustness(folder, dataset, result, 8)
     labels, rows = result.images.labels, result.images.rows
@@ -273,7 +273,7 @@ def make_report(dataset, folder, regression=None):
         commit="c1",
         seed=3,
         temperature=1.5,
-        bounds=None,
+        bounds=bounds,
         cost=cost,
         candidates=pd.DataFrame([{"candidate": "cnn", "AUC": "0.9"}]),
         settings={"training.epochs": "<script>alert(1)</script>"},
@@ -286,7 +286,8 @@ def make_report(dataset, folder, regression=None):
 
 @pytest.mark.slow
 def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, candidate):
-    page, card, result, decision = make_report(two_sources, candidate.folder)
+    bounds = {"lower": 0.0, "upper": 0.87, "max_error": 0.05}
+    page, card, result, decision = make_report(two_sources, candidate.folder, bounds=bounds)
     body = page[page.index("<body>") :]
     assert f"version 7: {'promoted' if decision.promoted else 'not promoted'}</h1>" in body
     assert body.index("which was in production") < body.index("On the test split")
@@ -294,6 +295,8 @@ def test_the_report_says_the_verdict_first_and_fetches_nothing(two_sources, cand
     for reason in decision.reasons:
         assert reason.split(",")[0] in body.replace("&#39;", "'")
         assert reason in card
+    text = " ".join(re.sub("</?em>", "", body).split())
+    assert "The verdict fake is sure where P(fake) is above 0.87, the verdict real never. The image must" in text
     assert "<script>alert" not in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert two_sources.version in body

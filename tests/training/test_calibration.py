@@ -149,6 +149,7 @@ def test_of_each_class_and_of_the_sure_at_most_the_stated_share_is_surely_wrong(
     for beyond, wrong_class in ((scores < lower, 1), (scores > upper, 0)):
         wrong = (labels[beyond] == wrong_class).sum()
         assert not beyond.any() or wrong + 1 <= 0.05 * (beyond.sum() + 1) + 1e-9
+    assert not np.signbit(lower)  # a report would show -0.00
     if len(fakes) < 19:
         assert lower == 0
     if len(reals) < 19:
