@@ -12,6 +12,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from deepfake_core.serving import uploads
 from tests.builders import NAME, ROOT, draw_portrait, draw_scene, free_port, jpeg, wait_until, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytest.importorskip("gradio")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import pytest
 import requests
@@ -19,7 +20,7 @@ from deepfake_core.serving import wrong_verdict
 from tests.builders import ROOT, copy_former, draw_portrait, draw_scene, free_port, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytest.importorskip("gradio")
+pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 
 
 @pytest.fixture(scope="module")
