@@ -16,7 +16,7 @@ demo: .venv/installed  ## retrain on drawn images: no credentials, no server, no
 	@PREFECT_PROFILE=ephemeral $(BIN)/python -m flows.retrain --sample
 
 test: .venv/installed  ## run the whole test suite but the sweeps
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not sweep"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not sweep"
 
 sweep: .venv/installed  ## run the tests that take long, such as many kills of a retrain; FILES=... limits them
 	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m sweep $(FILES)
