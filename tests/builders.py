@@ -53,6 +53,7 @@ FACES = Path(os.environ.get("DEEPFAKE_FACES") or ROOT.parent / "shared")
 """Where real face images are, which are no part of the project: DEEPFAKE_FACES, else a folder beside the checkout."""
 
 needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="jax is not installed")
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 needs_faces = pytest.mark.skipif(
     not (FACES / "build_archives.py").is_file(), reason=f"real face images are not at {FACES}: set DEEPFAKE_FACES"
 )

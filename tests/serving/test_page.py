@@ -12,7 +12,6 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -27,10 +26,10 @@ from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.registry import connection, detectors, production, runs, versions
 from deepfake_core.serving import page as page_server
 from deepfake_core.serving import uploads
-from tests.builders import NAME, ROOT, draw_portrait, draw_scene, free_port, jpeg, wait_until, write_clip
+from tests.builders import NAME, ROOT, draw_portrait, draw_scene, free_port, jpeg, needs_gradio, wait_until, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
+pytestmark = needs_gradio
 
 
 @pytest.fixture(scope="module")

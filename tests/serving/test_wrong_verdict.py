@@ -6,7 +6,6 @@ import pathlib
 import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 
 import pytest
 import requests
@@ -17,10 +16,10 @@ from deepfake_core.errors import TransientError
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.serving import page as page_server
 from deepfake_core.serving import wrong_verdict
-from tests.builders import ROOT, copy_former, draw_portrait, draw_scene, free_port, write_clip
+from tests.builders import ROOT, copy_former, draw_portrait, draw_scene, free_port, needs_gradio, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
+pytestmark = needs_gradio
 
 
 @pytest.fixture(scope="module")
