@@ -21,8 +21,8 @@ from rich.console import Console
 
 from deepfake_core.errors import DeepfakeError, ServiceError
 
-CHATTER = r"^WARNING: All log messages before absl::InitializeLog\(\)|^I0000 .* cudart_stub\.cc"
-"""What TensorFlow's C++ writes while it loads on a machine without CUDA, as grep's pattern."""
+CHATTER = r"^WARNING: All log messages before absl::InitializeLog\(\)|^I0000 .* (cudart_stub|port)\.cc"
+"""What TensorFlow's C++ writes while it loads, of CUDA that is missing and of oneDNN, as grep's pattern."""
 
 STOPPED = "Stopped. What is finished is kept: run the same command again, and it continues from there."
 

@@ -108,6 +108,7 @@ def test_what_is_written_while_tensorflow_loads_is_passed_on_but_for_its_chatter
         "import os\n"
         "os.write(2, b'WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\\n')\n"
         "os.write(2, b'I0000 00:00:1.2    3 cudart_stub.cc:31] Could not find cuda drivers\\n')\n"
+        "os.write(2, b'I0000 00:00:1.2    3 port.cc:153] oneDNN custom operations are on.\\n')\n"
         "os.write(2, b'The TensorFlow library was compiled to use AVX instructions\\n')\n"
         "os.abort()\n"
     )
