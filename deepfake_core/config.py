@@ -129,6 +129,8 @@ Address = Annotated[
     Field(min_length=1, json_schema_extra={"pattern": f"^(?!{URL}.*[@?])"}),  # so that Prefect's form refuses it too
 ]
 
+Cluster = Annotated[str, Field(pattern=r"^(auto|(ray://)?[\w.-]+:\d+|)$")]
+"""Of Ray: where it is; empty for this machine's cores."""
 
 FolderName = Annotated[str, Field(min_length=1, pattern=r"^[^/\\]+$")]
 Folders = FolderName | Annotated[tuple[FolderName, ...], Field(min_length=1)]

@@ -89,12 +89,13 @@ class Detector:
 
     Args:
         folder: a folder with `model.onnx` and `detector.json`, as a registered version holds them.
+        threads: that score; 0 for a thread per core.
 
     Raises:
         InvalidModelError: if `detector.json` is out of range, or does not describe the network.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, threads: int = 0) -> None:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read on import, wherever this file is copied to
         import onnxruntime
 
@@ -104,7 +105,11 @@ class Detector:
         self.threshold = float(self.description["threshold"])
         self.temperature = float(self.description["temperature"])
         self.size = (folder / "model.onnx").stat().st_size
-        self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         shape = [self.image_size, self.image_size, 3]
         require(

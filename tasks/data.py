@@ -20,7 +20,7 @@ from deepfake_core.data.shards import Shard
 from deepfake_core.housekeeping import Removal
 from deepfake_core.reports import data_report
 from deepfake_core.storage.store import Store
-from tasks.options import CPU, NETWORK
+from tasks.options import CPU, NETWORK, SHARD
 from tasks.progress import report_progress
 
 KAGGLE_BLOCK = "kaggle-api-token"
@@ -69,7 +69,7 @@ def index_archive(archive: Archive, store: Store) -> pd.DataFrame:
         return index.build_index(archive, store, on_progress)
 
 
-@task(name="index shard", task_run_name="index shard {shard}", **CPU)
+@task(name="index shard", task_run_name="index shard {shard}", **SHARD)
 def index_shard(shard: Shard, threads: int) -> None:
     """Write the rows of some thousand files of an archive, unless they are there."""
     index.index_shard(shard, threads)

@@ -15,6 +15,7 @@ def retry_transient(task: Task, task_run: TaskRun, state: State) -> bool:  # noq
 
 
 CPU: dict[str, Any] = {"tags": ["cpu"], "cache_policy": NO_CACHE}
+SHARD: dict[str, Any] = {**CPU, "retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": retry_transient}
 GPU: dict[str, Any] = {
     "tags": ["gpu"],
     "cache_policy": NO_CACHE,

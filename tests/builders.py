@@ -43,6 +43,8 @@ from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.evaluation.evaluation import Estimate, Evaluation
 from deepfake_core.evaluation.promotion import Comparison, Cost
 from deepfake_core.feedback.records import GivenVerdict
+from deepfake_core.serving.batch_scoring import ScoredTable, cut_images, join_shards, score_shard
+from deepfake_core.serving.load_versions import Judge
 from deepfake_core.storage.store import open_store
 
 T = TypeVar("T")
@@ -257,3 +259,11 @@ def make_comparison(probability: float, auc: float = 0.9, other: float = 0.85, r
 
 
 VERDICT = GivenVerdict(label="real", probability=0.1, sure=True, version="a model version 1", box=(0, 0, 9, 9), faces=1)
+
+
+def score_images(judge: Judge, images: Path, output: Path) -> ScoredTable:
+    """Write a table of scores, as the flow `score` does."""
+    shards = cut_images(images, output, judge)
+    for shard in shards:
+        score_shard(shard)
+    return join_shards(shards, output)

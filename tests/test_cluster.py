@@ -1,4 +1,4 @@
-"""`prepare` on a Ray cluster of two nodes, each a few processes of this machine with its own folder."""
+"""`prepare` and `score` on a Ray cluster of two nodes, each a few processes of this machine with its own folder."""
 
 import hashlib
 import os
@@ -16,20 +16,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pandas as pd
 import psutil
 import pytest
+from prefect import flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepfake_core.config import DataParameters, Source
 from deepfake_core.data import index
 from deepfake_core.data.archive import open_local
 from deepfake_core.errors import ArchiveError, ConfigurationError, ServiceError
+from deepfake_core.serving import batch_scoring
+from deepfake_core.serving.batch_scoring import ScoreShard, cut_images, join_shards
+from deepfake_core.serving.load_versions import Judge
 from deepfake_core.storage.files import remove_folder
 from deepfake_core.storage.store import open_store
 from flows.prepare import prepare
 from tasks.data import index_shard
+from tasks.scoring import score_shard
 from tasks.shards import CODE, run_shards
-from tests.builders import ROOT, faces, free_port, wait_until, write_zip
+from tests.builders import ROOT, copy_former, faces, free_port, jpeg, score_images, wait_until, write_zip
 
 pytestmark = [
     pytest.mark.usefixtures("prefect_api"),
@@ -229,6 +235,66 @@ def test_a_node_that_is_killed_costs_only_what_it_was_at(data, local, held, used
     assert hash_results(there) == local
     assert len(before) == 4
     assert before.items() <= used.items()
+
+
+@pytest.fixture
+def to_score(tmp_path, monkeypatch) -> list[ScoreShard]:
+    """Return 20 shards of a folder of 100 images."""
+    monkeypatch.setattr(batch_scoring, "SHARD_IMAGES", 5)
+    (tmp_path / "images").mkdir()
+    for name, data in faces(50).items():
+        (tmp_path / "images" / name.replace("/", "-")).write_bytes(data)
+    judge = Judge(copy_former(tmp_path / "model"), detect=False)
+    return cut_images(tmp_path / "images", tmp_path / "there.parquet", judge)
+
+
+@flow
+def score_there(shards: list[ScoreShard], cluster: str) -> None:
+    run_shards(score_shard, shards, cluster)
+
+
+def test_two_nodes_give_the_scores_of_one_machine(cluster, to_score, tmp_path):
+    score_there(to_score, cluster.address)
+    there = join_shards(to_score, tmp_path / "there.parquet")
+    here = score_images(to_score[0].judge, to_score[0].images, tmp_path / "here.parquet")
+    assert there == here
+    assert here.images == 100
+    scores = [pd.read_parquet(tmp_path / name) for name in ("here.parquet", "there.parquet")]
+    pd.testing.assert_frame_equal(*scores)
+
+
+def test_a_node_that_is_killed_while_it_scores_costs_only_what_it_was_at(to_score):
+    """It is the only one with a core. The run waits for the next."""
+    folder, before = to_score[0].folder, dict[str, tuple[int, int]]()
+
+    def replace(head: Node, node: Node) -> None:
+        wait_until(lambda: len(list_shards(folder)) >= 4 or scored.is_set())
+        node.kill()
+        before.update(list_shards(folder))
+        with start_node(f"--address={head.address}", "--num-cpus=1"):
+            scored.wait()
+
+    scored = threading.Event()
+    with (
+        start_node("--head", "--num-cpus=0") as head,
+        start_node(f"--address={head.address}", "--num-cpus=1") as node,
+        ThreadPoolExecutor() as beside,
+    ):
+        replaced = beside.submit(replace, head, node)
+        try:
+            score_there(to_score, head.address)
+        finally:
+            scored.set()
+        replaced.result()
+    assert 4 <= len(before) < len(to_score)
+    assert before.items() <= list_shards(folder).items()
+    assert all(shard.is_done for shard in to_score)
+
+
+def test_images_that_a_node_has_otherwise_are_named_and_stop_the_run(cluster, to_score):
+    (to_score[0].images / "later.jpg").write_bytes(jpeg(1))
+    with pytest.raises(ConfigurationError, match=r"score shard images 0-5: Images must stay as they are"):
+        score_there(to_score, cluster.address)
 
 
 def test_a_run_whose_driver_was_killed_goes_on(cluster, data, local, used):

@@ -1,4 +1,4 @@
-"""A connection to a Ray cluster. Ray is imported here alone, and only where `data.cluster` names one."""
+"""A connection to a Ray cluster. Ray is imported here alone, and only where `cluster` names one."""
 
 import contextlib
 import logging
@@ -18,7 +18,7 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
     """Connect this process to a Ray cluster; yield the number of its cores.
 
     Args:
-        address: as `data.cluster` has it, not empty.
+        address: as `cluster` has it, not empty.
         packages: folders of code that nodes run. They get a copy, so that they run what the driver runs.
 
     Raises:
@@ -30,10 +30,10 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
         import ray
     except ImportError as exc:
         raise ConfigurationError(
-            f"`data.cluster` needs packages that are not installed ({exc}). Install the extra `cluster`: "
-            "pip install 'deepfake-retraining[cluster]'. Or leave `data.cluster` empty."
+            f"`cluster` needs packages that are not installed ({exc}). Install the extra `cluster`: "
+            "pip install 'deepfake-retraining[cluster]'. Or leave `cluster` empty."
         ) from exc
-    rule = "`data.cluster` must name a running Ray cluster that this machine reaches"
+    rule = "`cluster` must name a running Ray cluster that this machine reaches"
     remedy = "Compare with `ray status` on its head node; start one by `ray start --head`, or leave it empty."
     code = {"py_modules": [str(package) for package in packages], "excludes": ["__pycache__"]}
     try:
@@ -53,7 +53,7 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
         lines = _list_lines(exc)
         where = " ".join([lines[0], *getattr(exc, "__notes__", ())])
         raise ServiceError(
-            "Each node of `data.cluster` must stay up, and have the packages that this machine has. "
+            "Each node of `cluster` must stay up, and have the packages that this machine has. "
             f"Received: {where}: {lines[-1]}. What was finished is kept: mend the node and run again."
         ) from exc
     finally:

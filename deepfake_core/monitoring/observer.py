@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import date
 from io import BytesIO
@@ -76,6 +76,15 @@ class Observer:
             del self._rows[:-MAX_WAITING_ROWS]
             if len(self._rows) >= ROWS_BETWEEN_WRITES:
                 self._wake.set()
+
+    def append(self, images: Mapping[str, list[Row]]) -> None:
+        """Write rows of images, by SHA-256, and wait for it; each image once a day.
+
+        Raises:
+            OSError, DeepfakeError: if they can't be written.
+        """
+        rows = [row for sha256, own in images.items() if not self._is_repeated(sha256, own[0]) for row in own]
+        self.write_rows(rows)
 
     def _is_repeated(self, sha256: str, row: Row) -> bool:
         """Return whether the same versions judged the image before on this day: it would count as another one."""

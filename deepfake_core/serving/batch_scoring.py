@@ -1,30 +1,40 @@
-"""From a folder or a table of images to a table of scores."""
+"""From a folder or a table of images to a table of scores, in shards of some hundred images each.
+
+A shard's rows are a Parquet file, named by all that they follow from: the images, who judges them, and the range. It
+appears whole, so that the next run goes on where one was killed. Beside it lies what was observed of its verdicts.
+"""
 
 import hashlib
 import logging
+import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from deepfake_core.errors import ConfigurationError
+from deepfake_core.monitoring.observations import OBSERVATION_SCHEMA, list_rows
 from deepfake_core.monitoring.observer import Observer
-from deepfake_core.serving.file_kinds import find_files, is_clip, list_names
-from deepfake_core.serving.predictor import Encoded, Predictor
+from deepfake_core.serving.image_list import forget_images, list_images
+from deepfake_core.serving.load_versions import Judge
+from deepfake_core.serving.predictor import NO_FACE, Predictor
 from deepfake_core.serving.verdict import Judged
-from deepfake_core.storage.files import show_name, write_beside
+from deepfake_core.storage.files import translate_disk_errors, write_beside
 from deepfake_core.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
-ROWS_READ = 8
-"""Images read from a table at a time."""
+SHARD_IMAGES = 500
 
 ROWS_WRITTEN = 5000
 """Rows of scores that are kept before they are written."""
+
+SCORES_FORMAT = 1
+"""Raised when a shard's rows change for the same images and version."""
 
 SCORES_SCHEMA = pyarrow.schema(
     [
@@ -41,6 +51,8 @@ SCORES_SCHEMA = pyarrow.schema(
     ]
 )
 
+OBSERVED_SCHEMA = OBSERVATION_SCHEMA.append(pyarrow.field("sha256", pyarrow.string()))
+
 
 @dataclass(frozen=True)
 class ScoredTable:
@@ -56,80 +68,161 @@ class ScoredTable:
     outcomes: dict[str, int]
 
 
-def score_images(
-    predictor: Predictor,
-    images: Path,
-    output: Path,
-    on_progress: Progress | None = None,
-    observer: Observer | None = None,
-) -> ScoredTable:
-    """Judge a folder's images, or a Parquet file's, and write a row per face, in bounded memory.
+@dataclass(frozen=True)
+class ScoreShard:
+    """The images from `start` up to `stop` of a list.
+
+    Attributes:
+        images: a folder or a Parquet file.
+        key: of the list, when it was cut.
+        folder: of the shards' files.
+    """
+
+    images: Path
+    key: str
+    judge: Judge
+    folder: Path
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.images.name} {self.start}-{self.stop}"
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.start:010}-{self.stop:010}.parquet"
+
+    @property
+    def observed(self) -> Path:
+        return self.file.with_suffix(".observed")
+
+    @property
+    def is_done(self) -> bool:
+        return self.file.is_file()
+
+
+def place_shards(output: Path) -> Path:
+    """Return the folder of what is finished of a table: beside it, so that all machines see both."""
+    return output.with_name(f"{output.name}.shards")
+
+
+def cut_images(images: Path, output: Path, judge: Judge) -> list[ScoreShard]:
+    """Return the shards of a folder's images, or a Parquet file's; at least one.
 
     Args:
         images: a folder, or a Parquet file with a column `image` of encoded bytes, and `name` if they have names.
-        output: the Parquet file to write, which appears when it is whole: `image`, `sha256`, `face` (1 for the largest,
-            null where the whole image was judged), `box`, `label`, `fake_probability`, `threshold`, `sure`, `reason`,
-            `error`.
-        observer: of the verdicts.
+        output: the table that the shards become.
 
     Raises:
         ConfigurationError: if `images` is neither, is damaged, or is a folder without images.
     """
-    total, sources = _open(images)
-    counts: Counter[str] = Counter()
-    hashes: list[str] = []
+    forget_images()
+    listed = list_images(images)
+    follows = [SCORES_FORMAT, listed.key, judge.version, judge.detect, judge.shadow, judge.observed]
+    name = hashlib.sha256("\n".join(map(str, follows)).encode()).hexdigest()[:16]
+    folder = place_shards(output) / name
+    with translate_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return [
+        ScoreShard(images, listed.key, judge, folder, start, min(start + SHARD_IMAGES, listed.count))
+        for start in range(0, max(listed.count, 1), SHARD_IMAGES)
+    ]
+
+
+def score_shard(shard: ScoreShard, threads: int = 0, on_progress: Progress | None = None) -> None:
+    """Judge a shard's images and write a row per face, unless that is done.
+
+    Args:
+        threads: that score; 0 for a thread per core.
+
+    Raises:
+        ConfigurationError: if this machine does not see the images or the shards' folder, or the images are others.
+    """
+    if shard.is_done:
+        return
+    if not shard.folder.is_dir():
+        raise ConfigurationError(
+            f"Each machine that scores must see the folder of `output` at the same path. Received: "
+            f"{socket.gethostname()}, which has no {shard.folder}. Put it on a disk that all nodes of `cluster` share."
+        )
+    listed = list_images(shard.images)
+    if listed.key != shard.key:
+        raise ConfigurationError(
+            f"Images must stay as they are while they are scored. Received: {shard.images}, which changed, or is "
+            f"another one on {socket.gethostname()}. Run again: it is scored anew."
+        )
     rows: list[dict[str, object]] = []
+    observed: list[dict[str, object]] = []
+    predictor = load_predictor(shard.judge, threads)
+    for done, judged in enumerate(predictor.judge(listed.read(shard.start, shard.stop)), shard.start + 1):
+        rows += _list_rows(judged)
+        if shard.judge.observed:
+            observed += ({**row, "sha256": judged.sha256} for row in list_rows(judged))
+        if on_progress:
+            on_progress(done, listed.count)
+    if observed:
+        with write_beside(shard.observed) as beside:
+            parquet.write_table(pyarrow.Table.from_pylist(observed, OBSERVED_SCHEMA), beside)
+    with write_beside(shard.file) as beside:
+        parquet.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA), beside)
+
+
+@lru_cache(maxsize=1)
+def load_predictor(judge: Judge, threads: int) -> Predictor:
+    """Load a version once in a process. `load_predictor.cache_clear` lets it go."""
+    return judge.load(threads)
+
+
+def join_shards(shards: Sequence[ScoreShard], output: Path, observer: Observer | None = None) -> ScoredTable:
+    """Write the table of finished shards, then what was observed of them, in bounded memory.
+
+    Args:
+        output: the Parquet file to write, which appears when it is whole: `image`, `sha256`, `face` (1 for the largest,
+            null where the whole image was judged), `box`, `label`, `fake_probability`, `threshold`, `sure`, `reason`,
+            `error`.
+    """
+    counts: Counter[str] = Counter()
+    digests: list[bytes] = []
+    waiting: list[pyarrow.Table] = []
     with write_beside(output) as beside, parquet.ParquetWriter(beside, SCORES_SCHEMA) as writer:
-        for done, judged in enumerate(predictor.judge(sources()), 1):
-            hashes.append(judged.sha256)
-            counts.update(verdict.outcome for verdict in judged.verdicts)
-            if observer:
-                observer.add(judged)
-            rows += _list_rows(judged)
-            if len(rows) >= ROWS_WRITTEN:
-                writer.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA))
-                rows = []
-            if on_progress:
-                on_progress(done, total)
-        writer.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA))
-    digest = hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()[:16]
-    return ScoredTable(len(hashes), digest, dict(counts))
+        for shard in shards:
+            with parquet.ParquetFile(shard.file) as file:
+                rows = file.read()
+            counts += _count_outcomes(rows)
+            first = compute.less_equal(compute.fill_null(rows["face"], 1), 1)  # an image's rows follow each other
+            digests += (digest.encode() for digest in rows["sha256"].filter(first).to_pylist())
+            waiting.append(rows)
+            if sum(map(len, waiting)) >= ROWS_WRITTEN:
+                writer.write_table(pyarrow.concat_tables(waiting).combine_chunks())
+                waiting = []
+        writer.write_table(pyarrow.concat_tables([SCORES_SCHEMA.empty_table(), *waiting]).combine_chunks())
+    if observer:
+        _observe(shards, observer)
+    digest = hashlib.sha256(b"\n".join(sorted(digests))).hexdigest()[:16]
+    return ScoredTable(len(digests), digest, dict(counts))
 
 
-def _open(images: Path) -> tuple[int, Callable[[], Iterator[tuple[str, Encoded]]]]:
-    if images.is_dir():
-        known, others = find_files(images)
-        clips = [file for file in known if is_clip(file)]
-        files, others = sorted(set(known) - set(clips)), others + clips
-        if others:
-            log.warning("%s: %d files are no images and are not scored: %s", images, len(others), list_names(others))
-        if not files:
-            raise ConfigurationError(f"A folder must hold images. Received: {images}, which holds none.")
-        return len(files), lambda: ((show_name(file.relative_to(images)), file) for file in files)
-    rule = "Images must be a folder, or a Parquet file with a column `image` of bytes"
-    try:
-        table = parquet.ParquetFile(images)
-    except (OSError, pyarrow.ArrowException) as exc:
-        raise ConfigurationError(f"{rule}. Received: {images} ({exc})") from exc
-    schema = table.schema_arrow
-    kind = schema.field("image").type if schema.names.count("image") == 1 else None
-    if kind not in (pyarrow.binary(), pyarrow.large_binary()):
-        raise ConfigurationError(f"{rule}. Received: {images} with the columns {', '.join(map(str, schema))}")
-    columns = [name for name in ("image", "name") if name in schema.names]
+def _count_outcomes(rows: pyarrow.Table) -> Counter[str]:
+    outcomes = zip(rows["label"].to_pylist(), rows["error"].to_pylist(), strict=True)
+    return Counter(label or ("no face" if error == NO_FACE else "unreadable") for label, error in outcomes)
 
-    def read() -> Iterator[tuple[str, Encoded]]:
-        number = 0
+
+def _observe(shards: Sequence[ScoreShard], observer: Observer) -> None:
+    """Append what was observed of shards, and remove each file that is appended. What fails here is a warning."""
+    for shard in shards:
+        if not shard.observed.is_file():
+            continue
+        rows: dict[str, list[dict[str, object]]] = {}
+        with parquet.ParquetFile(shard.observed) as file:
+            found = file.read().to_pylist()
+        for row in found:
+            rows.setdefault(str(row.pop("sha256")), []).append(row)
         try:
-            for batch in table.iter_batches(ROWS_READ, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield str(row.get("name") or f"row {number}"), row["image"] or b""
-        except (OSError, ValueError, pyarrow.ArrowException) as exc:
-            raise ConfigurationError(
-                f"{rule}. Received: {images}, which is damaged after row {number:,} ({exc}). Write it again."
-            ) from exc
-
-    return table.metadata.num_rows, read
+            observer.append(rows)
+        except Exception as exc:  # noqa: BLE001 - whatever fails here, the scores are there
+            log.warning("observations of %s can't be written: %s", shard, exc)
+        else:
+            shard.observed.unlink()
 
 
 def _list_rows(judged: Judged) -> Iterator[dict[str, object]]:

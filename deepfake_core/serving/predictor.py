@@ -68,14 +68,14 @@ class _Prepared:
     """The image, scaled down; None where no picture was asked for."""
 
 
-def load_detector(folder: str | Path) -> Detector:
-    """Load a pulled model.
+def load_detector(folder: str | Path, threads: int = 0) -> Detector:
+    """Load a pulled model, to score in so many threads; 0 for a thread per core.
 
     Raises:
         ModelError: if it lacks a file, or one is damaged or out of range.
     """
     try:
-        return Detector(folder)
+        return Detector(folder, threads)
     except InvalidModelError as exc:
         raise ModelError(str(exc)) from exc
     except Exception as exc:

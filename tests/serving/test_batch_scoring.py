@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,18 +16,24 @@ import pytest
 from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.monitoring.observations import read_window
+from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
-from deepfake_core.serving.batch_scoring import score_images
-from deepfake_core.serving.predictor import Predictor
-from tests.builders import NAME, copy_former, draw_portrait, encode, jpeg
+from deepfake_core.serving.batch_scoring import cut_images, join_shards, place_shards, score_shard
+from deepfake_core.serving.load_versions import Judge
+from tests.builders import NAME, copy_former, draw_portrait, encode, jpeg, score_images
 
 IMAGES = {"a.jpg": jpeg(1), "below/b.png": encode(draw_portrait(2), "PNG"), "c.webp": b"words"}
 
 
 @pytest.fixture
-def predictor(candidate):
-    return Predictor(Detector(candidate.folder), detect=False)
+def judge(candidate):
+    return Judge(candidate.folder, detect=False)
+
+
+@pytest.fixture
+def former(tmp_path):
+    return Judge(copy_former(tmp_path / "model"), detect=False)
 
 
 @pytest.fixture
@@ -42,10 +49,10 @@ def write_table(path, **columns):
     return path
 
 
-def test_a_folder_and_a_table_of_the_same_images_give_the_same_scores(predictor, folder, tmp_path):
+def test_a_folder_and_a_table_of_the_same_images_give_the_same_scores(candidate, judge, folder, tmp_path):
     table = write_table(tmp_path / "in.parquet", image=list(IMAGES.values()), name=list(IMAGES))
-    by_folder = score_images(predictor, folder, tmp_path / "one.parquet")
-    assert score_images(predictor, table, tmp_path / "two.parquet") == by_folder
+    by_folder = score_images(judge, folder, tmp_path / "one.parquet")
+    assert score_images(judge, table, tmp_path / "two.parquet") == by_folder
     assert by_folder.images == 3
     assert by_folder.outcomes["unreadable"] == 1
     rows = [
@@ -55,49 +62,45 @@ def test_a_folder_and_a_table_of_the_same_images_give_the_same_scores(predictor,
     pd.testing.assert_frame_equal(*rows)
     assert rows[0]["image"].tolist() == ["a.jpg", "below/b.png", "c.webp"]
     assert rows[0]["sha256"].tolist() == [hashlib.sha256(data).hexdigest() for data in IMAGES.values()]
-    expected = predictor.detector.predict(list(IMAGES.values()))
+    expected = Detector(candidate.folder).predict(list(IMAGES.values()))
     assert rows[0]["fake_probability"].dropna().tolist() == pytest.approx(
         [one.fake_probability for one in expected[:2]]
     )
     assert rows[0]["error"].fillna("").tolist() == ["", "", "must be a JPEG, PNG or WebP image"]
 
 
-def test_a_name_that_is_no_text_is_a_row(tmp_path):
+def test_a_name_that_is_no_text_is_a_row(former, tmp_path):
     (tmp_path / "in").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/b\xff.jpg")).write_bytes(jpeg(1))
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/c\xff.txt")).write_text("words")
-    former = Predictor(Detector(copy_former(tmp_path / "model")), detect=False)
     score_images(former, tmp_path / "in", tmp_path / "out.parquet")
     assert pd.read_parquet(tmp_path / "out.parquet")["image"].tolist() == ["b\\xff.jpg"]
 
 
-def test_images_without_names_are_numbered_and_missing_ones_are_rows(predictor, tmp_path, monkeypatch):
+def test_images_without_names_are_numbered_and_missing_ones_are_rows(judge, tmp_path, monkeypatch):
     monkeypatch.setattr(batch_scoring, "ROWS_WRITTEN", 2)
     table = write_table(
         tmp_path / "in.parquet", image=pa.array([jpeg(1), None, jpeg(2), jpeg(3), jpeg(4)], pa.large_binary())
     )
-    calls = []
-    score_images(predictor, table, tmp_path / "out.parquet", lambda *done: calls.append(done))
+    score_images(judge, table, tmp_path / "out.parquet")
     rows = pd.read_parquet(tmp_path / "out.parquet")
     assert rows["image"].tolist() == [f"row {number}" for number in range(1, 6)]
     assert rows["label"].isna().tolist() == [False, True, False, False, False]
-    assert calls[-1] == (5, 5)
 
 
-def test_what_holds_no_images_is_said_and_leaves_nothing(predictor, tmp_path):
+def test_what_holds_no_images_is_said_and_leaves_nothing(judge, tmp_path):
     paths = write_table(tmp_path / "paths.parquet", image=["/etc/passwd"])
     (tmp_path / "words.parquet").write_text("words")
     for images in (paths, tmp_path / "words.parquet", tmp_path / "missing"):
         with pytest.raises(ConfigurationError, match="a column `image` of bytes"):
-            score_images(predictor, images, tmp_path / "out" / "scores.parquet")
+            score_images(judge, images, tmp_path / "out" / "scores.parquet")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match="which holds none"):
-        score_images(predictor, tmp_path / "empty", tmp_path / "out" / "scores.parquet")
+        score_images(judge, tmp_path / "empty", tmp_path / "out" / "scores.parquet")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_table_and_two_columns_of_images_are_said(tmp_path):
-    former = Predictor(Detector(copy_former(tmp_path / "model")), detect=False)
+def test_a_damaged_table_and_two_columns_of_images_are_said(former, tmp_path):
     images = [jpeg(number) for number in range(20)]
     damaged = tmp_path / "damaged.parquet"
     pq.write_table(pa.table({"image": images}), damaged, compression="none", data_page_size=1)
@@ -109,7 +112,92 @@ def test_a_damaged_table_and_two_columns_of_images_are_said(tmp_path):
     for path, said in ((damaged, "is damaged after row"), (two, "columns .*image: binary.*image: binary")):
         with pytest.raises(ConfigurationError, match=rf"a column `image` of bytes.*{path}.*{said}"):
             score_images(former, path, tmp_path / "out" / "scores.parquet")
-    assert not list((tmp_path / "out").glob("*"))
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(batch_scoring, "SHARD_IMAGES", 3)
+
+
+def list_files(output):
+    return {file.name: file.stat().st_mtime_ns for file in place_shards(output).rglob("*.parquet")}
+
+
+@pytest.mark.parametrize("rows_in_group", [2, 5, 100])
+@pytest.mark.usefixtures("small_shards")
+def test_shards_give_what_one_piece_gives(former, tmp_path, monkeypatch, rows_in_group):
+    images = [jpeg(number) for number in range(10)]
+    table, output = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    pq.write_table(pa.table({"image": images}), table, row_group_size=rows_in_group)
+    assert len(cut_images(table, output, former)) == 4
+    in_shards = score_images(former, table, output)
+    monkeypatch.setattr(batch_scoring, "SHARD_IMAGES", 100)
+    assert score_images(former, table, tmp_path / "whole.parquet") == in_shards
+    assert in_shards.images == 10
+    pd.testing.assert_frame_equal(pd.read_parquet(output), pd.read_parquet(tmp_path / "whole.parquet"))
+    found = pd.read_parquet(output)
+    assert found["image"].tolist() == [f"row {number}" for number in range(1, 11)]
+    assert found["sha256"].tolist() == [hashlib.sha256(data).hexdigest() for data in images]
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_shard_that_is_done_is_not_scored_again(former, tmp_path):
+    table = write_table(tmp_path / "in.parquet", image=[jpeg(number) for number in range(8)])
+    output = tmp_path / "out.parquet"
+    first, *_ = cut_images(table, output, former)
+    score_shard(first)
+    before = list_files(output)
+    assert list(before) == ["0000000000-0000000003.parquet"]
+    score_images(former, table, output)
+    assert list_files(output).items() >= before.items()
+    assert len(pd.read_parquet(output)) == 8
+    other = Judge(former.model, version="name/2", detect=False)  # another version judges anew
+    assert not any(shard.is_done for shard in cut_images(table, output, other))
+    write_table(table, image=[jpeg(number) for number in range(100, 108)])
+    shards = cut_images(table, output, former)
+    assert not any(shard.is_done for shard in shards)
+    write_table(table, image=[jpeg(number) for number in range(200, 207)])
+    with pytest.raises(ConfigurationError, match=r"must stay as they are.*in.parquet, which changed"):
+        score_shard(shards[0])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_folder_of_shards_that_a_machine_does_not_see_is_said(former, folder, tmp_path):
+    (shard,) = cut_images(folder, tmp_path / "out.parquet", former)
+    shard.folder.rmdir()
+    with pytest.raises(ConfigurationError, match="folder of `output` at the same path"):
+        score_shard(shard)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_image_is_observed_once_though_its_shard_is_joined_twice(former, tmp_path):
+    images = [jpeg(number) for number in (0, 1, 2, 3, 4, 0)]
+    table = write_table(tmp_path / "in.parquet", image=images)
+    seen = replace(former, version=f"{NAME}/1", observed=True)
+    shards = cut_images(table, tmp_path / "out.parquet", seen)
+    for shard in shards:
+        score_shard(shard)
+    for _ in range(2):  # as by a run that was killed before it removed the shards
+        with open_observer(str(tmp_path / "seen")) as observer:
+            join_shards(shards, tmp_path / "out.parquet", observer)
+    now = datetime.now(UTC)
+    found = read_window(str(tmp_path / "seen"), now - timedelta(days=1), now)
+    scores = pd.read_parquet(tmp_path / "out.parquet")["fake_probability"]
+    assert found["version"].tolist() == [f"{NAME}/1"] * 5
+    assert sorted(found["probability"]) == sorted(round(score, 3) for score in scores[:5])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_what_observes_may_fail_and_the_scores_are_there(former, tmp_path, caplog):
+    (tmp_path / "seen").write_text("a file")
+    table = write_table(tmp_path / "in.parquet", image=[jpeg(1)])
+    shards = cut_images(table, tmp_path / "out.parquet", replace(former, observed=True))
+    score_shard(shards[0])
+    with open_observer(str(tmp_path / "seen")) as observer:
+        assert join_shards(shards, tmp_path / "out.parquet", observer).images == 1
+    assert "can't be written" in caplog.text
+    assert shards[0].observed.is_file()
 
 
 @pytest.mark.slow
@@ -141,6 +229,7 @@ def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):
     assert mlflow.get_logged_model(run.inputs.model_inputs[0].model_id).source_run_id == registered[1]
     (dataset,) = run.inputs.dataset_inputs
     assert json.loads(dataset.dataset.source) == {"uri": str(folder)}
-    detector = Detector(detectors.pull_detector(f"models:/{NAME}/{version}", tmp_path / "pulled"))
-    again = score_images(Predictor(detector, detect=False), folder, tmp_path / "again.parquet")
+    detectors.pull_detector(f"models:/{NAME}/{version}", tmp_path / "pulled")
+    again = score_images(Judge(tmp_path / "pulled", detect=False), folder, tmp_path / "again.parquet")
     assert dataset.dataset.digest == again.digest
+    assert not place_shards(tmp_path / "scores.parquet").exists()

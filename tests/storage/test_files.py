@@ -22,20 +22,18 @@ from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.demo.archives import draw_archives
-from deepfake_core.detector import Detector
 from deepfake_core.errors import DiskError
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
 from deepfake_core.reports.data_report import write_report
-from deepfake_core.serving.batch_scoring import score_images
-from deepfake_core.serving.predictor import Predictor
+from deepfake_core.serving.load_versions import Judge
 from deepfake_core.storage.files import write_beside, write_json
 from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.shared_folder import fetch_folder
 from deepfake_core.storage.store import Store, open_store
 from deepfake_core.training.calibration import calibrate_detector
 from deepfake_core.training.fit import Training, train_candidate
-from tests.builders import RECIPE, draw_portrait, encode, faces, stripes, write_zip
+from tests.builders import RECIPE, draw_portrait, encode, faces, score_images, stripes, write_zip
 
 libc = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY, MS_REMOUNT = 1, 32
@@ -212,11 +210,11 @@ def calibration(folder, rows, fixture):
 
 @writer
 def scores(folder, rows, fixture):
-    predictor = Predictor(Detector(fixture("candidate").folder), detect=False)
+    judge = Judge(fixture("candidate").folder, detect=False)
     (folder.parents[1] / "images").mkdir()
     for number, data in enumerate(faces(5).values()):
         (folder.parents[1] / "images" / f"{number}.jpg").write_bytes(data)
-    return lambda: score_images(predictor, folder.parents[1] / "images", folder / "scores.parquet")
+    return lambda: score_images(judge, folder.parents[1] / "images", folder / "scores.parquet")
 
 
 @writer
