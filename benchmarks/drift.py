@@ -53,7 +53,7 @@ def train(dataset: Dataset, epochs: int) -> Detector:
     plan = Training.plan("cnn", TrainingParameters(epochs=epochs, image_size=96), (UNSEEN,))
     train, val = (load_seen(dataset, split, 96, plan.holdout) for split in ("train", "val"))
     candidate = train_candidate(plan, train, val, plan.folder(dataset))
-    calibrate_detector(candidate.folder, val, EvaluationParameters(), measure_files(val, dataset.path))
+    calibrate_detector(candidate.folder, val, EvaluationParameters(), measure_files(val, dataset))
     return Detector(candidate.folder)
 
 

@@ -74,7 +74,7 @@ def write_without(archive: Path, target: Path, left_out: set[str]) -> None:
 def load(dataset: Dataset, rows: pd.DataFrame, size: int) -> np.ndarray:
     pixels = np.empty((len(rows), size, size, 3), np.uint8)
     for position, path in enumerate(rows["path"]):
-        with open_image((dataset.path / path).read_bytes()) as image:
+        with open_image(dataset.read(path)) as image:
             pixels[position] = resize_image(image, size)
     return pixels
 
@@ -95,7 +95,7 @@ def report_mistakes(detector: Detector, dataset: Dataset, shown: pd.DataFrame, a
     wrong = shown[scores < detector.threshold]
     for row, score in zip(wrong.itertuples(), scores[scores < detector.threshold], strict=True):
         verdict = GivenVerdict(label="real", probability=float(score), sure=None, version=f"{DEFAULT_MODEL} version 1")
-        sent = feedback.add((dataset.path / str(row.path)).read_bytes(), verdict, "fake")
+        sent = feedback.add(dataset.read(str(row.path)), verdict, "fake")
         feedback.confirm(sent.sha256, "fake", by="the benchmark", why="the set says so")
     return len(wrong)
 

@@ -255,9 +255,14 @@ class DataParameters(Parameters):
         description="Folder that holds archives, image indexes and split folders; or a URL that machines share, "
         "without credentials, such as s3://bucket/deepfake.",
     )
-    cluster: str = Field(
+    layout: Literal["files", "shards"] = Field(
+        default="files",
+        description="How images are kept in a split folder: a file each, or in WebDataset tars of 10,000 (shards), for "
+        "data sets of more files than a disk or store handles well. The data set's version is the same; one that is "
+        "published already is not written again.",
+    )
+    cluster: Cluster = Field(
         default="",
-        pattern=r"^(auto|(ray://)?[\w.-]+:\d+|)$",
         description="Ray cluster that indexes large archives: host:6379 or auto on a machine of the cluster, "
         "ray://host:10001 from elsewhere. Empty: this machine's cores.",
     )

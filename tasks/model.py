@@ -89,7 +89,7 @@ def train_architecture(
             on_progress=on_progress,
         )
         on_progress(1, 1)  # it may have stopped early
-        calibration.calibrate_detector(candidate.folder, val, evaluation, measure_files(val, dataset.path))
+        calibration.calibrate_detector(candidate.folder, val, evaluation, measure_files(val, dataset))
         runs.log_figures(run_id, {"history": plots.plot_history(candidate.history, candidate.best_epoch)})
         return candidates.log_candidate(run_id, candidate, val, dataset)
 

@@ -27,8 +27,8 @@ from tasks.options import CPU, MLFLOW, NETWORK
 @task(name="record reference", **CPU)
 def record_reference(best: TrainedCandidate, measured: Measured, dataset: Dataset) -> None:
     """Log the observations of the test split, with which those of users are compared."""
-    files = [dataset.path / path for path in measured.images.rows["path"]]
-    windows.log_reference(best.run_id, observe_images(Detector(best.candidate.folder), files))
+    paths = measured.images.rows["path"].tolist()
+    windows.log_reference(best.run_id, observe_images(Detector(best.candidate.folder), paths, dataset.read))
 
 
 @task(name="read reference", **MLFLOW)

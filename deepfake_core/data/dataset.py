@@ -17,6 +17,7 @@ from deepfake_core.storage.files import translate_disk_errors
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.shared_folder import fetch_folder, publish_folder
 from deepfake_core.storage.store import Store, locate_dataset
+from deepfake_core.storage.tars import PLACES, Places
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
@@ -26,7 +27,7 @@ NORMAL_PIXELS, NORMAL_QUALITY = 256, 90
 
 @dataclass(frozen=True)
 class Dataset:
-    """A published split folder: images, `manifest.parquet` and `dataset.json`.
+    """A published split folder: images, each a file or in tars, `manifest.parquet` and `dataset.json`.
 
     Attributes:
         path: the folder on this disk.
@@ -79,6 +80,19 @@ class Dataset:
     @cached_property
     def manifest(self) -> pd.DataFrame:
         return pd.read_parquet(self.path / "manifest.parquet")
+
+    @cached_property
+    def _places(self) -> Places | None:
+        return Places(self.path) if (self.path / PLACES).exists() else None
+
+    def read(self, path: str) -> bytes:
+        """Return an image's bytes, by its `path` in the manifest, whatever the layout. Threads may call it.
+
+        Raises:
+            OSError: if its file can't be read.
+            ArchiveError: if its tar is damaged.
+        """
+        return self._places.read(path) if self._places else (self.path / path).read_bytes()
 
     @property
     def report(self) -> Path:

@@ -78,16 +78,16 @@ class _Selection:
 
 
 class DecodedOnRead:
-    """Image files as an array of shape (n, size, size, 3): what is read of it is decoded, on all cores."""
+    """A data set's images as an array of shape (n, size, size, 3): what is read of it is decoded, on all cores."""
 
-    def __init__(self, folder: Path, paths: Sequence[str], size: int) -> None:
-        self._files, self._size = [folder / path for path in paths], size
+    def __init__(self, dataset: Dataset, paths: Sequence[str], size: int) -> None:
+        self._dataset, self._paths, self._size = dataset, paths, size
         self._pool = ThreadPoolExecutor(os.cpu_count())
         self.shape, self.dtype = (len(paths), size, size, 3), np.dtype(np.uint8)
         self.nbytes = int(np.prod(self.shape))
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._paths)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         chosen = np.arange(len(self))[index]
@@ -96,7 +96,7 @@ class DecodedOnRead:
 
     def decode(self, position: int) -> np.ndarray:
         """Return uint8 of shape (size, size, 3)."""
-        with open_image(self._files[position].read_bytes()) as image:
+        with open_image(self._dataset.read(self._paths[position])) as image:
             return resize_image(image, self._size)
 
 
@@ -114,7 +114,7 @@ def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress |
     if file.exists() and (not checksum.exists() or checksum.read_text().split()[:1] != [hash_file(file)]):
         log.warning("%s does not have the checksum in the file beside it: it is written again", file)
         file.unlink()
-    files = DecodedOnRead(dataset.path, rows["path"].tolist(), size)
+    files = DecodedOnRead(dataset, rows["path"].tolist(), size)
     needed_gb = int(dataset.manifest["kept"].sum()) * size**2 * 3 / 1e9
     if not file.exists() and needed_gb > dataset.cache_gb:
         start = time.perf_counter()
@@ -154,11 +154,11 @@ def _write_pixels(files: DecodedOnRead, file: Path, on_progress: Progress | None
     pixels.flush()
 
 
-def measure_files(images: Images, folder: Path) -> list[ImageQuality]:
-    """Measure images, whose files lie in a data set's folder; of the files, only headers are read."""
+def measure_files(images: Images, dataset: Dataset) -> list[ImageQuality]:
+    """Measure images of a data set; of their bytes, only headers are parsed."""
 
     def measure(position: int) -> ImageQuality:
-        with open_header((folder / images.rows["path"].iloc[position]).read_bytes()) as header:
+        with open_header(dataset.read(images.rows["path"].iloc[position])) as header:
             return ImageQuality.take(header, images.pixels[position], read_jpeg_quality(header))
 
     return [measure(position) for position in range(len(images))]

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,12 @@ from deepfake_core.decoding import open_image
 from deepfake_core.storage.files import require_space, translate_disk_errors, write_beside, write_json
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
+from deepfake_core.storage.tars import BYTES_BESIDE, Place, write_places, write_tars
 
 log = logging.getLogger(__name__)
+
+READ_AHEAD = 64
+"""Images that are held while a tar is written."""
 
 MANIFEST_COLUMNS = [
     "source", "member", "sha256", "label", "width", "height", "split", "kept", "reason", "group", "path",
@@ -67,7 +72,8 @@ def publish_dataset(
     shutil.rmtree(beside, ignore_errors=True)  # left by a run that was killed: the lock is ours
     try:
         with translate_disk_errors(beside):
-            _copy_images(manifest, archives, beside, normalise, on_progress)
+            write = _copy_images if parameters.layout == "files" else _pack_images
+            write(manifest, archives, beside, normalise, on_progress)
         _write_manifest(beside, manifest, description)
         beside.replace(target)
     except BaseException:
@@ -122,6 +128,36 @@ def _copy_images(
                 done += 1
                 if on_progress and (done % 500 == 0 or done == total):
                     on_progress(done, total)
+
+
+def _pack_images(
+    manifest: pd.DataFrame,
+    archives: Sequence[Archive],
+    folder: Path,
+    normalise: Normalisation,
+    on_progress: Progress | None,
+) -> None:
+    """Write tars of each split, in order of SHA-256: so classes and sources are mixed, for those who read in order."""
+    kept = manifest.loc[manifest["kept"], ["source", "member", "sha256", "split", "path", "bytes"]]
+    needed = int(kept["bytes"].sum()) + len(kept) * BYTES_BESIDE
+    require_space(folder.parent, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
+    places: list[Place] = []
+    with ExitStack() as opened, ThreadPoolExecutor(os.cpu_count()) as pool:
+        readers = {one.source.short_name: opened.enter_context(one.open()) for one in archives}
+
+        def read(row: Any) -> tuple[str, bytes]:
+            data = readers[row.source].read_again(row.member, row.sha256)
+            return row.path, data if normalise == "none" else _reencode(data)
+
+        for split, rows in kept.sort_values("sha256").groupby("split"):
+            (folder / str(split)).mkdir(parents=True)
+            parts = (rows.iloc[start : start + READ_AHEAD] for start in range(0, len(rows), READ_AHEAD))
+            images = (image for part in parts for image in pool.map(read, part.itertuples(index=False)))
+            for place in write_tars(folder, str(split), images):
+                places.append(place)
+                if on_progress and (len(places) % 500 == 0 or len(places) == len(kept)):
+                    on_progress(len(places), len(kept))
+    write_places(folder, places)
 
 
 def _reencode(data: bytes) -> bytes:

@@ -72,7 +72,7 @@ CHANGES: dict[str, tuple[Callable[..., Image.Image], Sequence[float]]] = {
 
 
 def score_changed(
-    detector: Detector, paths: Sequence[Path], on_progress: Progress | None = None
+    detector: Detector, paths: Sequence[str], read: Callable[[str], bytes], on_progress: Progress | None = None
 ) -> dict[tuple[str, float], np.ndarray]:
     """Score images after each change, at each strength.
 
@@ -82,8 +82,8 @@ def score_changed(
     kinds = [(name, strength) for name, (_, strengths) in CHANGES.items() for strength in strengths]
     scores = {kind: np.zeros(len(paths), np.float32) for kind in kinds}
 
-    def change_image(path: Path) -> list[np.ndarray]:
-        image = decode_image(path.read_bytes())
+    def change_image(path: str) -> list[np.ndarray]:
+        image = decode_image(read(path))
         return [resize_image(CHANGES[name][0](image, strength), detector.image_size) for name, strength in kinds]
 
     with ThreadPoolExecutor() as pool:
@@ -114,7 +114,7 @@ def measure_robustness(
     labels, rows = measured.images.labels[chosen], measured.images.rows.iloc[chosen]
     if len(np.unique(labels)) < 2:
         return pd.DataFrame(columns=columns)
-    changed = score_changed(Detector(folder), [dataset.path / path for path in rows["path"]], on_progress)
+    changed = score_changed(Detector(folder), rows["path"].tolist(), dataset.read, on_progress)
 
     def measure(scores: np.ndarray) -> dict[str, float]:
         metrics = compute_metrics(labels, scores, measured.threshold)

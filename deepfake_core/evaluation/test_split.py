@@ -89,7 +89,7 @@ def evaluate_unseen(detector: Detector, dataset: Dataset, source: str) -> Evalua
         for one in ([part.labels for part in parts], [detector.score(part.pixels) for part in parts])
     )
     rows = pd.concat([part.rows for part in parts], ignore_index=True)
-    sure = find_sure(detector, scores, [one for part in parts for one in measure_files(part, dataset.path)])
+    sure = find_sure(detector, scores, [one for part in parts for one in measure_files(part, dataset)])
     evaluation = evaluate_scores(labels, scores, detector.threshold, rows, sure=sure)
     log.info("%s was never trained on: on its %d images, %s", source, len(labels), evaluation.in_words)
     return evaluation
@@ -103,7 +103,7 @@ def evaluate_on_test(folder: Path, dataset: Dataset, holdout: Sequence[str] = ()
     """
     detector = Detector(folder)
     test = load_seen(dataset, "test", detector.image_size, holdout)
-    evaluation, scores = evaluate_detector(detector, test, measure_files(test, dataset.path))
+    evaluation, scores = evaluate_detector(detector, test, measure_files(test, dataset))
     train = load_seen(dataset, "train", detector.image_size, holdout)
     return Measured(
         images=test,
@@ -122,13 +122,13 @@ def _evaluate_file_facts(train: Images, test: Images, dataset: Dataset) -> Evalu
     train = train.select(chosen)
     rows = [images.rows for images in (train, test)]
     if dataset.description["parameters"]["normalise"] != "none":  # then the files are not those of the manifest
-        rows = [_read_facts(one, dataset.path) for one in rows]
+        rows = [_read_facts(one, dataset) for one in rows]
     scores = score_file_facts(rows[0], _average_colours(train), rows[1], _average_colours(test))
     return evaluate_scores(test.labels, scores, 0.5, test.rows)
 
 
-def _read_facts(rows: pd.DataFrame, folder: Path) -> pd.DataFrame:
-    sizes = [(folder / path).stat().st_size for path in rows["path"]]
+def _read_facts(rows: pd.DataFrame, dataset: Dataset) -> pd.DataFrame:
+    sizes = [len(dataset.read(path)) for path in rows["path"]]
     return rows.assign(bytes=sizes, width=1, height=1, format="JPEG", jpeg_table="")
 
 

@@ -37,7 +37,7 @@ def log_candidate(run_id: str, candidate: Candidate, val: Images, dataset: Datas
     log_text(run_id, candidate.summarise(), "model_summary.txt")
     log_file(run_id, candidate.folder / CHECKPOINT, names.CHECKPOINT_FOLDER)
     chosen = choose_probe(val.rows)
-    images = [(dataset.path / val.rows["path"].iloc[position]).read_bytes() for position in chosen]
+    images = [dataset.read(val.rows["path"].iloc[position]) for position in chosen]
     log_probe(run_id, images, scores[chosen].tolist())
     return TrainedCandidate(candidate, run_id, validation)
 

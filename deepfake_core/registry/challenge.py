@@ -83,14 +83,14 @@ def register_challenger(
     write_json(description, read_description(description) | {"rates": rates})
     log_metrics(best.run_id, {"parity_difference": difference})
     val = dataset.split("val")
-    example = dataset.path / val["path"].iloc[choose_probe(val)[0]]
+    example = dataset.read(val["path"].iloc[choose_probe(val)[0]])
     own = {
         names.ARCHITECTURE: best.candidate.architecture,
         names.DATASET_VERSION: dataset.version,
         names.DRAWN_IMAGES: str(dataset.is_drawn).lower(),
         names.TEST_AUC: str(measured.evaluation.metrics.get("auc", "one class")),
     }
-    return register_detector(best.run_id, best.candidate.folder, model_name, example.read_bytes(), own | dict(tags))
+    return register_detector(best.run_id, best.candidate.folder, model_name, example, own | dict(tags))
 
 
 def promote_challenger(

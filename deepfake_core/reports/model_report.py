@@ -229,7 +229,7 @@ def _list_reported(regression: Regression, dataset: Dataset) -> list[dict[str, A
         {
             "name": one.name,
             "label": one.label,
-            "picture": encode_picture(decode_image((dataset.path / one.path).read_bytes()), REPORTED_PIXELS),
+            "picture": encode_picture(decode_image(dataset.read(one.path)), REPORTED_PIXELS),
             "verdicts": [(one.before, one.wrong_before), (one.after, one.wrong_after)],
             "change": one.change,
         }

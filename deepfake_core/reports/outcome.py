@@ -108,6 +108,8 @@ def print_next_steps(dataset: Dataset, version: ModelVersion) -> None:
         "schedules, forms and workers: the whole stack on this machine, in a browser": "make up",
     }
     print("\nTo look further:")
+    if not image.is_file():  # it is in a tar
+        del commands["the production model's verdict on an image"]
     for purpose, command in commands.items():
         print(f"  # {purpose}\n  {command}")
     print(f"  # what the data set holds, and what a model could cheat by\n  {dataset.report.as_uri()}")

@@ -1,4 +1,4 @@
-"""A whole folder at the store's URL: its many small members in one zip, the files beside them each on its own.
+"""A whole folder at the store's URL: its images in one zip, or in its tars; the files beside them each on its own.
 
 `SHA256SUMS` is published last: without it, nothing of the folder counts as published.
 """
@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -19,6 +19,7 @@ from deepfake_core.errors import ArchiveError
 from deepfake_core.storage.files import hash_file, require_space, translate_disk_errors, write_beside
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
+from deepfake_core.storage.tars import PLACES, TAR_NAME, Places, check_tars
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def publish_folder(store: Store, folder: Path, members: Mapping[str, str], on_pr
     """Publish a folder of the store; what is there already is not written again.
 
     Args:
-        members: the files in subfolders, each with its SHA-256, or "" if it is not known.
+        members: the images, each with its SHA-256, or "" if it is not known.
 
     Raises:
         ArchiveError: if a member has other bytes.
@@ -37,7 +38,8 @@ def publish_folder(store: Store, folder: Path, members: Mapping[str, str], on_pr
     beside = sorted(file.name for file in folder.iterdir() if file.is_file() and _is_plain(file.name))
     sums = {file: hash_file(folder / file) for file in beside}
     published = _parse_sums(store.read(folder / SUMS) or b"")
-    if published == sums | {PACKED: published.get(PACKED, "")}:
+    holding = Places(folder).tars if PLACES in beside else [PACKED]
+    if published == sums | {file: published.get(file, "") for file in holding}:
         log.info("%s is published already", store.address_of(folder))
         _write_sums(folder, published)
         return
@@ -45,7 +47,9 @@ def publish_folder(store: Store, folder: Path, members: Mapping[str, str], on_pr
         store.remove(folder / SUMS)
     for file in beside:
         store.publish(folder / file)
-    if PACKED not in published:
+    if holding != [PACKED]:
+        sums |= _publish_tars(store, folder, members, holding, published, on_progress)
+    elif PACKED not in published:
         packed = folder.with_name(f".{folder.name}.{PACKED}")
         try:
             _pack(folder, members, packed)
@@ -53,8 +57,10 @@ def publish_folder(store: Store, folder: Path, members: Mapping[str, str], on_pr
             store.publish(folder / PACKED, packed, on_progress)
         finally:
             packed.unlink(missing_ok=True)
-    _write_sums(folder, sums | {PACKED: published[PACKED]})
+    _write_sums(folder, sums | {file: published[file] for file in holding if file == PACKED})
     store.publish(folder / SUMS)
+    for file in published.keys() - sums.keys() - set(holding):  # of another layout
+        store.remove(folder / file)
     log.info("%s is published: %d images", store.address_of(folder), len(members))
 
 
@@ -85,25 +91,34 @@ def fetch_folder(
         if marker.exists() and marker.read_bytes() == content:
             return True
         sums = _parse_sums(content)
-        if PACKED not in sums:
+        small = sorted(file for file in sums if _is_plain(file))
+        large = sorted(sums.keys() - set(small))
+        in_tars = PLACES in small and large != [] and PACKED not in large
+        if not in_tars and (large != [PACKED] or PLACES in small):
             raise ArchiveError(
-                f"{store.address_of(marker)} must list {PACKED}. Received: {sorted(sums)}. Publish it again."
+                f"{store.address_of(marker)} must list {PACKED}, or {PLACES} and tars. Received: {sorted(sums)}. "
+                "Publish it again."
             )
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed: the lock is ours
         try:
-            for file in sorted(set(sums) - {PACKED}):
+            for file in small:
                 store.fetch(folder / file, sums[file], marker, target=partial / file)
             members = list_members(partial)
             if folder.is_dir():  # the same members, and something new about them
                 marker.unlink(missing_ok=True)
-                for file in sorted(set(sums) - {PACKED}):
+                for file in set(small) - {PLACES}:  # the images stay as they are
                     (partial / file).replace(folder / file)
                 _write_sums(folder, sums)
                 return True
-            store.fetch(folder / PACKED, sums[PACKED], marker, on_progress, target=partial / PACKED)
-            _unpack(partial / PACKED, members, partial)
-            (partial / PACKED).unlink()
+            for file in large:
+                (partial / file).parent.mkdir(exist_ok=True)
+                store.fetch(folder / file, sums[file], marker, on_progress, target=partial / file)
+            if in_tars:
+                check_tars(partial, members)
+            else:
+                _unpack(partial / PACKED, members, partial)
+                (partial / PACKED).unlink()
             _write_sums(partial, sums)
             partial.replace(folder)
         finally:
@@ -112,14 +127,31 @@ def fetch_folder(
     return True
 
 
+def _publish_tars(
+    store: Store,
+    folder: Path,
+    members: Mapping[str, str],
+    tars: Sequence[str],
+    published: Mapping[str, str],
+    on_progress: Progress | None,
+) -> dict[str, str]:
+    """Publish the tars that are not there yet; return the SHA-256 of each."""
+    check_tars(folder, members)
+    sums = {tar: hash_file(folder / tar) for tar in tars}
+    for tar in tars:
+        if published.get(tar) != sums[tar]:
+            store.publish(folder / tar, on_progress=on_progress)
+    return sums
+
+
 def _is_plain(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*", name) is not None and name not in (SUMS, PACKED)
 
 
 def _parse_sums(content: bytes) -> dict[str, str]:
     """Read what `sha256sum` writes; lines of another form, or with a name that leads elsewhere, don't count."""
-    lines = re.findall(r"^([0-9a-f]{64})  (\w[\w.-]*)$", content.decode(errors="replace"), re.MULTILINE | re.ASCII)
-    return {name: sha256 for sha256, name in lines if name == PACKED or _is_plain(name)}
+    lines = re.findall(r"^([0-9a-f]{64})  (\w[\w./-]*)$", content.decode(errors="replace"), re.MULTILINE | re.ASCII)
+    return {name: sha256 for sha256, name in lines if name == PACKED or TAR_NAME.fullmatch(name) or _is_plain(name)}
 
 
 def _write_sums(folder: Path, sums: Mapping[str, str]) -> None:

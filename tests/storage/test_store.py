@@ -19,9 +19,11 @@ from deepfake_core.data.kaggle import fetch_archive, find_new_version, share_arc
 from deepfake_core.data.split_memory import read_memory
 from deepfake_core.errors import ArchiveError, ConfigurationError, CredentialsError, DatasetError, DownloadError
 from deepfake_core.registry import connection, versions
+from deepfake_core.storage import tars
 from deepfake_core.storage.shared_folder import PACKED, SUMS
 from deepfake_core.storage.store import Store, open_store
-from tests.builders import faces, forbid, free_port, prepare, write_zip
+from deepfake_core.storage.tars import PLACES
+from tests.builders import faces, forbid, free_port, jpeg, prepare, write_zip
 
 SOURCE = Source(name="owner/some-faces")
 
@@ -178,6 +180,59 @@ def test_a_name_that_leads_elsewhere_is_refused(s3_url, go_to, tmp_path, hostile
     manifest.to_parquet(tmp_path / "manifest.parquet")
     replace_object(first.address, "manifest.parquet", (tmp_path / "manifest.parquet").read_bytes())
     with pytest.raises(ArchiveError, match="must list the images that its version is the hash of"):
+        open_dataset(first.address)
+    assert list_visible(here) == []
+
+
+@pytest.mark.slow
+def test_another_machine_gets_the_same_tars_once(s3_url, go_to, tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "TAR_IMAGES", 7)
+    zips = [write_zip(tmp_path / "a.zip", faces(20))]
+    first = share(s3_url, *zips, layout="shards")
+    go_to("b")
+    second = open_dataset(first.address)
+    assert read_folder(second.path) == read_folder(first.path)
+    assert second.read(second.split("train")["path"].iloc[0])
+    go_to("a")
+    share(s3_url, *zips, write_zip(tmp_path / "b.zip", {"real/again.jpg": jpeg(0)}), layout="shards")
+    go_to("b")
+    forbid(monkeypatch, "deepfake_core.storage.shared_folder.check_tars")  # the images are here already
+    assert open_dataset(first.address).manifest["reason"].value_counts()["duplicate"] == 1
+    assert PACKED not in read_object(f"{first.address}/{SUMS}").decode()
+
+
+@pytest.mark.slow
+def test_a_data_set_that_is_here_in_another_layout_stays_as_it_is(s3_url, go_to, tmp_path):
+    zips = [write_zip(tmp_path / "a.zip", faces(20))]
+    first = share(s3_url, *zips)
+    go_to("b")
+    share(s3_url, *zips, layout="shards")
+    go_to("a")
+    again = open_dataset(first.address)
+    assert not (again.path / PLACES).exists()
+    assert again.read(again.split("train")["path"].iloc[0])
+    assert not fsspec.filesystem("s3").exists(f"{first.address}/{PACKED}")
+    go_to("c")
+    assert (open_dataset(first.address).path / PLACES).exists()
+
+
+@pytest.mark.slow
+def test_tars_that_are_not_the_manifests_are_refused(s3_url, go_to, tmp_path):
+    first = share(s3_url, write_zip(tmp_path / "a.zip", faces(20)), layout="shards")
+    tar = "train/000000.tar"
+    whole = read_object(f"{first.address}/{tar}")
+    here = go_to("b")
+    damaged = bytearray(whole)
+    damaged[1000] ^= 255
+    replace_object(first.address, tar, bytes(damaged))
+    with pytest.raises(ArchiveError, match="must have the bytes that the manifest names"):
+        open_dataset(first.address)
+    replace_object(first.address, tar, whole[:5000])
+    with pytest.raises(ArchiveError, match="which ends within"):
+        open_dataset(first.address)
+    lines = read_object(f"{first.address}/{SUMS}").decode().splitlines(keepends=True)
+    write_object(f"{first.address}/{SUMS}", "".join(line for line in lines if ".tar" not in line).encode())
+    with pytest.raises(ArchiveError, match=f"must list {PACKED}, or {PLACES} and tars"):
         open_dataset(first.address)
     assert list_visible(here) == []
 
