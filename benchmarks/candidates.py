@@ -55,8 +55,9 @@ class Variant(NamedTuple):
 
 
 def list_variants() -> dict[str, Variant]:
-    """Name what is trained: each candidate by its recipe, `cnn` in both precisions, and the pretrained one on a part of
-    the images, and on each source alone: 140k also without forensic augmentation, ciplab on crops of a larger input."""
+    """Name what is trained: each candidate by its recipe, `cnn` in both precisions, and the pretrained one with one head,
+    on all and a part of the images, and on each source alone: 140k also without forensic augmentation, ciplab on crops
+    of a larger input."""
     variants: dict[str, Variant] = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE
@@ -68,9 +69,10 @@ def list_variants() -> dict[str, Variant]:
             variants[name] = Variant(architecture, recipe.model_copy(update={"precision": precision}))
     larger = TrainingParameters(batch_size=256, precision="float32").adjust(CANDIDATES["cnn"].RECIPE)
     variants["cnn, float32, batches of 256"] = Variant("cnn", larger)
-    recipe = CANDIDATES["efficientnet_lite0"].RECIPE
+    recipe = CANDIDATES["efficientnet_lite0"].RECIPE.model_copy(update={"head_per_source": False})
+    variants["efficientnet_lite0, one head"] = Variant("efficientnet_lite0", recipe)
     for name, share in (("a quarter", 0.25), ("half", 0.5)):
-        variants[f"efficientnet_lite0, {name} of the training images"] = Variant(
+        variants[f"efficientnet_lite0, one head, {name} of the images"] = Variant(
             "efficientnet_lite0", recipe, share=share
         )
     variants["efficientnet_lite0, 140k alone"] = Variant("efficientnet_lite0", recipe, (CIPLAB,))

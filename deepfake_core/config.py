@@ -379,6 +379,10 @@ class Recipe(Parameters):
     head_epochs: int = Field(
         default=0, ge=0, description="Epochs, of all, in which only the layers behind a pretrained backbone learn."
     )
+    head_per_source: bool = Field(
+        default=False,
+        description="Whether each source's fakes get a head of their own, which learns them against all real images.",
+    )
     precision: Precision = Field(
         default="auto", description="auto: bfloat16 where the hardware computes this network faster in it."
     )
@@ -415,6 +419,7 @@ class TrainingParameters(Parameters):
     weight_decay: float | None = _override("weight_decay")
     weights: str | None = _override("weights")
     head_epochs: int | None = _override("head_epochs")
+    head_per_source: bool | None = _override("head_per_source")
     precision: Precision | None = _override("precision")
     augmentation: AugmentationParameters | None = _override("augmentation")
     devices: int = Field(default=1, ge=1, description="GPUs to train on; each takes its share of every batch.")

@@ -17,6 +17,7 @@ RECIPE = FINE_TUNING.model_copy(
     update={
         "epochs": 12,
         "learning_rate": 0.0003,
+        "head_per_source": True,
         "augmentation": FINE_TUNING.augmentation.model_copy(
             update={"crop": 0.75, "recompression": 0.3, "blur": 0.3, "resize": 0.3}
         ),

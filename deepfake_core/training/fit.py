@@ -16,6 +16,7 @@ from deepfake_core.data.images import Images
 from deepfake_core.detector import DESCRIPTION
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
+from deepfake_core.models.heads import join_heads, split_head
 from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.progress import Progress
 from deepfake_core.training import accelerator
@@ -25,6 +26,7 @@ from deepfake_core.training.checkpoints import CHECKPOINT, HISTORY, Backup, Epoc
 from deepfake_core.training.devices import choose_precision, compute_in, spread_over
 from deepfake_core.training.export import export_detector, load_network
 from deepfake_core.training.jax_layers import replace_layers
+from deepfake_core.training.kinds import choose_kinds, compile_kinds, number_kinds
 from deepfake_core.training.optimizer import FusedAdam
 
 log = logging.getLogger(__name__)
@@ -150,6 +152,11 @@ def train_checkpoint(
     """
     architecture, recipe = training.architecture, training.recipe
     record.served = CANDIDATES[architecture].build(recipe)
+    kinds = choose_kinds(train) if recipe.head_per_source else ()
+    if kinds:
+        record.served = join_heads(split_head(record.served, len(kinds)))
+        log.info("%s: a head each for the fakes of %s", architecture, ", ".join(kinds))
+        train, val = number_kinds(train, kinds), number_kinds(val, ())
     if recipe.augmentation.crop < 1 and not find_backbone(record.served):
         raise ConfigurationError(
             f"`training.augmentation.crop` must be 1 for {architecture}, which takes images of one size. "
@@ -157,18 +164,27 @@ def train_checkpoint(
         )
     precision = choose_precision(recipe.precision, record.served)
     with spread_over(training.devices), compute_in(precision):
-        _fit(training, train, val, record, folder, feeding)
+        _fit(training, train, val, record, folder, feeding, len(kinds))
     return precision
 
 
 def _fit(
-    training: Training, train: Images, val: Images, record: EpochRecorder, folder: Path, feeding: Feeding | None
+    training: Training,
+    train: Images,
+    val: Images,
+    record: EpochRecorder,
+    folder: Path,
+    feeding: Feeding | None,
+    heads: int,
 ) -> None:
     architecture, recipe, seed = training.architecture, training.recipe, training.seed
     keras.utils.set_random_seed(seed)
     cropped = recipe.augmentation.crop < 1
     # Without a size, the network takes crops in training and whole images in validation.
     model = CANDIDATES[architecture].build(recipe.model_copy(update={"image_size": None}) if cropped else recipe)
+    if heads:
+        model = split_head(model, heads)
+    measures = compile_kinds() if heads else {"loss": "binary_crossentropy", "metrics": ["accuracy"]}
     batches, validation = Batches(train, recipe.batch_size, recipe.augmentation, seed), Batches(val, recipe.batch_size)
     feeding = feeding or choose_feeding(batches, validation)
     if feeding != "host" and keras.backend.backend() == "jax":
@@ -183,8 +199,7 @@ def _fit(
             backbone.trainable = phase == "all"
         model.compile(
             optimizer=make_optimizer(recipe, phase, steps=len(batches) * (end - first), epoch_steps=len(batches)),
-            loss="binary_crossentropy",
-            metrics=["accuracy"],
+            **measures,
         )
         callbacks = [Reseed(batches, seed), record, Backup(folder / phase, first, len(batches))]
         if feeding != "host" or keras.backend.backend() == "jax":

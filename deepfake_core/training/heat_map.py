@@ -6,8 +6,9 @@ import keras
 from keras import layers, ops
 
 from deepfake_core.errors import ModelError
+from deepfake_core.models.heads import AnyHead
 
-KNOWN_SLOPES = ("linear", "relu", "LeakyReLU")
+KNOWN_SLOPES = ("linear", "relu", "LeakyReLU", "AnyHead")
 
 
 class ExplainedNetwork(keras.Model):
@@ -21,7 +22,7 @@ class ExplainedNetwork(keras.Model):
 
     Args:
         network: a chain of layers (or whole backbones): features, flattening or pooling, then dense layers of which
-            the last is one sigmoid.
+            the last is one sigmoid, or several that `AnyHead` joins.
 
     Raises:
         ModelError: if the head has a layer of another kind.
@@ -32,9 +33,10 @@ class ExplainedNetwork(keras.Model):
         chain = [layer for layer in network.layers if not isinstance(layer, layers.InputLayer | layers.Dropout)]
         last = max(position for position, layer in enumerate(chain) if len(layer.output.shape) == 4)
         self._body, self._flatten, self._head = chain[: last + 1], chain[last + 1], chain[last + 2 :]
+        sigmoids = [layer for layer in self._head if not isinstance(layer, AnyHead)][-1:]
         for layer in self._head:
             activation = _name_activation(layer)
-            if activation not in KNOWN_SLOPES and not (activation == "sigmoid" and layer is self._head[-1]):
+            if activation not in KNOWN_SLOPES and not (activation == "sigmoid" and layer in sigmoids):
                 raise ModelError(
                     "A candidate's features must be followed by Flatten or GlobalAveragePooling2D, then Dropout, "
                     "LeakyReLU and Dense with ReLU or no activation, the last with a sigmoid. Received: "
@@ -64,8 +66,13 @@ def _name_activation(layer: Any) -> str:
 
 
 def _apply_slope(layer: Any, before: Any, after: Any, gradient: Any) -> Any:
-    """Multiply a gradient by the slope of a layer's activation; a last sigmoid is left out."""
+    """Multiply a gradient by the slope of a layer's activation; a last sigmoid is left out.
+
+    Of `AnyHead` it is the slope of the logit of P = 1 - product of (1 - p) by that of p, which is p / P.
+    """
     activation = _name_activation(layer)
+    if activation == "AnyHead":
+        return gradient * before / ops.maximum(after, keras.config.epsilon())
     if activation == "LeakyReLU":
         return ops.where(before > 0, gradient, layer.negative_slope * gradient)
     return ops.where(after > 0, gradient, 0.0) if activation == "relu" else gradient

@@ -8,6 +8,7 @@ from keras import ops
 
 from deepfake_core.config import AugmentationParameters
 from deepfake_core.training.degradation import blur, recompress, rescale, warp
+from deepfake_core.training.kinds import measure_kinds
 
 
 def make_steps(model: keras.Model, augmentation: AugmentationParameters, side: int) -> "JaxSteps | TensorFlowSteps":
@@ -59,9 +60,12 @@ class Steps:
     @staticmethod
     def _measure(scores: Any, batch: dict[str, Any]) -> Any:
         """Return the sum of the losses (binary cross-entropy) and the number of right answers, float32 (2,)."""
-        labels, weights, scores = batch["labels"], batch["weights"], scores[:, 0]
-        losses = ops.binary_crossentropy(labels, scores)
-        right = ops.cast(ops.equal(scores > 0.5, labels > 0.5), "float32")
+        labels, weights = batch["labels"], batch["weights"]
+        if scores.shape[-1] > 1:
+            losses, right = measure_kinds(labels, scores)
+        else:
+            losses = ops.binary_crossentropy(labels, scores[:, 0])
+            right = ops.cast(ops.equal(scores[:, 0] > 0.5, labels > 0.5), "float32")
         return ops.stack([ops.sum(losses * weights), ops.sum(right * weights)])
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -28,11 +29,15 @@ MOVED = AugmentationParameters(rotation=0, zoom=0)
 CHILD = """
 import json, sys
 from pathlib import Path
+from deepfake_core.training import kinds
 from tests.training.test_accelerator import train
+kinds.MIN_FAKES_OF_KIND = 10
 losses = {}
 for devices in (1, 2):
     for feeding in ("host", "resident", "streamed"):
-        losses[f"{feeding} on {devices}"] = train(Path(sys.argv[1]) / feeding / str(devices), feeding, devices=devices)
+        losses[f"{feeding} on {devices}"] = train(
+            Path(sys.argv[1]) / feeding / str(devices), feeding, devices=devices, head_per_source=sys.argv[2] == "heads"
+        )
 print("losses", json.dumps(losses))
 """
 TWO_CPUS = """
@@ -48,9 +53,17 @@ def train(folder, feeding, devices=1, on_epoch=None, architecture="cnn", **chang
     recipe = RECIPE.model_copy(update={"epochs": 2, "augmentation": MOVED, **changes})
     record = EpochRecorder(architecture, recipe, folder, folder, on_epoch, None, 60)
     train_checkpoint(
-        Training(architecture, recipe, 1, devices), stripes(60, 0), stripes(21, 1), folder, record, feeding
+        Training(architecture, recipe, 1, devices), two_kinds(60, 0), two_kinds(21, 1), folder, record, feeding
     )
     return pd.read_csv(folder / "history.csv")[list(EPOCH_METRICS)].to_numpy().ravel().tolist()
+
+
+def two_kinds(count, seed):
+    """Return images of two sources, whose fakes differ."""
+    images = stripes(count, seed)
+    second = np.arange(count) % 4 > 1
+    images.pixels[second] = images.pixels[second][:, :, ::-1]
+    return replace(images, rows=pd.DataFrame({"source": np.where(second, "two", "one")}))
 
 
 def run_child(code, *arguments, **environment):
@@ -62,13 +75,14 @@ def run_child(code, *arguments, **environment):
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.parametrize("heads", ["one head", "heads"])
 @pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=needs_jax)])
-def test_every_path_and_number_of_devices_learns_the_same(backend, tmp_path):
+def test_every_path_and_number_of_devices_learns_the_same(backend, heads, tmp_path):
     if backend == "tensorflow":
-        out = run_child(TWO_CPUS + CHILD, tmp_path)
+        out = run_child(TWO_CPUS + CHILD, tmp_path, heads)
     else:
         flags = "--xla_force_host_platform_device_count=2"
-        out = run_child(CHILD, tmp_path, KERAS_BACKEND="jax", XLA_FLAGS=flags)
+        out = run_child(CHILD, tmp_path, heads, KERAS_BACKEND="jax", XLA_FLAGS=flags)
     losses = json.loads(out.split("losses ")[1])
     assert len(losses) == 6
     first = losses["host on 1"]
