@@ -24,7 +24,6 @@ from deepfake_core.serving.load_versions import Judge
 from deepfake_core.serving.predictor import NO_FACE, Predictor
 from deepfake_core.serving.verdict import Judged
 from deepfake_core.storage.files import translate_disk_errors, write_beside
-from deepfake_core.storage.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +73,7 @@ class ScoreShard:
 
     Attributes:
         images: a folder or a Parquet file.
-        key: of the list, when it was cut.
+        key: what was known of these images when the list was cut.
         folder: of the shards' files.
     """
 
@@ -118,18 +117,19 @@ def cut_images(images: Path, output: Path, judge: Judge) -> list[ScoreShard]:
     """
     forget_images()
     listed = list_images(images)
-    follows = [SCORES_FORMAT, listed.key, judge.version, judge.detect, judge.shadow, judge.observed]
+    ranges = [
+        (start, min(start + SHARD_IMAGES, listed.count)) for start in range(0, max(listed.count, 1), SHARD_IMAGES)
+    ]
+    keys = [listed.describe(*one) for one in ranges]
+    follows = [SCORES_FORMAT, *keys, judge.version, judge.digest, judge.detect, judge.shadow, judge.observed]
     name = hashlib.sha256("\n".join(map(str, follows)).encode()).hexdigest()[:16]
     folder = place_shards(output) / name
     with translate_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return [
-        ScoreShard(images, listed.key, judge, folder, start, min(start + SHARD_IMAGES, listed.count))
-        for start in range(0, max(listed.count, 1), SHARD_IMAGES)
-    ]
+    return [ScoreShard(images, key, judge, folder, *one) for key, one in zip(keys, ranges, strict=True)]
 
 
-def score_shard(shard: ScoreShard, threads: int = 0, on_progress: Progress | None = None) -> None:
+def score_shard(shard: ScoreShard, threads: int = 0) -> None:
     """Judge a shard's images and write a row per face, unless that is done.
 
     Args:
@@ -145,26 +145,28 @@ def score_shard(shard: ScoreShard, threads: int = 0, on_progress: Progress | Non
             f"Each machine that scores must see the folder of `output` at the same path. Received: "
             f"{socket.gethostname()}, which has no {shard.folder}. Put it on a disk that all nodes of `cluster` share."
         )
-    listed = list_images(shard.images)
-    if listed.key != shard.key:
-        raise ConfigurationError(
-            f"Images must stay as they are while they are scored. Received: {shard.images}, which changed, or is "
-            f"another one on {socket.gethostname()}. Run again: it is scored anew."
-        )
+    _check_images(shard)
     rows: list[dict[str, object]] = []
     observed: list[dict[str, object]] = []
     predictor = load_predictor(shard.judge, threads)
-    for done, judged in enumerate(predictor.judge(listed.read(shard.start, shard.stop)), shard.start + 1):
+    for judged in predictor.judge(list_images(shard.images).read(shard.start, shard.stop)):
         rows += _list_rows(judged)
         if shard.judge.observed:
             observed += ({**row, "sha256": judged.sha256} for row in list_rows(judged))
-        if on_progress:
-            on_progress(done, listed.count)
+    _check_images(shard)
     if observed:
         with write_beside(shard.observed) as beside:
             parquet.write_table(pyarrow.Table.from_pylist(observed, OBSERVED_SCHEMA), beside)
     with write_beside(shard.file) as beside:
         parquet.write_table(pyarrow.Table.from_pylist(rows, SCORES_SCHEMA), beside)
+
+
+def _check_images(shard: ScoreShard) -> None:
+    if list_images(shard.images).describe(shard.start, shard.stop) != shard.key:
+        raise ConfigurationError(
+            f"Images must stay as they are while they are scored. Received: {shard.images}, where some changed, or are "
+            f"others on {socket.gethostname()}. Run again: what changed is scored anew."
+        )
 
 
 @lru_cache(maxsize=1)
@@ -208,7 +210,10 @@ def _count_outcomes(rows: pyarrow.Table) -> Counter[str]:
 
 
 def _observe(shards: Sequence[ScoreShard], observer: Observer) -> None:
-    """Append what was observed of shards, and remove each file that is appended. What fails here is a warning."""
+    """Append what was observed of shards, and remove each file that is appended. What fails here is a warning.
+
+    A run that is killed between the two appends a shard's rows again the next time.
+    """
     for shard in shards:
         if not shard.observed.is_file():
             continue

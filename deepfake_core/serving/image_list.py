@@ -22,6 +22,8 @@ RULE = "Images must be a folder, or a Parquet file with a column `image` of byte
 ROWS_READ = 8
 """Images read from a table at a time."""
 
+READ_BYTES = 2**20
+
 
 @dataclass(frozen=True)
 class ImageList:
@@ -29,12 +31,13 @@ class ImageList:
 
     Attributes:
         count: how many there are.
-        key: a hash of what is known without reading them: names, bytes and times of change.
+        describe: returns a hash of what is known now, without reading them, of those from a position up to another:
+            names, bytes and times of change.
         read: yields names and images from a position up to another.
     """
 
     count: int
-    key: str
+    describe: Callable[[int, int], str]
     read: Callable[[int, int], Iterator[tuple[str, Encoded]]]
 
 
@@ -71,15 +74,16 @@ def _list_folder(images: Path) -> ImageList:
     def read(start: int, stop: int) -> Iterator[tuple[str, Encoded]]:
         return ((name(file), file) for file in files[start:stop])
 
-    key = hashlib.sha256()
-    for file in files:
-        key.update(f"{name(file)}\0{_describe(file)}\n".encode())
-    return ImageList(len(files), key.hexdigest(), read)
+    def describe(start: int, stop: int) -> str:
+        lines = (f"{name(file)}\0{_describe(file)}\n" for file in files[start:stop])
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    return ImageList(len(files), describe, read)
 
 
 def _list_table(images: Path) -> ImageList:
     try:
-        table = parquet.ParquetFile(images)
+        table = parquet.ParquetFile(images, pre_buffer=False, buffer_size=READ_BYTES)
     except (OSError, pyarrow.ArrowException) as exc:
         raise ConfigurationError(f"{RULE}. Received: {images} ({exc})") from exc
     schema = table.schema_arrow
@@ -109,7 +113,7 @@ def _list_table(images: Path) -> ImageList:
                 f"{RULE}. Received: {images}, which is damaged after row {number:,} ({exc}). Write it again."
             ) from exc
 
-    return ImageList(table.metadata.num_rows, _describe(images), read)
+    return ImageList(table.metadata.num_rows, lambda _start, _stop: _describe(images), read)
 
 
 def _describe(file: Path) -> str:

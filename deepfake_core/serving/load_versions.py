@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepfake_core.detector import Detector
+from deepfake_core.detector import DESCRIPTION, Detector
 from deepfake_core.errors import ModelError
 from deepfake_core.registry.aliases import find_challenger
 from deepfake_core.registry.detectors import pull_detector
 from deepfake_core.serving.predictor import Predictor, load_detector
 from deepfake_core.serving.shadow import Shadow
-from deepfake_core.storage.files import remove_folder
+from deepfake_core.storage.files import hash_file, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ class Judge:
     Attributes:
         model: the folder of the version's files.
         version: its name, as name/number.
+        digest: a hash of its files.
         detect: whether faces are looked for.
         shadow: the version that judges too, as name/number; empty if there is none.
         shadow_model: the folder of its files.
@@ -32,6 +33,7 @@ class Judge:
 
     model: Path
     version: str = ""
+    digest: str = ""
     detect: bool = True
     shadow: str = ""
     shadow_model: Path | None = None
@@ -59,7 +61,8 @@ def pull_judge(folder: Path, name: str, version: str, detect: bool, *, shadow: b
     for each in (model, shadow_model):
         remove_folder(each)
     pull_detector(f"models:/{name}/{version}", model)
-    judge = Judge(model, f"{name}/{version}", detect, observed=observed)
+    digest = " ".join(hash_file(model / file) for file in ("model.onnx", DESCRIPTION))
+    judge = Judge(model, f"{name}/{version}", digest, detect, observed=observed)
     if not shadow:
         return judge
     try:

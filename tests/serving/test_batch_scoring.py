@@ -152,14 +152,29 @@ def test_a_shard_that_is_done_is_not_scored_again(former, tmp_path):
     score_images(former, table, output)
     assert list_files(output).items() >= before.items()
     assert len(pd.read_parquet(output)) == 8
-    other = Judge(former.model, version="name/2", detect=False)  # another version judges anew
-    assert not any(shard.is_done for shard in cut_images(table, output, other))
+    for other in (replace(former, version="name/2"), replace(former, digest="of other files")):  # judges anew
+        assert not any(shard.is_done for shard in cut_images(table, output, other))
     write_table(table, image=[jpeg(number) for number in range(100, 108)])
     shards = cut_images(table, output, former)
     assert not any(shard.is_done for shard in shards)
     write_table(table, image=[jpeg(number) for number in range(200, 207)])
-    with pytest.raises(ConfigurationError, match=r"must stay as they are.*in.parquet, which changed"):
+    with pytest.raises(ConfigurationError, match=r"must stay as they are.*in.parquet, where some changed"):
         score_shard(shards[0])
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_image_of_a_folder_that_changes_stops_its_shard(former, tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(7):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(jpeg(number))
+    first, second, third = cut_images(tmp_path / "in", tmp_path / "out.parquet", former)
+    score_shard(first)
+    (tmp_path / "in" / "4.jpg").write_bytes(jpeg(50))
+    (tmp_path / "in" / "later.jpg").write_bytes(jpeg(51))
+    with pytest.raises(ConfigurationError, match="where some changed"):
+        score_shard(second)
+    score_shard(third)
+    assert score_images(former, tmp_path / "in", tmp_path / "out.parquet").images == 8
 
 
 @pytest.mark.usefixtures("small_shards")
