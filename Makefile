@@ -6,8 +6,8 @@ export DO_NOT_TRACK ?= true
 unexport PYTHONDONTWRITEBYTECODE  # else each process compiles TensorFlow anew: 8 s of CPU
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast sweep check docs browser pictures bench bench-data bench-training bench-serving \
-	bench-full-size bench-feedback bench-drift bench-soak lock deploy up down image containers
+.PHONY: help demo test test-fast sweep check docs browser pictures bench bench-data bench-training bench-levers \
+	bench-serving bench-full-size bench-feedback bench-drift bench-soak lock deploy up down image containers
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,10 @@ bench-full-size: .venv/installed  ## prepare and train at full size, an hour: ma
 bench-training: .venv/installed  ## measure candidates and training speed, hours: make bench-training ARCHIVES=folder
 	$(BIN)/python benchmarks/training_speed.py $(ARCHIVES)
 	$(BIN)/python benchmarks/candidates.py $(ARCHIVES)
+	$(BIN)/python benchmarks/render.py
+
+bench-levers: .venv/installed  ## measure what could help the default candidate, hours: make bench-levers ARCHIVES=folder
+	PYTHONPATH=. $(BIN)/python benchmarks/levers.py $(ARCHIVES)
 	$(BIN)/python benchmarks/render.py
 
 bench-serving: .venv/installed  ## measure face detection and how fast predict answers: make bench-serving ARCHIVES=folder

@@ -55,9 +55,9 @@ class Variant(NamedTuple):
 
 
 def list_variants() -> dict[str, Variant]:
-    """Name what is trained: each candidate by its recipe, `cnn` in both precisions; the pretrained one with one head, on
-    all and a part of the images, and on each source alone: 140k also without forensic augmentation, ciplab on crops of
-    a larger input."""
+    """Name what is trained: each candidate by its recipe, `cnn` in both precisions; the pretrained one with one head,
+    on all and a part of the images, and on each source alone: 140k also without forensic augmentation, ciplab on crops
+    of a larger input."""
     variants: dict[str, Variant] = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE

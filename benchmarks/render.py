@@ -245,6 +245,31 @@ def describe_candidate(name: str, variant: dict[str, Any], source: str) -> list[
     ]
 
 
+def render_levers(results: Results) -> str:
+    """Write what each lever reached on validation images."""
+    measured = results["levers"]
+    images, levers = measured["images"], measured["levers"]
+    caption = (
+        f"AUC on the {images['val']} validation images after the last epoch, mean over the seeds, with the lowest and "
+        f"the highest; {images['train']:,} training images. No checkpoint was chosen, and no test image was used. "
+        f"Minutes of training on {measured['machine']}, with other jobs."
+    )
+    rows = [describe_lever(name, "last weights", seeds) for name, seeds in levers.items()]
+    ways = [way for way in next(iter(levers["one head"].values()))["auc"] if way != "last weights"]
+    rows[1:1] = [describe_lever(way, way, levers["one head"]) for way in ways]
+    return f"{wrap(caption)}\n\n{draw_table('lrrrr', ['', 'seeds', '140k', 'ciplab', 'minutes'], rows)}"
+
+
+def describe_lever(name: str, way: str, seeds: dict[str, Any]) -> list[str]:
+    """Return a lever's cells; `way` is how the trained network scores."""
+    cells = [name, str(len(seeds))]
+    for source in SHORT_NAMES:
+        aucs = [seed["auc"][way][source] for seed in seeds.values()]
+        spread = f" ({min(aucs):.3f} to {max(aucs):.3f})" if len(aucs) > 1 else ""
+        cells.append(f"{mean(aucs):.3f}{spread}")
+    return [*cells, f"{mean(seed['minutes'] for seed in seeds.values()):.1f}"]
+
+
 def mean_auc(runs: list[dict[str, Any]], source: str) -> float:
     """Return the mean AUC of a candidate's seeds on the test images of a source."""
     return mean(run["test"][source]["auc"] for run in runs)
@@ -529,6 +554,7 @@ SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
     BENCHMARKS: {
         "results": render_full_run,
         "training results": render_training_results,
+        "lever results": render_levers,
         "accelerator results": render_accelerator_results,
         "feedback results": render_feedback_results,
         "serving results": render_serving_results,
