@@ -9,7 +9,7 @@ import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
 from deepfake_core.data.dataset import SUFFIXES
-from deepfake_core.data.duplicates import find_components, find_ends
+from deepfake_core.data.groups import find_components, find_ends
 from deepfake_core.data.reported_images import link_faces, name_pictures
 from deepfake_core.errors import DatasetError
 
