@@ -26,7 +26,7 @@ MAX_NEIGHBOURS = 64
 """Per hash. Thousands of nearly equal pictures, such as a film's frames, are still linked, each through some."""
 
 SLOT_BITS = 20
-"""Of a bucket's number: enough to see that most buckets hold no new picture."""
+"""Of a bucket's number: enough to see that most buckets hold no whole picture, or no new one."""
 
 MEMBERS_AT_ONCE = 1 << 16
 """Members of a table whose hashes are copied at once: 2 MB, which stay in the cache."""
@@ -129,11 +129,11 @@ def _compare_buckets(hashes: np.ndarray, radius: int, new: np.ndarray | None) ->
     def search_table(number: int) -> list[Found]:
         table = tables[number % threads]
         _choose_buckets(rows, number, table)
+        slots = (table >> np.uint64(64 - SLOT_BITS)).view(np.int64)
+        needed = _mark_slots(slots[:count])[slots]
         if is_new is not None:
-            slots = (table >> np.uint64(64 - SLOT_BITS)).view(np.int64)
-            holds_new = np.zeros(1 << SLOT_BITS, bool)
-            holds_new[slots[new_places]] = True
-            table = table[np.flatnonzero(np.take(holds_new, slots))]
+            needed &= _mark_slots(slots[new_places])[slots]
+        table = table[np.flatnonzero(needed)]
         table.sort()  # a bucket's members are neighbours now, in ascending order
         return [
             _compare_members(rows, table[start:stop], number % rows.shape[1], radius, count, is_new)
@@ -146,6 +146,13 @@ def _compare_buckets(hashes: np.ndarray, radius: int, new: np.ndarray | None) ->
         for number in range(0, TABLES, threads):
             for found in pool.map(search_table, range(number, min(number + threads, TABLES))):
                 yield from found
+
+
+def _mark_slots(held: np.ndarray) -> np.ndarray:
+    """Return whether each slot is among `held`; bool of shape (2**SLOT_BITS,)."""
+    marked = np.zeros(1 << SLOT_BITS, bool)
+    marked[held] = True
+    return marked
 
 
 def _cut_between_buckets(table: np.ndarray) -> list[int]:
@@ -161,6 +168,10 @@ def _compare_members(
 
     The hashes are copied in the order of buckets first: what is compared then lies side by side in memory.
     """
+    has_mate = np.zeros(len(table), bool)
+    np.equal(table[:-1] >> np.uint64(32), table[1:] >> np.uint64(32), out=has_mate[1:])
+    has_mate[:-1] |= has_mate[1:]
+    table = table[np.flatnonzero(has_mate)]
     members, buckets = table.astype(np.uint32), (table >> np.uint64(32)).astype(np.uint32)
     hashes = np.take(rows, members, axis=0)
     words = np.ascontiguousarray(hashes[:, word])
