@@ -23,6 +23,9 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 NORMAL_PIXELS, NORMAL_QUALITY = 256, 90
 """Side and JPEG quality of all images where `normalise` is `reencode`."""
 
+LINES_AT_ONCE = 100_000
+"""Of what a version is the hash of."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -125,11 +128,15 @@ def share_dataset(dataset: Dataset, on_progress: Progress | None = None) -> None
 
 def hash_content(manifest: pd.DataFrame, normalise: Normalisation) -> str:
     """Return a data set's version: a hash of every kept image's bytes, label and split, and of `normalise`."""
-    kept = manifest.loc[manifest["kept"], ["sha256", "label", "split"]]
-    lines = sorted(" ".join(row) for row in kept.itertuples(index=False))
+    kept = manifest.loc[manifest["kept"], ["sha256", "label", "split"]].sort_values(["sha256", "label", "split"])
+    digest, between = hashlib.sha256(), b""
+    for start in range(0, len(kept), LINES_AT_ONCE):
+        lines = [" ".join(row) for row in kept.iloc[start : start + LINES_AT_ONCE].itertuples(index=False)]
+        digest.update(between + "\n".join(lines).encode())
+        between = b"\n"
     if normalise != "none":
-        lines.append(f"{normalise} {NORMAL_PIXELS} {NORMAL_QUALITY}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        digest.update(between + f"{normalise} {NORMAL_PIXELS} {NORMAL_QUALITY}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _list_images(dataset: Dataset, version: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfake_core.data.groups import find_components, join_groups
+from deepfake_core.data.groups import find_components, join_groups, number_names
 from deepfake_core.data.hashes import VIEWS
 from deepfake_core.data.index import find_newest_index
 from deepfake_core.data.likeness import measure_pairs
@@ -185,32 +185,37 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     """
     rows = index.drop(columns=["hash", "thumbnail"], errors="ignore").reset_index(drop=True)
     rows.loc[find_whole_images(rows) & (rows["reason"] == ""), "reason"] = WHOLE_IMAGE
-    usable = rows[rows["reason"] == ""]
-    links = link_faces(usable, links)
+    usable = rows["reason"] == ""
+    links = link_faces(rows.loc[usable, ["source", "member", "sha256"]], links)
+    rows["group"] = rows["sha256"].where(usable, "")
+    rows["copy_of"] = ""
+    rows.loc[usable, "reason"] = "kept"
+    distinct, numbers = number_names(rows.loc[usable, "sha256"])
+    is_several = (np.bincount(numbers, minlength=distinct) > 1)[numbers]
+    is_several |= rows.loc[usable, "sha256"].isin(pd.concat([links["image"], links["other"]])).to_numpy()
+    several = rows[usable][is_several]  # all others are alone, and kept
     order = {source: position for position, source in enumerate(dict.fromkeys(index["source"]))}
-    ranked = usable.assign(rank=usable["source"].map(order), pixels=usable["width"] * usable["height"])
+    ranked = several.assign(rank=several["source"].map(order), pixels=several["width"] * several["height"])
     ranked = ranked.sort_values(
         ["pixels", "bytes", "rank", "member"], ascending=[False, False, True, True], kind="stable"
     )
     conflicting = ranked.groupby("sha256")["label"].transform("nunique") > 1
-    names = pd.Index(sorted(set(usable["sha256"])))
+    names = pd.Index(sorted(set(several["sha256"])))
     ranked["picture"] = _find_same_pictures(names, links, ranked[~conflicting])[names.get_indexer(ranked["sha256"])]
     candidates = ranked[~conflicting]
     best = candidates.groupby("picture")["sha256"].transform("first")
     again = candidates.index[candidates.duplicated("picture")]
-
-    group = pd.Series(names[join_groups(links, names)], index=names)
-    rows["group"] = rows["sha256"].where(rows["reason"] == "").map(group).astype(object).fillna("")
-    rows["copy_of"] = best.reindex(again).reindex(rows.index).astype(object).fillna("")
-    reason = rows["reason"].mask(rows["reason"] == "", "kept")
-    reason[again] = np.where(rows.loc[again, "sha256"] == rows.loc[again, "copy_of"], "duplicate", "copy")
-    reason[ranked.index[conflicting]] = "label_conflict"
-    rows["reason"], rows["kept"] = reason, reason == "kept"
-    counts = reason[usable.index].value_counts().sort_index()
-    kept_groups = rows[rows["kept"]].groupby("group").size()
+    group = names[join_groups(links, names, distinct)]
+    rows.loc[several.index, "group"] = group[names.get_indexer(several["sha256"])]
+    rows.loc[again, "copy_of"] = best[again]
+    rows.loc[again, "reason"] = np.where(rows.loc[again, "sha256"] == best[again], "duplicate", "copy")
+    rows.loc[ranked.index[conflicting], "reason"] = "label_conflict"
+    rows["kept"] = rows["reason"] == "kept"
+    counts = rows.loc[usable, "reason"].value_counts().sort_index()
+    kept_groups = np.bincount(number_names(rows.loc[rows["kept"], "group"])[1])
     log.info(
         "%d usable images: %s; %d groups of more than one kept image, the largest of %d",
-        len(usable),
+        int(usable.sum()),
         ", ".join(f"{count} {name}" for name, count in counts.items()),
         int((kept_groups > 1).sum()),
         int(kept_groups.max()) if len(kept_groups) else 0,

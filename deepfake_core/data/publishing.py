@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, Normalisation
@@ -45,7 +47,7 @@ def publish_dataset(
     it for other machines.
     """
     normalise = parameters.normalise
-    manifest = rows[MANIFEST_COLUMNS].sort_values(["source", "member", "sha256"], ignore_index=True)
+    manifest = _sort_rows(rows[MANIFEST_COLUMNS])
     if normalise == "reencode":
         manifest["path"] = manifest["path"].str.replace(r"\.\w+$", ".jpg", regex=True)
     version = hash_content(manifest, normalise)
@@ -77,8 +79,17 @@ def publish_dataset(
     return Dataset(target, store)
 
 
+def _sort_rows(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Sort by source, member and SHA-256; rows that are in that order already are not copied."""
+    keys = ("source", "member", "sha256")
+    order = pc.sort_indices(pa.table({key: manifest[key] for key in keys}), [(key, "ascending") for key in keys])
+    places = order.to_numpy()
+    in_order = (places[1:] > places[:-1]).all()
+    return (manifest if in_order else manifest.take(places)).reset_index(drop=True)
+
+
 def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
-    kept = manifest[manifest["kept"]]
+    kept = manifest.loc[manifest["kept"], ["split", "label"]]
     splits = kept.value_counts(["split", "label"])
     return {
         "files": len(manifest),
@@ -86,7 +97,7 @@ def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
         "reasons": count_reasons(manifest),
         "sources": {
             source: {"files": int((manifest["source"] == source).sum())}
-            | count_reasons(manifest[manifest["source"] == source])
+            | count_reasons(manifest.loc[manifest["source"] == source, ["reason"]])
             for source in sources
         },
         "splits": {

@@ -8,12 +8,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from deepfake_core.config import FEEDBACK
 from deepfake_core.data.reported_images import name_pictures
 from deepfake_core.storage.files import hash_file, write_beside
 from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
+
+COLUMNS = ["sha256", "split"]
 
 
 def read_memory(store: Store) -> dict[str, str]:
@@ -28,15 +34,20 @@ def read_memory(store: Store) -> dict[str, str]:
 
 def remember_splits(rows: pd.DataFrame, store: Store) -> None:
     """Add the images of `rows`, with `group`, `kept` and `split`, to what this machine remembers."""
-    splits = rows[rows["kept"]].drop_duplicates("group").set_index("group")["split"]
-    now = rows["group"].map(splits)
-    memory = _read_table(store.split_memory())
-    known = len(memory)
-    for names in (rows["sha256"], name_pictures(rows)):
-        memory = dict(zip(names[now.notna()], now.dropna(), strict=True)) | memory
-    if len(memory) > known:
-        with write_beside(store.split_memory()) as beside:
-            _write_table(memory, beside)
+    held = rows.loc[rows["kept"], ["group", "split"]].drop_duplicates("group")
+    at = pc.index_in(pa.array(rows["group"]), pa.array(held["group"]))
+    now = pa.array(held["split"].astype("str")).take(at)
+    reported = (rows["source"] == FEEDBACK).to_numpy()
+    sent = pa.array(name_pictures(rows[reported]).astype("str"))
+    columns = ([pa.array(rows["sha256"].astype("str")), sent], [now, now.filter(pa.array(reported))])
+    found = pa.table([pa.chunked_array(column) for column in columns], COLUMNS).drop_null()
+    path = store.split_memory()
+    known = pq.read_table(path, columns=COLUMNS).cast(found.schema) if path.exists() else found.schema.empty_table()
+    new = found.filter(pc.invert(pc.is_in(found["sha256"], known["sha256"].combine_chunks())))
+    if len(new):
+        new = new.group_by("sha256", use_threads=False).aggregate([("split", "first")]).rename_columns(COLUMNS)
+        with write_beside(path) as beside:
+            pq.write_table(pa.concat_tables([known, new]).sort_by("sha256"), beside)
 
 
 def share_memory(store: Store) -> None:
@@ -77,4 +88,4 @@ def _read_table(path: Path) -> dict[str, str]:
 
 
 def _write_table(memory: Mapping[str, str], path: Path) -> None:
-    pd.DataFrame(sorted(memory.items()), columns=["sha256", "split"]).to_parquet(path, index=False)
+    pd.DataFrame(sorted(memory.items()), columns=COLUMNS).to_parquet(path, index=False)
