@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepfake_core.data.groups import find_components, join_groups, number_names
+from deepfake_core.data.groups import find_components, find_repeated, join_groups
 from deepfake_core.data.hashes import VIEWS
 from deepfake_core.data.index import find_newest_index
 from deepfake_core.data.likeness import measure_pairs
@@ -27,7 +27,7 @@ from deepfake_core.data.pictures import (
     read_frame,
     sort_rows,
 )
-from deepfake_core.data.reported_images import WHOLE_IMAGE, find_whole_images, link_faces
+from deepfake_core.data.reported_images import WHOLE_IMAGE, find_linkable, find_whole_images, link_faces
 from deepfake_core.storage.files import remove_folder, translate_disk_errors, write_beside
 from deepfake_core.storage.store import Store
 
@@ -186,14 +186,12 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     rows = index.drop(columns=["hash", "thumbnail"], errors="ignore").reset_index(drop=True)
     rows.loc[find_whole_images(rows) & (rows["reason"] == ""), "reason"] = WHOLE_IMAGE
     usable = rows["reason"] == ""
-    links = link_faces(rows.loc[usable, ["source", "member", "sha256"]], links)
+    links = link_faces(rows[usable & find_linkable(rows, links)], links)
     rows["group"] = rows["sha256"].where(usable, "")
     rows["copy_of"] = ""
     rows.loc[usable, "reason"] = "kept"
-    distinct, numbers = number_names(rows.loc[usable, "sha256"])
-    is_several = (np.bincount(numbers, minlength=distinct) > 1)[numbers]
-    is_several |= rows.loc[usable, "sha256"].isin(pd.concat([links["image"], links["other"]])).to_numpy()
-    several = rows[usable][is_several]  # all others are alone, and kept
+    is_several = find_repeated(rows["sha256"]) | rows["sha256"].isin(pd.concat([links["image"], links["other"]]))
+    several = rows[usable & is_several]  # all others are alone, and kept
     order = {source: position for position, source in enumerate(dict.fromkeys(index["source"]))}
     ranked = several.assign(rank=several["source"].map(order), pixels=several["width"] * several["height"])
     ranked = ranked.sort_values(
@@ -205,20 +203,21 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     candidates = ranked[~conflicting]
     best = candidates.groupby("picture")["sha256"].transform("first")
     again = candidates.index[candidates.duplicated("picture")]
-    group = names[join_groups(links, names, distinct)]
+    count = int((usable & ~is_several).sum()) + len(names)
+    group = names[join_groups(links, names, count)]
     rows.loc[several.index, "group"] = group[names.get_indexer(several["sha256"])]
     rows.loc[again, "copy_of"] = best[again]
     rows.loc[again, "reason"] = np.where(rows.loc[again, "sha256"] == best[again], "duplicate", "copy")
     rows.loc[ranked.index[conflicting], "reason"] = "label_conflict"
     rows["kept"] = rows["reason"] == "kept"
     counts = rows.loc[usable, "reason"].value_counts().sort_index()
-    kept_groups = np.bincount(number_names(rows.loc[rows["kept"], "group"])[1])
+    kept_groups = rows.loc[several.index].query("kept").groupby("group").size()
     log.info(
         "%d usable images: %s; %d groups of more than one kept image, the largest of %d",
         int(usable.sum()),
         ", ".join(f"{count} {name}" for name, count in counts.items()),
         int((kept_groups > 1).sum()),
-        int(kept_groups.max()) if len(kept_groups) else 0,
+        int(kept_groups.max() if len(kept_groups) else rows["kept"].any()),
     )
     return rows
 

@@ -10,18 +10,24 @@ from scipy.sparse.csgraph import connected_components
 
 log = logging.getLogger(__name__)
 
+NAMES_AT_ONCE = 10_000
+
 MAX_GROUP_IMAGES, MAX_GROUP_SHARE = 50, 0.02
 """A group grows to 50 pictures or to this share of all, whichever is more: chains of likenesses must not swallow a
 class. The strongest links are taken first; copies of one picture are not limited."""
 
 
-def number_names(names: pd.Series) -> tuple[int, np.ndarray]:
-    """Return how many different names there are, and a number per name, int of shape (len(names),).
+def find_repeated(names: pd.Series) -> np.ndarray:
+    """Return whether each name occurs several times, bool of shape (len(names),); true of a few others too.
 
-    Names stay in Arrow's memory, where a SHA-256 takes 72 bytes; as an object of Python it takes 113.
+    Names become objects of Python some at a time: a SHA-256 takes 72 bytes in Arrow's memory, 113 as an object.
     """
-    numbers, different = pd.factorize(names)
-    return len(different), numbers
+    hashes = np.empty(len(names), np.int64)
+    for start in range(0, len(names), NAMES_AT_ONCE):
+        part = names.iloc[start : start + NAMES_AT_ONCE].tolist()
+        hashes[start : start + len(part)] = [hash(name) for name in part]
+    ordered = np.sort(hashes)
+    return np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
 
 
 def find_ends(names: pd.Index, links: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from deepfake_core.config import Source
 from deepfake_core.data.archive import Archive, ArchiveReader
@@ -60,7 +62,9 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
 
 def read_facts(indexes: Sequence[Path]) -> pd.DataFrame:
     """Return the rows of image indexes, without the pictures."""
-    return pd.concat([pd.read_parquet(file, columns=FACTS) for file in indexes], ignore_index=True)
+    return pa.concat_tables(
+        pq.read_table(file, columns=FACTS).replace_schema_metadata() for file in indexes
+    ).to_pandas()
 
 
 def write_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> Path:

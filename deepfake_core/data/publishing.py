@@ -1,6 +1,7 @@
 """Kept images are published as a split folder: whole or not at all, under a name made from their content."""
 
 import io
+import itertools
 import logging
 import os
 import shutil
@@ -9,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, Normalisation
@@ -26,6 +26,7 @@ from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
+ROWS_AT_ONCE = 10_000
 MANIFEST_COLUMNS = [
     "source", "member", "sha256", "label", "width", "height", "split", "kept", "reason", "group", "path",
     "copy_of", "bytes", "format", "jpeg_table",
@@ -80,12 +81,18 @@ def publish_dataset(
 
 
 def _sort_rows(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Sort by source, member and SHA-256; rows that are in that order already are not copied."""
-    keys = ("source", "member", "sha256")
-    order = pc.sort_indices(pa.table({key: manifest[key] for key in keys}), [(key, "ascending") for key in keys])
-    places = order.to_numpy()
-    in_order = (places[1:] > places[:-1]).all()
-    return (manifest if in_order else manifest.take(places)).reset_index(drop=True)
+    """Sort by source, member and SHA-256: whole indexes are put in order, and their rows are copied if they are not."""
+    keys, source = ["source", "member", "sha256"], manifest["source"]
+    if len(starts := np.flatnonzero(source != source.shift())) > source.nunique():
+        return manifest.sort_values(keys, ignore_index=True)
+    runs = [manifest.iloc[start:stop] for start, stop in itertools.pairwise([*starts, len(manifest)])]
+    order = sorted(range(len(runs)), key=[str(source.iloc[start]) for start in starts].__getitem__)
+    manifest = pd.concat([runs[number] for number in order], ignore_index=True) if runs else manifest
+    for start in range(0, len(manifest), ROWS_AT_ONCE):
+        part = manifest[keys].iloc[max(start - 1, 0) : start + ROWS_AT_ONCE]
+        if any(one > other for one, other in itertools.pairwise(part.itertuples(index=False, name=None))):
+            return manifest.sort_values(keys, ignore_index=True)
+    return manifest
 
 
 def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:

@@ -32,7 +32,16 @@ def find_whole_images(rows: pd.DataFrame) -> pd.Series:
     Args:
         rows: with `source` and `member`.
     """
-    return (rows["source"] == FEEDBACK) & rows["member"].str.startswith(f"{WHOLE}/")
+    found = rows["source"] == FEEDBACK
+    found[found] = rows.loc[found, "member"].str.startswith(f"{WHOLE}/")
+    return found
+
+
+def find_linkable(rows: pd.DataFrame, links: pd.DataFrame) -> pd.Series:
+    """Return whether each row is at an end of a link, reported, or what was sent: all that `link_faces` needs."""
+    reported = rows["source"] == FEEDBACK
+    named = pd.concat([links["image"], links["other"], name_pictures(rows[reported])])
+    return rows["sha256"].isin(named) | reported
 
 
 def link_faces(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The split of every image that any version held, so that an image stays in its split permanently."""
 
+import itertools
 import logging
 import re
 import tempfile
@@ -20,6 +21,7 @@ from deepfake_core.storage.store import Store
 log = logging.getLogger(__name__)
 
 COLUMNS = ["sha256", "split"]
+ROWS_AT_ONCE = 100_000
 
 
 def read_memory(store: Store) -> dict[str, str]:
@@ -34,20 +36,28 @@ def read_memory(store: Store) -> dict[str, str]:
 
 def remember_splits(rows: pd.DataFrame, store: Store) -> None:
     """Add the images of `rows`, with `group`, `kept` and `split`, to what this machine remembers."""
-    held = rows.loc[rows["kept"], ["group", "split"]].drop_duplicates("group")
-    at = pc.index_in(pa.array(rows["group"]), pa.array(held["group"]))
-    now = pa.array(held["split"].astype("str")).take(at)
+    left_out = ~rows["kept"] & (rows["group"] != "")
+    held = rows.loc[rows["kept"] & rows["group"].isin(rows.loc[left_out, "group"])].drop_duplicates("group")
+    splits = rows["split"].where(rows["kept"])
+    splits[left_out] = rows.loc[left_out, "group"].map(held.set_index("group")["split"])
+    now = pa.array(splits.astype("str"))
     reported = (rows["source"] == FEEDBACK).to_numpy()
     sent = pa.array(name_pictures(rows[reported]).astype("str"))
     columns = ([pa.array(rows["sha256"].astype("str")), sent], [now, now.filter(pa.array(reported))])
     found = pa.table([pa.chunked_array(column) for column in columns], COLUMNS).drop_null()
     path = store.split_memory()
     known = pq.read_table(path, columns=COLUMNS).cast(found.schema) if path.exists() else found.schema.empty_table()
-    new = found.filter(pc.invert(pc.is_in(found["sha256"], known["sha256"].combine_chunks())))
-    if len(new):
-        new = new.group_by("sha256", use_threads=False).aggregate([("split", "first")]).rename_columns(COLUMNS)
-        with write_beside(path) as beside:
-            pq.write_table(pa.concat_tables([known, new]).sort_by("sha256"), beside)
+    if len(known) and pc.all(pc.is_in(found["sha256"], known["sha256"].combine_chunks())).as_py():
+        return
+    table = pa.concat_tables([known, found]).combine_chunks()
+    order = pc.sort_indices(table["sha256"])  # stable: of one image, what was known comes first
+    with write_beside(path) as beside, pq.ParquetWriter(beside, table.schema) as writer:
+        before = None
+        for start in range(0, len(order), ROWS_AT_ONCE):
+            part = table.take(order[start : start + ROWS_AT_ONCE])
+            names = [before, *part["sha256"].to_pylist()]
+            writer.write_table(part.filter([name != last for last, name in itertools.pairwise(names)]))
+            before = names[-1]
 
 
 def share_memory(store: Store) -> None:

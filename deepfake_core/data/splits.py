@@ -10,7 +10,7 @@ import pandas as pd
 from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
 from deepfake_core.data.dataset import SUFFIXES
 from deepfake_core.data.groups import find_components, find_ends
-from deepfake_core.data.reported_images import link_faces, name_pictures
+from deepfake_core.data.reported_images import find_linkable, link_faces, name_pictures
 from deepfake_core.errors import DatasetError
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def assign_splits(
     Raises:
         DatasetError: if a class has no image in train, val or test.
     """
-    links = link_faces(rows.loc[rows["group"] != "", ["source", "member", "sha256"]], links)
+    links = link_faces(rows[(rows["group"] != "") & find_linkable(rows, links)], links)
     memory = _recall_reported(rows, memory)
     rows = _resolve_conflicts(rows, links, memory)
     split = _draw_splits(rows, val_fraction, test_fraction)
