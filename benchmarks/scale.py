@@ -1,15 +1,19 @@
 """Near copies, groups, splits and manifest of many images: seconds and memory of each step, and what is found.
 
-    python benchmarks/scale.py [--rows 100000 300000 1000000] [--output FILE]
+    python benchmarks/scale.py [--rows 100000 300000 1000000] [--more-rows 1000000 3000000 10000000] [--output FILE]
 
 Indexes are simulated: pictures of 32 x 32 greys whose frequencies fall off as a photograph's do, and no image files.
-One picture in 20 has an edit, of which a part is another picture's. The parts' sizes are drawn so that hashes of edits
-are 1 to 60 bits away. One row in 100 has the bytes of another row.
+One picture in 20 has an edit, of which a part is another picture's; hashes of most edits are 1 to 60 bits away. One row
+in 100 has the bytes of another row.
+
+- `--rows`: all steps. Recall is by distance of the whole pictures' hashes: pairs that the search gives to the second
+  look, and pairs that are linked after it.
+- `--more-rows`: the pair search of random hashes in 16 of its hash tables, from which the time of all follows; and
+  grouping, split and manifest of an index without pictures, with the planted pairs as links.
 
 Each size runs in a process of its own, through the product's own functions. Memory is read 20 times a second: the
-process's own (anonymous), and with the pages of mapped files that are resident, which the system may drop. Recall is by
-distance of the whole pictures' hashes: pairs that the search gives to the second look, and pairs that are linked after
-it. The results go into benchmarks/results/scale.json and scale.png, which docs/benchmarks.md quotes.
+process's own (anonymous), and with the pages of mapped files that are resident, which the system may drop. The results
+go into benchmarks/results/scale.json and scale.png, which docs/benchmarks.md quotes.
 """
 
 import argparse
@@ -32,22 +36,23 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.data import duplicates, publishing, splits
+from deepfake_core.data import duplicates, neighbours, publishing, splits
 from deepfake_core.data.archive import Archive
-from deepfake_core.data.hashes import THUMBNAIL_SIZE, hash_thumbnails
+from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
 from deepfake_core.data.index import read_facts
 from deepfake_core.storage.files import write_json
-from deepfake_core.storage.store import open_store
+from deepfake_core.storage.store import Store, open_store
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = (100_000, 300_000, 1_000_000)
+MORE_SIZES = (1_000_000, 3_000_000, 10_000_000)
+TABLES_TIMED = 16
 ROWS_AT_ONCE = 10_000
 EDITED, REPEATED = 20, 100
 """One picture in so many has an edit, one row in so many has the bytes of another."""
 BINS = ((1, 10), (11, 20), (21, 30), (31, 40), (41, 50), (51, 60))
 FREQUENCIES = 24
-EXTRA_ROWS = 10_000_000
-"""The size to which the curves are continued."""
 
 
 def draw_pictures(random: np.random.Generator, count: int) -> np.ndarray:
@@ -73,7 +78,7 @@ def edit_pictures(random: np.random.Generator, pictures: np.ndarray, others: np.
     return edited
 
 
-def write_simulated(file: Path, rows: int) -> pd.DataFrame:
+def write_simulated(file: Path, rows: int, has_pictures: bool = True) -> pd.DataFrame:
     """Write an index; return the planted pairs: `image`, `other` (SHA-256, the smaller first) and `distance`."""
     random = np.random.default_rng(rows)
     planted = []
@@ -81,14 +86,19 @@ def write_simulated(file: Path, rows: int) -> pd.DataFrame:
     for start in range(0, rows, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, rows - start)
         edited, repeated = count // EDITED, count // REPEATED
-        fresh = draw_pictures(random, count - edited - repeated)
-        edits = edit_pictures(random, fresh[:edited], fresh[edited : 2 * edited])
-        pictures = np.concatenate([fresh, edits, fresh[:repeated]])
-        hashes = hash_thumbnails(pictures)
+        fresh = count - edited - repeated
         names = [random.bytes(32).hex() for _ in range(count - repeated)]
         names += names[:repeated]
-        distances = np.bitwise_count(hashes[:edited] ^ hashes[len(fresh) : len(fresh) + edited]).sum(1)
-        for one, other, distance in zip(names, names[len(fresh) :], distances.tolist(), strict=False):
+        distances = np.zeros(edited, int)
+        looks: dict[str, list[bytes]] = {}
+        if has_pictures:
+            drawn = draw_pictures(random, fresh)
+            edits = edit_pictures(random, drawn[:edited], drawn[edited : 2 * edited])
+            pictures = np.concatenate([drawn, edits, drawn[:repeated]])
+            hashes = hash_thumbnails(pictures)
+            distances = np.bitwise_count(hashes[:edited] ^ hashes[fresh : fresh + edited]).sum(1)
+            looks = {"hash": [one.tobytes() for one in hashes], "thumbnail": [one.tobytes() for one in pictures]}
+        for one, other, distance in zip(names, names[fresh : fresh + edited], distances.tolist(), strict=False):
             planted.append((*sorted((one, other)), distance))
         numbers = np.arange(start, start + count)
         labels = np.where(random.random(count) < 0.5, "real", "fake")
@@ -105,9 +115,8 @@ def write_simulated(file: Path, rows: int) -> pd.DataFrame:
                 "format": "JPEG",
                 "jpeg_table": random.choice(["75 a1b2c3d4", "90 0f1e2d3c", "95 99887766"], count),
                 "reason": "",
-                "hash": [one.tobytes() for one in hashes],
-                "thumbnail": [one.tobytes() for one in pictures],
             }
+            | looks
         )
         chunk = pa.Table.from_pandas(table, preserve_index=False)
         writer = writer or pq.ParquetWriter(file, chunk.schema.remove_metadata())
@@ -182,9 +191,58 @@ def measure_size(rows: int) -> dict[str, Any]:
         return run_alone(run_steps, file, planted_file, folder / "data")
 
 
-def simulate(file: Path, planted_file: Path, rows: int) -> dict[str, Any]:
-    write_simulated(file, rows).to_parquet(planted_file)
+def measure_more(rows: int) -> dict[str, Any]:
+    """Measure the search in some tables, and what follows it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file, planted_file = folder / "index.parquet", folder / "planted.parquet"
+        search = run_alone(search_tables, folder / "hashes", rows)
+        (folder / "hashes").unlink()
+        run_alone(simulate, file, planted_file, rows, False)
+        return {"search": search, "steps": run_alone(run_tables, file, planted_file, folder / "data")}
+
+
+def simulate(file: Path, planted_file: Path, rows: int, has_pictures: bool = True) -> dict[str, Any]:
+    write_simulated(file, rows, has_pictures).to_parquet(planted_file)
     return {}
+
+
+def search_tables(file: Path, count: int) -> dict[str, Any]:
+    """Search random hashes in some hash tables."""
+    random = np.random.default_rng(count)
+    with file.open("wb") as written:
+        for start in range(0, count * len(VIEWS), 1_000_000):
+            written.write(random.bytes(min(1_000_000, count * len(VIEWS) - start) * HASH_BYTES))
+    hashes = np.asarray(np.memmap(file, np.uint8, "r", shape=(len(VIEWS), count, HASH_BYTES)))
+    all_tables, neighbours.TABLES = neighbours.TABLES, TABLES_TIMED
+    steps = Steps()
+    with steps.step("pair search"):
+        found = neighbours.find_neighbours(hashes, duplicates.MAX_HASH_DISTANCE_BITS)
+    measured = steps.measured["pair search"]
+    hours = measured["seconds"] * all_tables / TABLES_TIMED / 3600
+    return measured | {"hours_of_all_tables": hours, "all_pairs_of_buckets_compared": bool(found.lasting)}
+
+
+def run_tables(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
+    """Group, split and publish an index, with the planted pairs as links."""
+    store = open_store(data_dir)
+    store.indexes().mkdir(parents=True)
+    links = pd.read_parquet(planted_file)
+    links = links.assign(likeness=np.float32(0.7), difference=np.float32(20), same_picture=links["image"] < "4")
+    steps = Steps()
+    group_and_publish(steps, file, links, store)
+    return steps.measured
+
+
+def group_and_publish(steps: Steps, file: Path, links: pd.DataFrame, store: Store) -> Dataset:
+    with steps.step("grouping"):
+        rows = duplicates.mark_duplicates(read_facts([file]), links)
+    with steps.step("split"):
+        rows = splits.assign_splits(rows, links, {}, 0.15, 0.15)
+    archive = Archive(Source(name=str(file.with_name("simulated.zip"))), file, "0" * 64, 0)
+    publishing._copy_images = lambda *args: args[2].mkdir(parents=True)  # a simulated index has no image files
+    with steps.step("manifest"):
+        return publishing.publish_dataset(rows, [archive], store, DataParameters())
 
 
 def run_steps(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
@@ -217,20 +275,13 @@ def run_steps(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
         links = duplicates.find_or_read_links([file], store)
     steps.measured = first | {"search again, nothing new": steps.measured["search again, nothing new"]}
     kept.clear()
-    with steps.step("grouping"):
-        rows = duplicates.mark_duplicates(read_facts([file]), links)
-    with steps.step("split"):
-        rows = splits.assign_splits(rows, links, {}, 0.15, 0.15)
-    archive = Archive(Source(name=str(file.with_name("simulated.zip"))), file, "0" * 64, 0)
-    publishing._copy_images = lambda *args: args[2].mkdir(parents=True)  # a simulated index has no image files
-    with steps.step("manifest"):
-        dataset = publishing.publish_dataset(rows, [archive], store, DataParameters())
+    dataset = group_and_publish(steps, file, links, store)
     seconds = searched + sum(steps.measured[name]["seconds"] for name in ("grouping", "split", "manifest"))
     return {
-        "rows": len(rows),
+        "rows": dataset.description["counts"]["files"],
         "pictures": rows_searched,
         "links": len(links),
-        "kept": int(rows["kept"].sum()),
+        "kept": dataset.description["counts"]["kept"],
         "version": dataset.version,
         "all_pairs_of_buckets_compared": bool(complete),
         "start_gb": before,
@@ -249,22 +300,23 @@ def run_alone(function: Callable[..., dict[str, Any]], *arguments: object) -> di
         return pool.submit(function, *arguments).result()
 
 
-def continue_curve(sizes: dict[str, dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> float:
-    """Continue a curve to `EXTRA_ROWS` on a line through its last two sizes, both axes logarithmic."""
-    (rows, size), (more_rows, more) = list(sizes.items())[-2:]
-    slope = np.log(value(more) / value(size)) / np.log(int(more_rows) / int(rows))
-    return float(value(more) * (EXTRA_ROWS / int(more_rows)) ** slope)
-
-
-def plot_curves(sizes: dict[str, dict[str, Any]]) -> Figure:
+def plot_curves(results: dict[str, Any]) -> Figure:
     """Draw seconds and the process's own memory of each step by rows."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
+    curves: dict[str, dict[int, dict[str, float]]] = {}
+    for rows, size in results["sizes"].items():
+        for step, measured in size["steps"].items():
+            curves.setdefault(step, {})[int(rows)] = measured
+    for rows, size in results["more_sizes"].items():
+        hours = size["search"]["hours_of_all_tables"]
+        curves.setdefault("pair search", {}).setdefault(int(rows), size["search"] | {"seconds": 3600 * hours})
+        for step, measured in size["steps"].items():
+            curves.setdefault(step, {}).setdefault(int(rows), measured)
     for axes, key, title in zip(
         figure.subplots(1, 2), ("seconds", "own_gb"), ("Seconds", "Own memory, GB"), strict=True
     ):
-        rows = [int(name) for name in sizes]
-        for step in list(sizes.values())[-1]["steps"]:
-            axes.plot(rows, [max(size["steps"][step][key], 1e-3) for size in sizes.values()], "o-", label=step)
+        for step, curve in curves.items():
+            axes.plot(list(curve), [max(one[key], 1e-2) for one in curve.values()], "o-", label=step)
         axes.set(xscale="log", yscale="log", xlabel="rows", title=title)
         axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
@@ -273,19 +325,19 @@ def plot_curves(sizes: dict[str, dict[str, Any]]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--rows", type=int, nargs="*", default=SIZES)
+    parser.add_argument("--more-rows", type=int, nargs="*", default=MORE_SIZES)
     parser.add_argument("--output", type=Path, default=RESULTS / "scale.json")
     options = parser.parse_args()
-    sizes = {}
-    for rows in options.rows:
-        print(f"{rows:,} rows", flush=True)
-        sizes[str(rows)] = measure_size(rows)
-        print(f"  {sizes[str(rows)]['recall']}", flush=True)
-        write_json(
-            options.output,
-            {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}", "sizes": sizes},
-        )
-    plot_curves(sizes).savefig(options.output.with_suffix(".png"), dpi=110)
+    sizes, more = dict[str, Any](), dict[str, Any]()
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    results = {"machine": machine, "tables_timed": TABLES_TIMED, "sizes": sizes, "more_sizes": more}
+    for measure, counts, found in ((measure_size, options.rows, sizes), (measure_more, options.more_rows, more)):
+        for rows in counts:
+            print(f"{rows:,} rows", flush=True)
+            found[str(rows)] = measure(rows)
+            write_json(options.output, results)
+    plot_curves(results).savefig(options.output.with_suffix(".png"), dpi=110)
     print(f"written: {options.output}")
 
 

@@ -86,7 +86,7 @@ def read_files(files: Sequence[Path]) -> Read:
 
     def read(columns: list[str]) -> Iterator[pa.RecordBatch]:
         for file in files:
-            with pq.ParquetFile(file) as table:
+            with pq.ParquetFile(file, pre_buffer=False) as table:  # else all that was read stays in memory
                 yield from table.iter_batches(ROWS_AT_ONCE, columns=columns)
 
     return read
