@@ -8,15 +8,16 @@ in 100 has the bytes of another row.
 
 - `--rows`: all steps. Recall is by distance of the whole pictures' hashes: pairs that the search gives to the second
   look, and pairs that are linked after it.
-- `--more-rows`: the pair search of random hashes in 16 of its hash tables, from which the time of all follows; and
+- `--more-rows`: the pair search of random hashes in 8 of its hash tables, from which the time of all follows; and
   grouping, split and manifest of an index without pictures, with the planted pairs as links.
 
 Each size runs in a process of its own, through the product's own functions. Memory is read 20 times a second: the
 process's own (anonymous), and with the pages of mapped files that are resident, which the system may drop. The results
-go into benchmarks/results/scale.json and scale.png, which docs/benchmarks.md quotes.
+go into benchmarks/results/scale.json, where other sizes stay, and scale.png; docs/scale.md quotes them.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import platform
@@ -47,7 +48,7 @@ from deepfake_core.storage.store import Store, open_store
 RESULTS = Path(__file__).parent / "results"
 SIZES = (100_000, 300_000, 1_000_000)
 MORE_SIZES = (1_000_000, 3_000_000, 10_000_000)
-TABLES_TIMED = 16
+TABLES_TIMED = 8
 ROWS_AT_ONCE = 10_000
 EDITED, REPEATED = 20, 100
 """One picture in so many has an edit, one row in so many has the bytes of another."""
@@ -329,13 +330,19 @@ def main() -> None:
     parser.add_argument("--more-rows", type=int, nargs="*", default=MORE_SIZES)
     parser.add_argument("--output", type=Path, default=RESULTS / "scale.json")
     options = parser.parse_args()
-    sizes, more = dict[str, Any](), dict[str, Any]()
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
-    results = {"machine": machine, "tables_timed": TABLES_TIMED, "sizes": sizes, "more_sizes": more}
-    for measure, counts, found in ((measure_size, options.rows, sizes), (measure_more, options.more_rows, more)):
+    results: dict[str, Any] = {"sizes": {}, "more_sizes": {}}
+    if options.output.exists():
+        results |= json.loads(options.output.read_text())
+    results["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+    results["tables_timed"] = TABLES_TIMED
+    for measure, counts, key in (
+        (measure_size, options.rows, "sizes"),
+        (measure_more, options.more_rows, "more_sizes"),
+    ):
         for rows in counts:
             print(f"{rows:,} rows", flush=True)
-            found[str(rows)] = measure(rows)
+            found = results[key] | {str(rows): measure(rows)}
+            results[key] = {size: found[size] for size in sorted(found, key=int)}
             write_json(options.output, results)
     plot_curves(results).savefig(options.output.with_suffix(".png"), dpi=110)
     print(f"written: {options.output}")

@@ -129,11 +129,10 @@ def _compare_buckets(hashes: np.ndarray, radius: int, new: np.ndarray | None) ->
     def search_table(number: int) -> list[Found]:
         table = tables[number % threads]
         _choose_buckets(rows, number, table)
-        slots = (table >> np.uint64(64 - SLOT_BITS)).view(np.int64)
-        needed = _mark_slots(slots[:count])[slots]
+        needed = _mark_slots(table[:count])
         if is_new is not None:
-            needed &= _mark_slots(slots[new_places])[slots]
-        table = table[np.flatnonzero(needed)]
+            needed &= _mark_slots(table[new_places])
+        table = _keep_slots(table, needed)
         table.sort()  # a bucket's members are neighbours now, in ascending order
         return [
             _compare_members(rows, table[start:stop], number % rows.shape[1], radius, count, is_new)
@@ -148,11 +147,23 @@ def _compare_buckets(hashes: np.ndarray, radius: int, new: np.ndarray | None) ->
                 yield from found
 
 
-def _mark_slots(held: np.ndarray) -> np.ndarray:
-    """Return whether each slot is among `held`; bool of shape (2**SLOT_BITS,)."""
+def _mark_slots(table: np.ndarray) -> np.ndarray:
+    """Return whether each slot holds a member of a table; bool of shape (2**SLOT_BITS,)."""
     marked = np.zeros(1 << SLOT_BITS, bool)
-    marked[held] = True
+    for start in range(0, len(table), MEMBERS_AT_ONCE):
+        marked[table[start : start + MEMBERS_AT_ONCE] >> np.uint64(64 - SLOT_BITS)] = True
     return marked
+
+
+def _keep_slots(table: np.ndarray, needed: np.ndarray) -> np.ndarray:
+    """Move the members of needed slots to the front of a table, and return that part."""
+    kept = 0
+    for start in range(0, len(table), MEMBERS_AT_ONCE):
+        part = table[start : start + MEMBERS_AT_ONCE]
+        part = part[needed[part >> np.uint64(64 - SLOT_BITS)]]
+        table[kept : kept + len(part)] = part
+        kept += len(part)
+    return table[:kept]
 
 
 def _cut_between_buckets(table: np.ndarray) -> list[int]:
