@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # else each process compiles TensorFlow anew: 
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast sweep check docs browser pictures bench bench-data bench-training bench-levers \
-	bench-serving bench-full-size bench-feedback bench-drift bench-soak lock deploy up down image containers
+	bench-serving bench-full-size bench-feedback bench-drift bench-soak bench-scale lock deploy up down image containers
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,10 @@ bench: .venv/installed  ## measure a whole retrain: make bench ARCHIVES=folder o
 bench-data: .venv/installed  ## measure near copies and the speed of preparing data: make bench-data ARCHIVES=folder
 	$(BIN)/python benchmarks/near_copies.py $(ARCHIVES)
 	$(BIN)/python benchmarks/data_speed.py $(ARCHIVES)
+	$(BIN)/python benchmarks/render.py
+
+bench-scale: .venv/installed  ## measure near copies, splits and manifest of simulated millions of rows: an hour
+	PYTHONPATH=. $(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/render.py
 
 bench-full-size: .venv/installed  ## prepare and train at full size, an hour: make bench-full-size ARCHIVES=folder

@@ -7,8 +7,8 @@ after its last epoch, so that no checkpoint is chosen. The test split is not tou
 
 - averaged weights: those of all steps, each counting 0.998 of the next; of the training with one head.
 - image and mirror image: the mean of both scores; of the training with one head.
-- the epoch of the lowest loss, or of the best mean of both sources' AUC: of the training with one head; the
-  epoch is chosen on half of the validation images and scored on the others, mean over 50 halves. The last epoch likewise.
+- the epoch of the lowest loss, or of the best mean of both sources' AUC: of the training with one head; the epoch is
+  chosen on half of the validation images and scored on the others, mean over 50 halves. The last epoch likewise.
 - a head per kind: one backbone, whose head of each source learns that source's fakes against all reals; then
   P(fake) = 1 - product of (1 - p).
 - pseudo-fakes: to each batch are added, of a quarter as many reals, forgeries that are made anew each time, on the
@@ -57,7 +57,7 @@ DONORS = 20
 
 
 class Lever(NamedTuple):
-    """How a training differs from the recipe's.
+    """How a training differs from one with one head.
 
     Attributes:
         heads: the sources that have a head of their own; none for one head of all.
@@ -265,7 +265,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def train(lever: Lever, images: Images, pixels: np.ndarray, seed: int) -> tuple[keras.Model, Watch]:
-    """Train by the recipe, changed by a lever; return the network, and what was watched of it."""
+    """Train with a lever; return the network, and what was watched of it."""
     keras.utils.set_random_seed(seed)
     model = efficientnet_lite0.build(RECIPE.model_copy(update={"image_size": None}))
     if lever.heads:

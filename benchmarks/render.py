@@ -1,4 +1,4 @@
-"""Write the measured sections of README.md and docs/benchmarks.md from benchmarks/results.
+"""Write the measured sections of README.md, docs/benchmarks.md and docs/scale.md from benchmarks/results.
 
     python benchmarks/render.py
 
@@ -18,7 +18,7 @@ from deepfake_core.config import SPLITS
 from deepfake_core.evaluation.evaluation import Estimate, per_100
 
 ROOT = Path(__file__).parents[1]
-README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+README, BENCHMARKS, SCALE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "scale.md"
 
 Results = dict[str, Any]
 """What the benchmarks wrote, by the name of their file."""
@@ -425,6 +425,59 @@ def render_full_size(results: Results) -> str:
     return "\n\n".join([wrap(caption), table, wrap(text)])
 
 
+def render_scale(results: Results) -> str:
+    """Write what near copies, groups, splits and manifest of many images take, and what is found."""
+    measured = results["scale"]
+    sizes, more = measured["sizes"], measured["more_sizes"]
+    header = ["rows", "pair search, s", "second look, s", "grouping, s", "split, s", "manifest, s", "own memory, GB"]
+    names = ("pair search", "second look", "grouping", "split", "manifest")
+    rows = [
+        [
+            f"{int(count):,}",
+            *(f"{size['steps'][name]['seconds']:.1f}" for name in names),
+            f"{size['own_gb']:.2f}",
+        ]
+        for count, size in sizes.items()
+    ]
+    distances = list(next(iter(sizes.values()))["recall"]["links"])
+    found = [
+        [f"{int(count):,}", title, *(f"{size['recall'][key][name]['found']:.1%}" for name in distances)]
+        for count, size in sizes.items()
+        for key, title in (("pair_search", "by the pair search"), ("links", "linked after the second look"))
+    ]
+    larger = [
+        [
+            f"{int(count):,}",
+            f"{size['search']['seconds']:.0f}",
+            f"{size['search']['hours_of_all_tables']:.1f}",
+            f"{size['search']['own_gb']:.1f}",
+            f"{size['search']['resident_gb']:.1f}",
+            f"{sum(step['seconds'] for step in size['steps'].values()):.0f}",
+            f"{max(step['own_gb'] for step in size['steps'].values()):.1f}",
+        ]
+        for count, size in more.items()
+    ]
+    timed = measured["tables_timed"]
+    return "\n\n".join(
+        [
+            f"All steps, on {measured['machine']}, which was busy with other work too:",
+            draw_table("rrrrrrr", header, rows),
+            "Planted edits that were found, by the distance of the hashes in bits:",
+            draw_table("rl" + "r" * len(distances), ["rows", "found", *distances], found),
+            wrap(
+                f"The pair search of random hashes of seven views in {timed} of its hash tables, from which the hours "
+                "of all follow; and grouping, split and manifest of indexes without pictures:"
+            ),
+            draw_table(
+                "rrrrrrr",
+                ["rows", f"{timed} tables, s", "all tables, h", "own memory, GB", "with mapped pages, GB",
+                 "the other steps, s", "own memory, GB"],
+                larger,
+            ),
+        ]
+    )  # fmt: skip
+
+
 def list_stages(name: str, flow: dict[str, Any]) -> list[list[str]]:
     """Return the cells of a flow, and of its stages that take a second or more."""
     stages = {stage: cells for stage, cells in flow["stages"].items() if cells["seconds"] >= 1}
@@ -562,6 +615,7 @@ SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
         "data results": render_data_results,
         "drift results": render_drift_results,
     },
+    SCALE: {"scale results": render_scale},
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import pandas as pd
@@ -63,10 +64,10 @@ def fetch_reports(address: str, store: Store) -> tuple[Source, ...]:
 
 
 @task(name="index", task_run_name="index {archive.source.short_name}", **CPU)
-def index_archive(archive: Archive, store: Store) -> pd.DataFrame:
-    """Describe every file of an archive."""
+def index_archive(archive: Archive, store: Store) -> Path:
+    """Describe every file of an archive; return the index's Parquet file."""
     with report_progress(f"index {archive.source.short_name}") as on_progress:
-        return index.build_index(archive, store, on_progress)
+        return index.write_index(archive, store, on_progress)
 
 
 @task(name="index shard", task_run_name="index shard {shard}", **SHARD)
@@ -76,15 +77,15 @@ def index_shard(shard: Shard, threads: int) -> None:
 
 
 @task(name="find near copies", **CPU)
-def find_near_copies(indexes: Sequence[pd.DataFrame], store: Store) -> pd.DataFrame:
+def find_near_copies(indexes: Sequence[Path], store: Store) -> pd.DataFrame:
     """Find the pairs of pictures that are copies, edits or neighbours of each other."""
-    return duplicates.find_or_read_links(pd.concat(indexes), store)
+    return duplicates.find_or_read_links(indexes, store)
 
 
 @task(name="deduplicate", **CPU)
-def deduplicate(indexes: Sequence[pd.DataFrame], links: pd.DataFrame) -> pd.DataFrame:
+def deduplicate(indexes: Sequence[Path], links: pd.DataFrame) -> pd.DataFrame:
     """Group near copies, and keep one copy per picture across all sources."""
-    return duplicates.mark_duplicates(pd.concat(indexes), links)
+    return duplicates.mark_duplicates(index.read_facts(indexes), links)
 
 
 @task(name="split", **CPU)

@@ -35,7 +35,7 @@ from deepfake_core.config import (
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.duplicates import find_or_read_links, mark_duplicates
 from deepfake_core.data.images import load_seen
-from deepfake_core.data.index import build_index
+from deepfake_core.data.index import read_facts, write_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.split_memory import read_memory
@@ -88,9 +88,9 @@ def prepare(folder: Path) -> Dataset:
     data, store = describe_data(folder), open_store(folder / DATA)
     with lock_folder(store.folder, "a small retrain"):
         archive = fetch_archive(data.sources[0], store)
-        index = build_index(archive, store)
-        links = find_or_read_links(index, store)
-        found = mark_duplicates(index, links)
+        index = write_index(archive, store)
+        links = find_or_read_links([index], store)
+        found = mark_duplicates(read_facts([index]), links)
         rows = assign_splits(found, links, read_memory(store), data.val_fraction, data.test_fraction)
         dataset = publish_dataset(rows, [archive], store, data)
         with write_beside(dataset.report) as beside:  # figures take seconds

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from deepfake_core.config import SPLITS
-from deepfake_core.data import duplicates
+from deepfake_core.data import groups
 from deepfake_core.data.duplicates import LINK_COLUMNS, mark_duplicates
 from deepfake_core.data.reported_images import WHOLE_IMAGE
 from deepfake_core.data.splits import assign_splits
@@ -41,8 +41,8 @@ def split(
     present = links["image"].isin(index["sha256"]) & links["other"].isin(index["sha256"])
     links = links[present].reset_index(drop=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "MAX_GROUP_IMAGES", most)
-        patch.setattr(duplicates, "MAX_GROUP_SHARE", duplicates.MAX_GROUP_SHARE if most == 50 else 0)
+        patch.setattr(groups, "MAX_GROUP_IMAGES", most)
+        patch.setattr(groups, "MAX_GROUP_SHARE", groups.MAX_GROUP_SHARE if most == 50 else 0)
         return assign_splits(mark_duplicates(index, links), links, memory or {}, val, test)
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES, DEFAULT_CACHE_GB, SPLITS, Normalisation
@@ -23,6 +24,9 @@ SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
 NORMAL_PIXELS, NORMAL_QUALITY = 256, 90
 """Side and JPEG quality of all images where `normalise` is `reencode`."""
+
+LINES_AT_ONCE = 100_000
+"""Of what a version is the hash of."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +144,19 @@ def share_dataset(dataset: Dataset, on_progress: Progress | None = None) -> None
 def hash_content(manifest: pd.DataFrame, normalise: Normalisation) -> str:
     """Return a data set's version: a hash of every kept image's bytes, label and split, and of `normalise`."""
     kept = manifest.loc[manifest["kept"], ["sha256", "label", "split"]]
-    lines = sorted(" ".join(row) for row in kept.itertuples(index=False))
+    parts = [np.empty(0, "S1")]
+    for start in range(0, len(kept), LINES_AT_ONCE):  # as bytes side by side they take less memory
+        part = kept.iloc[start : start + LINES_AT_ONCE].itertuples(index=False)
+        parts.append(np.array([" ".join(row) for row in part], "S"))
+    lines = np.concatenate(parts)
+    lines.sort()
+    digest, between = hashlib.sha256(), b""
+    for start in range(0, len(lines), LINES_AT_ONCE):
+        digest.update(between + b"\n".join(lines[start : start + LINES_AT_ONCE].tolist()))
+        between = b"\n"
     if normalise != "none":
-        lines.append(f"{normalise} {NORMAL_PIXELS} {NORMAL_QUALITY}")
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        digest.update(between + f"{normalise} {NORMAL_PIXELS} {NORMAL_QUALITY}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _list_images(dataset: Dataset, version: str) -> dict[str, str]:

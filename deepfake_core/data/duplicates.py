@@ -2,21 +2,33 @@
 
 import hashlib
 import logging
-import os
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.cluster.hierarchy import DisjointSet
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
+from deepfake_core.data.groups import find_components, find_repeated, join_groups
+from deepfake_core.data.hashes import VIEWS
 from deepfake_core.data.index import find_newest_index
 from deepfake_core.data.likeness import measure_pairs
 from deepfake_core.data.neighbours import find_neighbours
-from deepfake_core.data.reported_images import WHOLE_IMAGE, find_whole_images, link_faces
-from deepfake_core.storage.files import write_beside
+from deepfake_core.data.pictures import (
+    ROWS_AT_ONCE,
+    Looks,
+    Pictures,
+    lay_out,
+    list_hex,
+    list_pictures,
+    read_files,
+    read_frame,
+    sort_rows,
+)
+from deepfake_core.data.reported_images import WHOLE_IMAGE, find_linkable, find_whole_images, link_faces
+from deepfake_core.storage.files import remove_folder, translate_disk_errors, write_beside
 from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -30,39 +42,41 @@ MIN_LIKENESS = 0.5
 MAX_COPY_DIFFERENCE = 12.0
 """Grey levels by which a resized or recompressed copy may differ anywhere; see `measure_difference`."""
 
-MIN_CONTRAST_GREYS = 8
-"""Grey levels between the darkest and the brightest of a thumbnail; the hash of an even picture is noise."""
-
-MAX_GROUP_IMAGES, MAX_GROUP_SHARE = 50, 0.02
-"""A group grows to 50 pictures or to this share of all, whichever is more: chains of likenesses must not swallow a
-class. The strongest links are taken first; copies of one picture are not limited."""
-
-LINKS_FORMAT = 2
+LINKS_FORMAT = 3
 """Part of the name under which links are kept: raise it when the same pictures would have other links."""
 
 LINK_COLUMNS = ["image", "other", "distance", "likeness", "difference", "same_picture"]
 
 
-def find_or_read_links(index: pd.DataFrame, store: Store) -> pd.DataFrame:
+def find_or_read_links(indexes: Sequence[Path], store: Store) -> pd.DataFrame:
     """Return what `find_links` does; of pictures that were searched before, read it from the store.
 
     Each search is kept as a table of its links, and of a row per picture with its fingerprint as `image` and no
     `other`. The next search is for the pictures whose fingerprints are not in the newest table.
+
+    Args:
+        indexes: Parquet files of the image indexes of all sources.
     """
-    pictures = _list_pictures(index)
-    content = hashlib.sha256("".join(pictures["fingerprint"]).encode()).hexdigest()[:16]
+    read = read_files(indexes)
+    pictures = list_pictures(read)
+    content = hashlib.sha256(pictures.fingerprints.tobytes()).hexdigest()[:16]
     prefix = f"near copies-v{LINKS_FORMAT}-"
     kept = store.indexes() / f"{prefix}{content}.parquet"
     if kept.exists():
         log.info("%d pictures: unchanged, their near copies are on disk already", len(pictures))
-        table = pd.read_parquet(kept)
-        return table[table["other"] != ""].reset_index(drop=True)
+        return pd.read_parquet(kept, filters=[("other", "!=", "")])
     before = find_newest_index(store, prefix)
-    links, lasting = _search(pictures, pd.read_parquet(before) if before else None)
-    searched = pictures["fingerprint"].iloc[: len(pictures) if lasting else 0]
-    rows = pd.DataFrame({**dict.fromkeys(LINK_COLUMNS, 0), "image": searched, "other": ""}).astype(links.dtypes)
+    folder = store.shards("near copies")
+    remove_folder(folder)  # left by a run that was killed: the lock is ours
+    with translate_disk_errors(folder):
+        folder.mkdir(parents=True)
+        try:
+            looks = lay_out(pictures, read, folder)
+            links, lasting = _search(pictures, looks, before)
+        finally:
+            remove_folder(folder)
     with write_beside(kept) as beside:
-        pd.concat([links, rows]).to_parquet(beside, index=False)
+        _write_links(beside, links, pictures.fingerprints[: len(pictures) if lasting else 0])
     return links
 
 
@@ -76,55 +90,27 @@ def find_links(index: pd.DataFrame) -> pd.DataFrame:
         One row per pair: `image` and `other` (SHA-256, the smaller first), `distance` (bits, through the nearest view),
         `likeness` (0 to 1), `difference` (grey levels) and `same_picture`. Independent of the order of rows.
     """
-    return _search(_list_pictures(index))[0]
+    read = read_frame(index)
+    pictures = list_pictures(read)
+    with tempfile.TemporaryDirectory() as folder:
+        return _search(pictures, lay_out(pictures, read, Path(folder)))[0]
 
 
-def _list_pictures(index: pd.DataFrame) -> pd.DataFrame:
-    """Return the usable pictures that are not even, ordered by `sha256`.
-
-    Of pictures with equal hashes, the first stands for all: `stand_in` is its position. A pair's link depends on
-    nothing but the `fingerprint` of both (but see `find_neighbours`).
-    """
-    distinct = index.loc[index["reason"] == "", ["sha256", "thumbnail", "hash"]].drop_duplicates("sha256")
-    thumbnails = _stack(distinct["thumbnail"], THUMBNAIL_SIZE**2)
-    contrast = thumbnails.max(1) - thumbnails.min(1)
-    pictures = distinct[contrast >= MIN_CONTRAST_GREYS].sort_values("sha256", ignore_index=True)
-    hashes = _stack(pictures["hash"], HASH_BYTES)
-    _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
-    pictures["stand_in"] = first[inverse.ravel()]
-    names = pictures["sha256"].to_numpy()
-    columns = (names, names[pictures["stand_in"]], pictures["thumbnail"], pictures["hash"])
-    pictures["fingerprint"] = [
-        hashlib.sha256(f"{name} {stand_in}".encode() + thumbnail + bits).hexdigest()[:32]
-        for name, stand_in, thumbnail, bits in zip(*columns, strict=True)
-    ]
-    return pictures
-
-
-def _stack(column: pd.Series, size: int) -> np.ndarray:
-    """Return bytes as uint8 of shape (rows, size)."""
-    return np.frombuffer(b"".join(column), np.uint8).reshape(len(column), size)
-
-
-def _search(pictures: pd.DataFrame, before: pd.DataFrame | None = None) -> tuple[pd.DataFrame, bool]:
-    """Return the links of `_list_pictures`, and whether a search of these and other pictures finds them again.
+def _search(pictures: Pictures, looks: Looks, before: Path | None = None) -> tuple[pd.DataFrame, bool]:
+    """Return the links of pictures, and whether a search of these and other pictures finds them again.
 
     Args:
         before: a kept table of another search, whose links are taken over.
     """
-    names, stand_in = pictures["sha256"].to_numpy(), pictures["stand_in"].to_numpy()
-    new = np.ones(len(pictures), bool)
-    if before is not None:
-        new = ~pictures["fingerprint"].isin(before.loc[before["other"] == "", "image"]).to_numpy()
-    thumbnails = _stack(pictures["thumbnail"], THUMBNAIL_SIZE**2).reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
-    stand_ins = np.unique(stand_in)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = np.stack([*pool.map(lambda view: hash_thumbnails(thumbnails, view)[stand_ins], VIEWS)])
-    near = find_neighbours(hashes, MAX_HASH_DISTANCE_BITS, None if new.all() else new[stand_ins])
+    stand_in = pictures.stand_in
+    new = np.ones(len(pictures), bool) if before is None else ~_find_known(pictures, before)
+    own = np.arange(len(pictures))
+    stand_ins = np.flatnonzero(stand_in == own)
+    near = find_neighbours(looks.hashes, MAX_HASH_DISTANCE_BITS, None if new.all() else new[stand_ins])
     if not (near.lasting or new.all()):
-        return _search(pictures)
+        return _search(pictures, looks)
 
-    equal = np.flatnonzero((stand_in != np.arange(len(pictures))) & (new | new[stand_in]))
+    equal = np.flatnonzero((stand_in != own) & (new | new[stand_in]))
     image = np.concatenate([stand_ins[near.images], stand_in[equal]])
     other = np.concatenate([stand_ins[near.viewed], equal])
     mirrored = np.zeros(len(image), bool)
@@ -132,14 +118,14 @@ def _search(pictures: pd.DataFrame, before: pd.DataFrame | None = None) -> tuple
     distance = np.zeros(len(image), int)
     distance[: len(near.distances)] = near.distances
 
-    likeness, difference = measure_pairs(thumbnails, image, other, mirrored)
+    likeness, difference = measure_pairs(looks.thumbnails, looks.place[image], looks.place[other], mirrored)
     same = ~mirrored & (difference <= MAX_COPY_DIFFERENCE)
-    columns = [names[image], names[other], distance, likeness, difference, same]
-    links = pd.DataFrame(dict(zip(LINK_COLUMNS, columns, strict=True))).astype({"image": "str", "other": "str"})
-    links = links[links["same_picture"] | (links["likeness"] >= MIN_LIKENESS)]
+    linked = np.flatnonzero(same | (likeness >= MIN_LIKENESS))
+    names = (pd.Series(pictures.name(each[linked]), dtype="str") for each in (image, other))
+    columns = [*names, *(each[linked] for each in (distance, likeness, difference, same))]
+    links = pd.DataFrame(dict(zip(LINK_COLUMNS, columns, strict=True)))
     if before is not None:
-        stays = before["image"].isin(names[~new]) & before["other"].isin(names[~new])
-        links = pd.concat([before[stays], links])
+        links = pd.concat([_take_over(before, pictures, new), links])
     log.info(
         "%d pictures, %d of them new: %d candidates of the new, %d near copies of all, %d of them the same picture",
         len(pictures),
@@ -149,6 +135,35 @@ def _search(pictures: pd.DataFrame, before: pd.DataFrame | None = None) -> tuple
         int(links["same_picture"].sum()),
     )
     return links.sort_values(["image", "other"], ignore_index=True), near.lasting
+
+
+def _write_links(file: Path, links: pd.DataFrame, searched: np.ndarray) -> None:
+    """Write a table of links, and of the fingerprints of all pictures that were searched."""
+    table = pa.Table.from_pandas(links, preserve_index=False)
+    with pq.ParquetWriter(file, table.schema) as writer:
+        writer.write_table(table)
+        for start in range(0, len(searched), ROWS_AT_ONCE):
+            rows = pd.DataFrame({**dict.fromkeys(LINK_COLUMNS, 0), "image": list_hex(searched[start:][:ROWS_AT_ONCE])})
+            rows = rows.assign(other="").astype(links.dtypes)
+            writer.write_table(pa.Table.from_pandas(rows, schema=table.schema, preserve_index=False))
+
+
+def _find_known(pictures: Pictures, before: Path) -> np.ndarray:
+    """Return whether each picture was in the search whose table `before` is; bool of shape (n,)."""
+    searched = pq.read_table(before, columns=["image"], filters=[("other", "=", "")]).column("image")
+    known = np.frombuffer(bytes.fromhex("".join(searched.to_pylist())), np.uint8).reshape(-1, 16)
+    order, first = sort_rows(np.concatenate([known, pictures.fingerprints]))  # those known come first
+    is_known = np.empty(len(order), bool)
+    is_known[order] = (order[first] < len(known))[np.cumsum(first) - 1]
+    return is_known[len(known) :]
+
+
+def _take_over(before: Path, pictures: Pictures, new: np.ndarray) -> pd.DataFrame:
+    """Return the links of another search between pictures that are not new."""
+    links = pd.read_parquet(before, filters=[("other", "!=", "")])
+    ends = [pictures.find(links[end]) for end in ("image", "other")]
+    stays = np.logical_and(*((end >= 0) & ~new[end] for end in ends))
+    return links[stays]
 
 
 def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
@@ -170,35 +185,39 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     """
     rows = index.drop(columns=["hash", "thumbnail"], errors="ignore").reset_index(drop=True)
     rows.loc[find_whole_images(rows) & (rows["reason"] == ""), "reason"] = WHOLE_IMAGE
-    usable = rows[rows["reason"] == ""]
-    links = link_faces(usable, links)
+    usable = rows["reason"] == ""
+    links = link_faces(rows[usable & find_linkable(rows, links)], links)
+    rows["group"] = rows["sha256"].where(usable, "")
+    rows["copy_of"] = ""
+    rows.loc[usable, "reason"] = "kept"
+    is_several = find_repeated(rows["sha256"]) | rows["sha256"].isin(pd.concat([links["image"], links["other"]]))
+    several = rows[usable & is_several]  # all others are alone, and kept
     order = {source: position for position, source in enumerate(dict.fromkeys(index["source"]))}
-    ranked = usable.assign(rank=usable["source"].map(order), pixels=usable["width"] * usable["height"])
+    ranked = several.assign(rank=several["source"].map(order), pixels=several["width"] * several["height"])
     ranked = ranked.sort_values(
         ["pixels", "bytes", "rank", "member"], ascending=[False, False, True, True], kind="stable"
     )
     conflicting = ranked.groupby("sha256")["label"].transform("nunique") > 1
-    names = pd.Index(sorted(set(usable["sha256"])))
+    names = pd.Index(sorted(set(several["sha256"])))
     ranked["picture"] = _find_same_pictures(names, links, ranked[~conflicting])[names.get_indexer(ranked["sha256"])]
     candidates = ranked[~conflicting]
     best = candidates.groupby("picture")["sha256"].transform("first")
     again = candidates.index[candidates.duplicated("picture")]
-
-    group = pd.Series(names[_join(links, names)], index=names)
-    rows["group"] = rows["sha256"].where(rows["reason"] == "").map(group).astype(object).fillna("")
-    rows["copy_of"] = best.reindex(again).reindex(rows.index).astype(object).fillna("")
-    reason = rows["reason"].mask(rows["reason"] == "", "kept")
-    reason[again] = np.where(rows.loc[again, "sha256"] == rows.loc[again, "copy_of"], "duplicate", "copy")
-    reason[ranked.index[conflicting]] = "label_conflict"
-    rows["reason"], rows["kept"] = reason, reason == "kept"
-    counts = reason[usable.index].value_counts().sort_index()
-    kept_groups = rows[rows["kept"]].groupby("group").size()
+    count = int((usable & ~is_several).sum()) + len(names)
+    group = names[join_groups(links, names, count)]
+    rows.loc[several.index, "group"] = group[names.get_indexer(several["sha256"])]
+    rows.loc[again, "copy_of"] = best[again]
+    rows.loc[again, "reason"] = np.where(rows.loc[again, "sha256"] == best[again], "duplicate", "copy")
+    rows.loc[ranked.index[conflicting], "reason"] = "label_conflict"
+    rows["kept"] = rows["reason"] == "kept"
+    counts = rows.loc[usable, "reason"].value_counts().sort_index()
+    kept_groups = rows.loc[several.index].query("kept").groupby("group").size()
     log.info(
         "%d usable images: %s; %d groups of more than one kept image, the largest of %d",
-        len(usable),
+        int(usable.sum()),
         ", ".join(f"{count} {name}" for name, count in counts.items()),
         int((kept_groups > 1).sum()),
-        int(kept_groups.max()) if len(kept_groups) else 0,
+        int(kept_groups.max() if len(kept_groups) else rows["kept"].any()),
     )
     return rows
 
@@ -209,41 +228,3 @@ def _find_same_pictures(names: pd.Index, links: pd.DataFrame, rows: pd.DataFrame
     same = links[links["same_picture"].astype(bool)]
     one, other = same["image"].map(label), same["other"].map(label)
     return find_components(names, same[one.notna() & (one == other)])
-
-
-def find_ends(names: pd.Index, links: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions in `names` of both ends of each link."""
-    return names.get_indexer(pd.Index(links["image"])), names.get_indexer(pd.Index(links["other"]))
-
-
-def find_components(names: pd.Index, links: pd.DataFrame) -> np.ndarray:
-    """Number the connected components of `links` between images; returns int of shape (len(names),)."""
-    graph = coo_array((np.ones(len(links), bool), find_ends(names, links)), shape=(len(names), len(names)))
-    return connected_components(graph, directed=False)[1]
-
-
-def _join(links: pd.DataFrame, names: pd.Index) -> np.ndarray:
-    """Join linked images, strongest links first, to groups of limited size (Kruskal 1956).
-
-    Returns:
-        Position in `names` of the first member of each image's group.
-    """
-    most = max(MAX_GROUP_IMAGES, int(MAX_GROUP_SHARE * len(names)))
-    strongest = links.sort_values(
-        ["same_picture", "likeness", "distance", "image", "other"], ascending=[False, False, True, True, True]
-    )
-    images, others = (ends.tolist() for ends in find_ends(names, strongest))
-    groups, cut = DisjointSet([*images, *others]), 0  # of the linked images: all others are groups of their own
-    for image, other, same in zip(images, others, strongest["same_picture"], strict=True):
-        if groups.connected(image, other):
-            continue
-        if not same and groups.subset_size(image) + groups.subset_size(other) > most:
-            cut += 1
-            continue
-        groups.merge(image, other)
-    if cut:
-        log.warning("%d near copies were left in groups of their own: a group may hold %d pictures", cut, most)
-    first = np.arange(len(names))
-    for group in groups.subsets():
-        first[list(group)] = min(group)
-    return first

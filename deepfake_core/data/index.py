@@ -20,6 +20,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from deepfake_core.config import Source
 from deepfake_core.data.archive import Archive, ArchiveReader
@@ -49,14 +51,30 @@ READING = MemoryBudget(2 * MAX_BYTES)
 INDEX_COLUMNS = ["source", "member", "sha256", "label", *Content._fields]
 
 
+FACTS = [column for column in INDEX_COLUMNS if column not in ("hash", "thumbnail")]
+"""What stages after the search for near copies ask of an index: all but the pictures, which are 1.1 kB a row."""
+
+
 def build_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> pd.DataFrame:
+    """Return an archive's whole index, pictures included: for few images. See `write_index`."""
+    return pd.read_parquet(write_index(archive, store, on_progress))
+
+
+def read_facts(indexes: Sequence[Path]) -> pd.DataFrame:
+    """Return the rows of image indexes, without the pictures."""
+    return pa.concat_tables(
+        pq.read_table(file, columns=FACTS).replace_schema_metadata() for file in indexes
+    ).to_pandas()
+
+
+def write_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> Path:
     """Describe every file of an archive; an archive that was indexed before is not read again,
     unless a file could not be read. Shards that are finished are not made again.
 
     Of a changed archive, only images whose bytes were not in the source's last index are decoded.
 
     Returns:
-        One row per file, ordered by member name. See the module for the columns.
+        The Parquet file, with one row per file of the archive, ordered by member name. See the module for the columns.
 
     Raises:
         DatasetError: if no image has a label, or a csv file and the folders disagree on one.
@@ -65,12 +83,12 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
     if is_whole(file := _place_index(name, store)):
         remove_folder(store.shards(name))  # which a run left that was killed at its very end
         log.info("%s: unchanged, its index is on disk already", source.short_name)
-        return pd.read_parquet(file)
+        return file
     try:
         shards = cut_shards(archive, store, name, SHARD_SIZE)
         for shard in shards:
             index_shard(shard, os.cpu_count() or 1, on_progress)
-        index = join_shards(shards)
+        index = read_facts([shard.file for shard in shards])
         reader, members = open_members(archive)
         check_labels(source, index, members)
         if source.csv_real_label is not None:
@@ -80,7 +98,7 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
         open_members.cache_clear()
         _read_contents.cache_clear()
     with write_beside(file) as beside:
-        index.to_parquet(beside, index=False)
+        join_shards(shards, beside)
     remove_folder(store.shards(name))
     unusable = index.loc[index["reason"] != "", "reason"].value_counts().to_dict()
     log.info(
@@ -91,7 +109,7 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
         int((index["reason"] == "").sum()),
         unusable or "none",
     )
-    return index
+    return file
 
 
 def list_shards(archives: Sequence[Archive], store: Store) -> list[Shard]:

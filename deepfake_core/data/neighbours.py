@@ -1,5 +1,6 @@
 """Pairs of hashes that are near each other, among many: all compared, or only those that share a bucket."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,15 @@ MAX_NEIGHBOURS = 64
 """Per hash. Thousands of nearly equal pictures, such as a film's frames, are still linked, each through some."""
 
 SLOT_BITS = 20
-"""Of a bucket's number: enough to see that most buckets hold no new picture."""
+"""Of a bucket's number: enough to see that most buckets hold no whole picture, or no new one."""
+
+MEMBERS_AT_ONCE = 1 << 16
+"""Members of a table whose hashes are copied at once: 2 MB, which stay in the cache."""
+
+MAX_TABLE_BYTES = 1 << 30
+"""Of all tables that are in memory at once; a table takes 8 bytes a hash."""
+
+NOTHING = (np.empty(0, np.int64),) * 3
 
 MAX_PAIRS_WAITING = 10_000_000
 """Pairs found before they are merged with those of other tables; 80 MB."""
@@ -111,47 +120,91 @@ def _compare_all(hashes: np.ndarray, radius: int) -> Iterator[Found]:
 
 
 def _compare_buckets(hashes: np.ndarray, radius: int, new: np.ndarray | None) -> Iterator[Found]:
-    """Yield the same as `_compare_all`, a hash table at a time."""
+    """Yield the same as `_compare_all`, some buckets of a hash table at a time."""
     views, count, _ = hashes.shape
     rows = hashes.reshape(-1, HASH_BYTES).view(np.uint64)
-    words = np.ascontiguousarray(rows.T)
-
     is_new = None if new is None else np.tile(new, views)
     new_places = np.empty(0, int) if is_new is None else np.flatnonzero(is_new)
 
-    def fill_table(number: int) -> Found:
-        table = _choose_buckets(words, number)
+    def search_table(number: int) -> list[Found]:
+        table = tables[number % threads]
+        _choose_buckets(rows, number, table)
+        needed = _mark_slots(table[:count])
         if is_new is not None:
-            slots = (table >> np.uint64(64 - SLOT_BITS)).view(np.int64)
-            holds_new = np.zeros(1 << SLOT_BITS, bool)
-            holds_new[slots[new_places]] = True
-            table = table[np.flatnonzero(np.take(holds_new, slots))]
-        table.sort()
-        members, buckets = table.astype(np.uint32), (table >> np.uint64(32)).astype(np.uint32)
-        found, is_complete = [], False
-        first = np.flatnonzero(buckets[:-1] == buckets[1:])  # a bucket's members are neighbours here
-        for offset in range(1, MAX_NEIGHBOURS + 1):
-            found.append((members[first], members[first + offset]))  # within a bucket in ascending order
-            first = first[: np.searchsorted(first, len(table) - offset - 1)]
-            first = first[buckets[first] == buckets[first + offset + 1]]
-            if not len(first):
-                is_complete = True
-                break
-        image, query = (np.concatenate(members) for members in zip(*found, strict=True))
-        # Most pairs differ too much in one of four words already, which is read sooner than all.
-        word = words[number % len(words)]
-        likely = np.bitwise_count(np.take(word, image) ^ np.take(word, query)) <= radius * MAX_SHARE_IN_WORD
-        likely &= _counts_once(image, query, count)
-        if is_new is not None:
-            likely &= is_new[image] | is_new[query]
-        image, query = image[likely], query[likely]
-        distances = _count_bits(rows, image, query)
-        near = np.flatnonzero(distances <= radius)
-        image, query, distances = (each[near].astype(np.int64) for each in (image, query, distances))
-        return image, query, distances, is_complete
+            needed &= _mark_slots(table[new_places])
+        table = _keep_slots(table, needed)
+        table.sort()  # a bucket's members are neighbours now, in ascending order
+        return [
+            _compare_members(rows, table[start:stop], number % rows.shape[1], radius, count, is_new)
+            for start, stop in itertools.pairwise(_cut_between_buckets(table))
+        ]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(fill_table, range(TABLES))
+    threads = max(1, min(os.cpu_count() or 1, MAX_TABLE_BYTES // max(1, 8 * len(rows))))
+    tables = [np.empty(len(rows), np.uint64) for _ in range(threads)]  # used again: new memory is slow
+    with ThreadPoolExecutor(threads) as pool:
+        for number in range(0, TABLES, threads):
+            for found in pool.map(search_table, range(number, min(number + threads, TABLES))):
+                yield from found
+
+
+def _mark_slots(table: np.ndarray) -> np.ndarray:
+    """Return whether each slot holds a member of a table; bool of shape (2**SLOT_BITS,)."""
+    marked = np.zeros(1 << SLOT_BITS, bool)
+    for start in range(0, len(table), MEMBERS_AT_ONCE):
+        marked[table[start : start + MEMBERS_AT_ONCE] >> np.uint64(64 - SLOT_BITS)] = True
+    return marked
+
+
+def _keep_slots(table: np.ndarray, needed: np.ndarray) -> np.ndarray:
+    """Move the members of needed slots to the front of a table, and return that part."""
+    kept = 0
+    for start in range(0, len(table), MEMBERS_AT_ONCE):
+        part = table[start : start + MEMBERS_AT_ONCE]
+        part = part[needed[part >> np.uint64(64 - SLOT_BITS)]]
+        table[kept : kept + len(part)] = part
+        kept += len(part)
+    return table[:kept]
+
+
+def _cut_between_buckets(table: np.ndarray) -> list[int]:
+    """Return where parts of a sorted table begin, and its end: each of about `MEMBERS_AT_ONCE`, with whole buckets."""
+    near = table[MEMBERS_AT_ONCE::MEMBERS_AT_ONCE] >> np.uint64(32) << np.uint64(32)
+    return [*np.unique([0, *np.searchsorted(table, near)]).tolist(), len(table)]
+
+
+def _compare_members(
+    rows: np.ndarray, table: np.ndarray, word: int, radius: int, count: int, is_new: np.ndarray | None
+) -> Found:
+    """Compare the members of each bucket of a part of a table.
+
+    The hashes are copied in the order of buckets first: what is compared then lies side by side in memory.
+    """
+    has_mate = np.zeros(len(table), bool)
+    np.equal(table[:-1] >> np.uint64(32), table[1:] >> np.uint64(32), out=has_mate[1:])
+    has_mate[:-1] |= has_mate[1:]
+    table = table[np.flatnonzero(has_mate)]
+    members, buckets = table.astype(np.uint32), (table >> np.uint64(32)).astype(np.uint32)
+    hashes = np.take(rows, members, axis=0)
+    words = np.ascontiguousarray(hashes[:, word])
+    found: list[tuple[np.ndarray, ...]] = []
+    first = np.flatnonzero((buckets[:-1] == buckets[1:]) & (members[:-1] < count))
+    for offset in range(1, MAX_NEIGHBOURS + 1):
+        if not len(first):
+            break
+        # Most pairs differ too much in one of four words already, which is read sooner than all.
+        differing = np.bitwise_count(np.take(words, first) ^ np.take(words, first + offset))
+        one = first[differing <= radius * MAX_SHARE_IN_WORD]
+        distances = _count_bits(hashes, one, one + offset)
+        near = np.flatnonzero(distances <= radius)
+        image, query = members[one[near]], members[one[near] + offset]
+        keep = image != query % count
+        if is_new is not None:
+            keep &= is_new[image] | is_new[query]
+        found.append(tuple(each[keep].astype(np.int64) for each in (image, query, distances[near])))
+        first = first[: np.searchsorted(first, len(table) - offset - 1)]
+        first = first[buckets[first] == buckets[first + offset + 1]]
+    image, query, distances = (np.concatenate(each) for each in zip(*found, strict=True)) if found else NOTHING
+    return image, query, distances, not len(first)
 
 
 def _counts_once(found: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
@@ -162,31 +215,27 @@ def _counts_once(found: np.ndarray, query: np.ndarray, count: int) -> np.ndarray
     return once
 
 
-def _choose_buckets(words: np.ndarray, number: int) -> np.ndarray:
-    """Return uint64s whose upper halves are buckets in table `number`, and whose lower halves count the columns.
+def _choose_buckets(rows: np.ndarray, number: int, table: np.ndarray) -> None:
+    """Fill table `number` with uint64s whose upper halves are buckets, and whose lower halves count the rows.
 
     Args:
-        words: uint64 of shape (4, n), a hash a column. Bits are sampled from two of the words.
+        rows: uint64 of shape (n, 4), a hash each. Bits are sampled from two of the words.
     """
     random = np.random.default_rng(number)
-    chosen = random.choice(len(words), 2, replace=False)
+    chosen = random.choice(rows.shape[1], 2, replace=False)
     sampled = np.zeros((2, 64), np.uint8)
     sampled.flat[random.choice(sampled.size, TABLE_BITS, replace=False)] = 1
     one, other = np.packbits(sampled, axis=1).view(np.uint64).ravel()
     factor, other_factor = (random.integers(0, 2**63, 2) * 2 + 1).astype(np.uint64)
-    first, second = words[chosen]
-    table = np.empty(words.shape[1], np.uint64)
-    for start in range(0, len(table), 1 << 15):  # few enough to stay in the cache
-        part = slice(start, start + (1 << 15))
-        buckets = first[part] & one
+    for start in range(0, len(rows), 1 << 13):  # few enough to stay in the cache
+        part, buckets = rows[start : start + (1 << 13)], table[start : start + (1 << 13)]
+        np.bitwise_and(part[:, chosen[0]], one, out=buckets)
         buckets *= factor
-        rest = second[part] & other
+        rest = part[:, chosen[1]] & other
         rest *= other_factor
         buckets += rest
         buckets &= np.uint64(0xFFFFFFFF << 32)
-        buckets |= np.arange(start, start + len(buckets), dtype=np.uint64)
-        table[part] = buckets
-    return table
+        buckets |= np.arange(start, start + len(part), dtype=np.uint64)
 
 
 def _count_bits(rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

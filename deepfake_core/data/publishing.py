@@ -1,6 +1,7 @@
 """Kept images are published as a split folder: whole or not at all, under a name made from their content."""
 
 import io
+import itertools
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 READ_AHEAD = 64
 """Images that are held while a tar is written."""
+
+ROWS_AT_ONCE = 10_000
 
 MANIFEST_COLUMNS = [
     "source", "member", "sha256", "label", "width", "height", "split", "kept", "reason", "group", "path",
@@ -50,7 +54,7 @@ def publish_dataset(
     it for other machines.
     """
     normalise = parameters.normalise
-    manifest = rows[MANIFEST_COLUMNS].sort_values(["source", "member", "sha256"], ignore_index=True)
+    manifest = _sort_rows(rows[MANIFEST_COLUMNS])
     if normalise == "reencode":
         manifest["path"] = manifest["path"].str.replace(r"\.\w+$", ".jpg", regex=True)
     version = hash_content(manifest, normalise)
@@ -83,8 +87,23 @@ def publish_dataset(
     return Dataset(target, store)
 
 
+def _sort_rows(manifest: pd.DataFrame) -> pd.DataFrame:
+    """Sort by source, member and SHA-256: whole indexes are put in order, and their rows are copied if they are not."""
+    keys, source = ["source", "member", "sha256"], manifest["source"]
+    if len(starts := np.flatnonzero(source != source.shift())) > source.nunique():
+        return manifest.sort_values(keys, ignore_index=True)
+    runs = [manifest.iloc[start:stop] for start, stop in itertools.pairwise([*starts, len(manifest)])]
+    order = sorted(range(len(runs)), key=[str(source.iloc[start]) for start in starts].__getitem__)
+    manifest = pd.concat([runs[number] for number in order], ignore_index=True) if runs else manifest
+    for start in range(0, len(manifest), ROWS_AT_ONCE):
+        part = manifest[keys].iloc[max(start - 1, 0) : start + ROWS_AT_ONCE]
+        if any(one > other for one, other in itertools.pairwise(part.itertuples(index=False, name=None))):
+            return manifest.sort_values(keys, ignore_index=True)
+    return manifest
+
+
 def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
-    kept = manifest[manifest["kept"]]
+    kept = manifest.loc[manifest["kept"], ["split", "label"]]
     splits = kept.value_counts(["split", "label"])
     return {
         "files": len(manifest),
@@ -92,7 +111,7 @@ def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
         "reasons": count_reasons(manifest),
         "sources": {
             source: {"files": int((manifest["source"] == source).sum())}
-            | count_reasons(manifest[manifest["source"] == source])
+            | count_reasons(manifest.loc[manifest["source"] == source, ["reason"]])
             for source in sources
         },
         "splits": {

@@ -20,8 +20,10 @@ def name_pictures(rows: pd.DataFrame) -> pd.Series:
     Args:
         rows: with `source`, `member` and `sha256`.
     """
-    sent = rows["member"].str.extract(r"([0-9a-f]{64})\.\w+$", expand=False)
-    return sent.where(rows["source"] == FEEDBACK).fillna(rows["sha256"])
+    names, reported = rows["sha256"].copy(), rows["source"] == FEEDBACK
+    sent = rows.loc[reported, "member"].str.extract(r"([0-9a-f]{64})\.\w+$", expand=False)
+    names[reported] = sent.fillna(names[reported])
+    return names
 
 
 def find_whole_images(rows: pd.DataFrame) -> pd.Series:
@@ -30,7 +32,16 @@ def find_whole_images(rows: pd.DataFrame) -> pd.Series:
     Args:
         rows: with `source` and `member`.
     """
-    return (rows["source"] == FEEDBACK) & rows["member"].str.startswith(f"{WHOLE}/")
+    found = rows["source"] == FEEDBACK
+    found[found] = rows.loc[found, "member"].str.startswith(f"{WHOLE}/")
+    return found
+
+
+def find_linkable(rows: pd.DataFrame, links: pd.DataFrame) -> pd.Series:
+    """Return whether each row is at an end of a link, reported, or what was sent: all that `link_faces` needs."""
+    reported = rows["source"] == FEEDBACK
+    named = pd.concat([links["image"], links["other"], name_pictures(rows[reported])])
+    return rows["sha256"].isin(named) | reported
 
 
 def link_faces(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
@@ -45,7 +56,7 @@ def link_faces(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     Returns:
         The links between images of `rows`.
     """
-    names, usable = name_pictures(rows), set(rows["sha256"])
+    names = name_pictures(rows)
     cut = names != rows["sha256"]
     faces: dict[Hashable, str] = dict(zip(names[cut], rows.loc[cut, "sha256"], strict=True))
     if faces:
@@ -56,4 +67,5 @@ def link_faces(rows: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
         links = pd.concat([links, *(some.assign(same_picture=False) for some in given)], ignore_index=True)
         links[["image", "other"]] = np.sort(links[["image", "other"]].to_numpy(str).astype(object), axis=1)
         links = links[links["image"] != links["other"]].drop_duplicates(["image", "other"])
-    return links[links["image"].isin(usable) & links["other"].isin(usable)].reset_index(drop=True)
+    ends = rows.loc[rows["sha256"].isin(pd.concat([links["image"], links["other"]])), "sha256"]
+    return links[links["image"].isin(ends) & links["other"].isin(ends)].reset_index(drop=True)

@@ -20,6 +20,9 @@ from deepfake_core.errors import ArchiveError, SourceError
 from deepfake_core.storage.files import translate_disk_errors, write_beside
 from deepfake_core.storage.store import Store
 
+ROWS_IN_GROUP = 10_000
+"""Rows of an index's file that are read at once, 11 MB."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -71,10 +74,20 @@ def cut_shards(archive: Archive, store: Store, index: str, size: int) -> list[Sh
     return [Shard(archive, store, index, start, min(start + size, count)) for start in range(0, max(count, 1), size)]
 
 
-def join_shards(shards: Sequence[Shard]) -> pd.DataFrame:
-    """Return the rows of an archive's shards, in one piece, as if they had never been apart."""
-    table = pa.concat_tables(pq.read_table(shard.file) for shard in shards).combine_chunks()
-    return table.to_pandas(self_destruct=True)
+def join_shards(shards: Sequence[Shard], file: Path) -> None:
+    """Write the rows of an archive's shards into one Parquet file, as if they had never been apart.
+
+    It is written and read in groups of rows, so that thumbnails of few are in memory.
+    """
+    waiting = pq.read_schema(shards[0].file).remove_metadata().empty_table()
+    with pq.ParquetWriter(file, waiting.schema) as writer:
+        for shard in shards:
+            waiting = pa.concat_tables([waiting, pq.read_table(shard.file).cast(waiting.schema)])
+            while len(waiting) >= ROWS_IN_GROUP:
+                writer.write_table(waiting.slice(0, ROWS_IN_GROUP).combine_chunks())
+                waiting = waiting.slice(ROWS_IN_GROUP)
+        if len(waiting):
+            writer.write_table(waiting.combine_chunks())
 
 
 @lru_cache(maxsize=2)  # one that ends and one that begins; to list a large archive takes seconds

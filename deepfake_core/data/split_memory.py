@@ -1,5 +1,6 @@
 """The split of every image that any version held, so that an image stays in its split permanently."""
 
+import itertools
 import logging
 import re
 import tempfile
@@ -8,12 +9,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from deepfake_core.config import FEEDBACK
 from deepfake_core.data.reported_images import name_pictures
 from deepfake_core.storage.files import hash_file, write_beside
 from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
+
+COLUMNS = ["sha256", "split"]
+ROWS_AT_ONCE = 100_000
 
 
 def read_memory(store: Store) -> dict[str, str]:
@@ -28,15 +36,28 @@ def read_memory(store: Store) -> dict[str, str]:
 
 def remember_splits(rows: pd.DataFrame, store: Store) -> None:
     """Add the images of `rows`, with `group`, `kept` and `split`, to what this machine remembers."""
-    splits = rows[rows["kept"]].drop_duplicates("group").set_index("group")["split"]
-    now = rows["group"].map(splits)
-    memory = _read_table(store.split_memory())
-    known = len(memory)
-    for names in (rows["sha256"], name_pictures(rows)):
-        memory = dict(zip(names[now.notna()], now.dropna(), strict=True)) | memory
-    if len(memory) > known:
-        with write_beside(store.split_memory()) as beside:
-            _write_table(memory, beside)
+    left_out = ~rows["kept"] & (rows["group"] != "")
+    held = rows.loc[rows["kept"] & rows["group"].isin(rows.loc[left_out, "group"])].drop_duplicates("group")
+    splits = rows["split"].where(rows["kept"])
+    splits[left_out] = rows.loc[left_out, "group"].map(held.set_index("group")["split"])
+    now = pa.array(splits.astype("str"))
+    reported = (rows["source"] == FEEDBACK).to_numpy()
+    sent = pa.array(name_pictures(rows[reported]).astype("str"))
+    columns = ([pa.array(rows["sha256"].astype("str")), sent], [now, now.filter(pa.array(reported))])
+    found = pa.table([pa.chunked_array(column) for column in columns], COLUMNS).drop_null()
+    path = store.split_memory()
+    known = pq.read_table(path, columns=COLUMNS).cast(found.schema) if path.exists() else found.schema.empty_table()
+    if len(known) and pc.all(pc.is_in(found["sha256"], known["sha256"].combine_chunks())).as_py():
+        return
+    table = pa.concat_tables([known, found]).combine_chunks()
+    order = pc.sort_indices(table["sha256"])  # stable: of one image, what was known comes first
+    with write_beside(path) as beside, pq.ParquetWriter(beside, table.schema) as writer:
+        before = None
+        for start in range(0, len(order), ROWS_AT_ONCE):
+            part = table.take(order[start : start + ROWS_AT_ONCE])
+            names = [before, *part["sha256"].to_pylist()]
+            writer.write_table(part.filter([name != last for last, name in itertools.pairwise(names)]))
+            before = names[-1]
 
 
 def share_memory(store: Store) -> None:
@@ -77,4 +98,4 @@ def _read_table(path: Path) -> dict[str, str]:
 
 
 def _write_table(memory: Mapping[str, str], path: Path) -> None:
-    pd.DataFrame(sorted(memory.items()), columns=["sha256", "split"]).to_parquet(path, index=False)
+    pd.DataFrame(sorted(memory.items()), columns=COLUMNS).to_parquet(path, index=False)

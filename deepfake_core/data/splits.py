@@ -9,12 +9,13 @@ import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
 from deepfake_core.data.dataset import SUFFIXES
-from deepfake_core.data.duplicates import find_components, find_ends
-from deepfake_core.data.reported_images import link_faces, name_pictures
+from deepfake_core.data.groups import find_components, find_ends
+from deepfake_core.data.reported_images import find_linkable, link_faces, name_pictures
 from deepfake_core.errors import DatasetError
 
 log = logging.getLogger(__name__)
 
+ROWS_AT_ONCE = 10_000
 REGRESSION_SHARE = 0.3
 """Share of the new groups with a confirmed report that no model ever learns from."""
 
@@ -45,22 +46,14 @@ def assign_splits(
     Raises:
         DatasetError: if a class has no image in train, val or test.
     """
-    sent = zip(rows["sha256"], name_pictures(rows), strict=True)
-    memory = {image: memory[name] for image, name in sent if name in memory} | dict(memory)
-    links = link_faces(rows[rows["group"] != ""], links)
+    links = link_faces(rows[(rows["group"] != "") & find_linkable(rows, links)], links)
+    memory = _recall_reported(rows, memory)
     rows = _resolve_conflicts(rows, links, memory)
-    remembered = rows["sha256"].map(memory).groupby(rows["group"]).transform("first")
-    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in set(rows["group"])}
-    position, second = (
-        rows["group"].map({name: int(digest[start : start + 16], 16) / 2**64 for name, digest in digests.items()})
-        for start in (0, 16)
-    )
-    reported = (rows["source"] == FEEDBACK).groupby(rows["group"]).transform("any")
-    split = pd.Series("train", index=rows.index)
-    split[position < test_fraction + val_fraction] = "val"
-    split[position < test_fraction] = "test"
-    split[reported & (second < REGRESSION_SHARE)] = REGRESSION
-    rows = _leave_out_across(rows.assign(split=remembered.where(remembered.notna(), split)), links, memory)
+    split = _draw_splits(rows, val_fraction, test_fraction)
+    if memory:
+        remembered = rows["sha256"].map(memory).groupby(rows["group"]).transform("first")
+        split = remembered.where(remembered.notna(), split)
+    rows = _leave_out_across(rows.assign(split=split), links, memory)
     split = rows["split"].where(rows["kept"], "")
     path = (split + "/" + rows["label"] + "/" + rows["sha256"] + rows["format"].map(SUFFIXES)).where(rows["kept"], "")
     rows = rows.assign(split=split, path=path)
@@ -76,8 +69,32 @@ def assign_splits(
     return rows
 
 
+def _recall_reported(rows: pd.DataFrame, memory: Mapping[str, str]) -> Mapping[str, str]:
+    """Return `memory` with the reported images too, by the SHA-256 of what was sent."""
+    reported = rows[rows["source"] == FEEDBACK]
+    sent = zip(reported["sha256"], name_pictures(reported), strict=True)
+    return {image: memory[name] for image, name in sent if name in memory} | dict(memory)
+
+
+def _draw_splits(rows: pd.DataFrame, val_fraction: float, test_fraction: float) -> pd.Series:
+    """Return the split of each row's group, from the hash of its name."""
+    digests = np.empty((len(rows), 32), np.uint8)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = [hashlib.sha256(name.encode()).digest() for name in rows["group"].iloc[start : start + ROWS_AT_ONCE]]
+        digests[start : start + len(part)] = np.frombuffer(b"".join(part), np.uint8).reshape(-1, 32)
+    position, second = (digests[:, start : start + 8].copy().view(">u8")[:, 0] / 2**64 for start in (0, 8))
+    split = np.full(len(rows), SPLITS.index("train"))
+    split[position < test_fraction + val_fraction] = SPLITS.index("val")
+    split[position < test_fraction] = SPLITS.index("test")
+    reported = rows["group"].isin(rows.loc[rows["source"] == FEEDBACK, "group"]).to_numpy()
+    split[reported & (second < REGRESSION_SHARE)] = SPLITS.index(REGRESSION)
+    return pd.Series(pd.Categorical.from_codes(split, pd.Index(SPLITS)), index=rows.index).astype("str")
+
+
 def _resolve_conflicts(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str]) -> pd.DataFrame:
     """Leave out what joins images of different splits, and rename the groups of the others."""
+    if not memory:
+        return rows
     grouped = rows[rows["group"] != ""]
     remembered = grouped["sha256"].map(memory)
     torn = set(grouped["group"][remembered.groupby(grouped["group"]).transform("nunique") > 1])
@@ -117,7 +134,9 @@ def _leave_out_across(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[s
     Args:
         rows: with the `split` of each group.
     """
-    held = rows[rows["kept"].groupby(rows["group"]).transform("any") & (rows["group"] != "")]
+    linked = rows["sha256"].isin(pd.concat([links["image"], links["other"]])) & (rows["group"] != "")
+    some = rows[rows["group"].isin(rows.loc[linked, "group"])]
+    held = some[some["kept"].groupby(some["group"]).transform("any")]
     split = held.drop_duplicates("sha256").set_index("sha256")["split"]
     one, other = links["image"].map(split), links["other"].map(split)
     across = links[one.notna() & other.notna() & (one != other)]
@@ -132,9 +151,10 @@ def _leave_out_across(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[s
         if stays.isdisjoint(beside[name]):
             stays.add(name)
     left_out = set(beside) - stays
-    goes, names = rows["sha256"].isin(left_out), rows["sha256"]
-    group = names.mask(goes).groupby(rows["group"]).transform("min").mask(goes, names)
-    return _leave_out(rows.assign(group=group.where(rows["group"] != "", "")), left_out)
+    goes, names = some["sha256"].isin(left_out), some["sha256"]
+    rows = rows.copy()
+    rows.loc[some.index, "group"] = names.mask(goes).groupby(some["group"]).transform("min").mask(goes, names)
+    return _leave_out(rows, left_out)
 
 
 def _leave_out(rows: pd.DataFrame, left_out: Collection[str]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from PIL import Image, JpegImagePlugin
 from deepfake_core.config import FEEDBACK, REGRESSION, DataParameters, Source
 from deepfake_core.data.confirmed import cut_face, fetch_confirmed
 from deepfake_core.data.dataset import hash_content
-from deepfake_core.data.duplicates import find_components
+from deepfake_core.data.groups import find_components
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.reported_images import WHOLE, WHOLE_IMAGE

@@ -1,5 +1,6 @@
 import itertools
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from deepfake_core.config import Source
 from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, find_or_read_links, mark_duplicates
 from deepfake_core.data.hashes import hash_thumbnails
-from deepfake_core.data.index import build_index
+from deepfake_core.data.index import build_index, read_facts, write_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.storage.store import open_store
 from tests.builders import FACES, draw_image, encode, faces, forbid, jpeg, needs_faces, recode, write_zip
@@ -85,7 +86,7 @@ def test_unusable_rows_keep_their_reason_and_group_with_nothing():
 
 
 def test_a_chain_does_not_swallow_a_class(monkeypatch, caplog):
-    monkeypatch.setattr("deepfake_core.data.duplicates.MAX_GROUP_IMAGES", 5)
+    monkeypatch.setattr("deepfake_core.data.groups.MAX_GROUP_IMAGES", 5)
     names = [f"{i:03}" for i in range(100)]
     images = rows_of(*(("a", "1", name, "fake", "") for name in names))
     chain = links_of(*((one, other, False) for one, other in itertools.pairwise(names)))
@@ -101,20 +102,60 @@ def index_of(path: Path) -> pd.DataFrame:
     return build_index(fetch_archive(Source(name=str(path)), open_store(path.parent)), open_store(path.parent / "data"))
 
 
+def keep(index: pd.DataFrame, folder: Path) -> Path:
+    """Write an index into a file."""
+    index.to_parquet(folder / "index.parquet", index=False)
+    return folder / "index.parquet"
+
+
 def test_pictures_that_were_searched_before_are_not_searched_again(tmp_path, monkeypatch):
     store = open_store(tmp_path / "data")
     picture = jpeg(1)
     members = {"real/1.jpg": picture, "real/2.jpg": recode(picture), "fake/3.jpg": jpeg(2)}
     source = Source(name=str(write_zip(tmp_path / "a.zip", members)))
-    index = build_index(fetch_archive(source, store), store)
-    first = find_or_read_links(index, store)
+    whole = write_index(fetch_archive(source, store), store)
+    index = pd.read_parquet(whole)
+    first = find_or_read_links([whole], store)
     assert len(first) == 1
     with monkeypatch.context() as patch:
         forbid(patch, "deepfake_core.data.duplicates.find_neighbours")
-        pd.testing.assert_frame_equal(find_or_read_links(index.sample(frac=1, random_state=0), store), first)
+        pd.testing.assert_frame_equal(find_or_read_links([keep(index[::-1], tmp_path)], store), first)
         with pytest.raises(AssertionError):
-            find_or_read_links(index.iloc[1:], store)
-    pd.testing.assert_frame_equal(find_or_read_links(index, store), find_links(index))
+            find_or_read_links([keep(index.iloc[1:], tmp_path)], store)
+    pd.testing.assert_frame_equal(find_or_read_links([whole], store), find_links(index))
+
+
+def draw_many(count: int, folder: Path) -> Path:
+    """Write an index of distinct pictures."""
+    random = np.random.default_rng(count)
+    pixels = random.integers(0, 256, (count, 32, 32), dtype=np.uint8)
+    rows = [
+        (random.bytes(32).hex(), one.tobytes(), bits.tobytes())
+        for one, bits in zip(pixels, hash_thumbnails(pixels), strict=True)
+    ]
+    index = pd.DataFrame(rows, columns=["sha256", "thumbnail", "hash"])
+    index = index.assign(source="s", member=index["sha256"], label="real", reason="", format="JPEG", jpeg_table="")
+    index.assign(width=1, height=1, bytes=1).to_parquet(folder / f"{count}.parquet", row_group_size=1000)
+    return folder / f"{count}.parquet"
+
+
+@pytest.mark.slow
+def test_no_stage_holds_all_thumbnails_or_hashes_of_views(tmp_path, monkeypatch):
+    """Memory may grow by half of what the thumbnails alone are."""
+    monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
+    monkeypatch.setattr("deepfake_core.data.neighbours.TABLES", 2)
+    peaks = []
+    for count in (10_000, 30_000):
+        file, store = draw_many(count, tmp_path), open_store(tmp_path / "data")
+        tracemalloc.start()
+        links = find_or_read_links([file], store)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        mark_duplicates(read_facts([file]), links)
+        peaks.append((found, tracemalloc.get_traced_memory()[1]))
+        tracemalloc.stop()
+    for before, after in zip(*peaks, strict=True):
+        assert after - before < 20_000 * 1024 / 2
 
 
 @pytest.mark.slow
@@ -133,12 +174,12 @@ def test_where_an_archive_grew_only_what_is_new_is_searched(tmp_path, monkeypatc
         (faces(10) | {"real/again.jpg": recode(jpeg(3))}, 4),  # it stands for its copy from now on
     ):
         path = write_zip(tmp_path / "a.zip", members)
-        index = build_index(fetch_archive(Source(name=str(path)), store), store)
+        index = write_index(fetch_archive(Source(name=str(path)), store), store)
         caplog.clear()
-        links = find_or_read_links(index, store)
+        links = find_or_read_links([index], store)
         assert f"{new} of them new" in caplog.text
-        pd.testing.assert_frame_equal(links, find_links(index))
-        pd.testing.assert_frame_equal(links, find_or_read_links(index, store))
+        pd.testing.assert_frame_equal(links, find_links(pd.read_parquet(index)))
+        pd.testing.assert_frame_equal(links, find_or_read_links([index], store))
 
 
 def test_copies_crops_and_edits_of_drawn_pictures_are_grouped(tmp_path):
@@ -260,4 +301,5 @@ def test_a_search_that_goes_on_from_another_finds_what_a_search_anew_does(search
         for missing, frames in searches:
             present = POOL[~POOL.index.isin(missing)].drop_duplicates("sha256")
             index = pd.concat([present, FILM.iloc[:frames]])
-            pd.testing.assert_frame_equal(find_or_read_links(index, open_store(folder)), find_links(index))
+            file = keep(index, Path(folder))
+            pd.testing.assert_frame_equal(find_or_read_links([file], open_store(folder)), find_links(index))

@@ -133,6 +133,40 @@ def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_com
     assert [column.tolist() for column in near[:4]] == [[3], [7], [1], [0]]
 
 
+@pytest.mark.parametrize("members_at_once", [1 << 16, 7])
+@pytest.mark.parametrize("among", ["all", "new"])
+def test_among_many_exactly_those_pairs_are_found_that_share_a_bucket(monkeypatch, members_at_once, among):
+    """Against a search that compares the sampled bits of all pairs, one by one."""
+    monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", 0)
+    monkeypatch.setattr(neighbours, "TABLES", 5)
+    monkeypatch.setattr(neighbours, "MEMBERS_AT_ONCE", members_at_once)
+    random = np.random.default_rng(2)
+    views = random.integers(0, 256, (3, 120, 32), dtype=np.uint8)
+    flipped = random.random((3, 60, 256)) < random.choice([0, 0.05, 0.1, 0.2], (3, 60, 1))
+    views[:, 60:] = views[0, :60] ^ np.packbits(flipped, axis=-1)
+    new = random.random(120) < 0.3 if among == "new" else None
+    bits = np.unpackbits(views.reshape(-1, 32), axis=1)
+    shares_bucket = np.zeros((120, 360), bool)
+    for number in range(5):
+        chosen = np.random.default_rng(number)
+        words = chosen.choice(4, 2, replace=False)
+        sampled = np.zeros((2, 64), np.uint8)
+        sampled.flat[chosen.choice(128, neighbours.TABLE_BITS, replace=False)] = 1
+        places = np.concatenate([64 * word + np.flatnonzero(part) for word, part in zip(words, sampled, strict=True)])
+        part = bits[:, places]
+        near_in_word = (bits[:, None] != bits[None])[:120, :, 64 * (number % 4) :][:, :, :64].sum(2) <= 27
+        shares_bucket |= (part[:120, None] == part[None]).all(2) & near_in_word
+    distances = (bits[:120, None] != bits[None]).sum(2)
+    wanted: dict[tuple[int, int], int] = {}
+    for image, query in np.argwhere(shares_bucket & (distances <= MAX_HASH_DISTANCE_BITS)).tolist():
+        pair = (min(image, query % 120), max(image, query % 120))
+        if pair[0] != pair[1] and (new is None or new[list(pair)].any()):
+            wanted[pair] = min(wanted.get(pair, 256), int(distances[image, query]))
+    near = find_neighbours(views, MAX_HASH_DISTANCE_BITS, new)
+    assert dict(zip(zip(near.images, near.viewed, strict=True), near.distances, strict=True)) == wanted
+    assert len(near.images) == len(wanted) > 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("exact_comparisons", [10**10, 0])
 def test_thousands_of_nearly_equal_hashes_stay_linked_in_bounded_space(monkeypatch, exact_comparisons):
