@@ -292,7 +292,7 @@ def test_a_node_that_is_killed_while_it_scores_costs_only_what_it_was_at(to_scor
 
 
 def test_images_that_a_node_has_otherwise_are_named_and_stop_the_run(cluster, to_score):
-    (to_score[0].images / "later.jpg").write_bytes(jpeg(1))
+    (to_score[0].images / "a.jpg").write_bytes(jpeg(1))  # the first by name, so that all others move
     with pytest.raises(ConfigurationError, match=r"score shard images 0-5: Images must stay as they are"):
         score_there(to_score, cluster.address)
 

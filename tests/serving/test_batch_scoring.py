@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,14 +17,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from deepfake_core.detector import Detector
-from deepfake_core.errors import ConfigurationError
+from deepfake_core.errors import ConfigurationError, DatasetError
 from deepfake_core.monitoring.observations import read_window
 from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.registry import detectors, names, production
 from deepfake_core.serving import batch_scoring
 from deepfake_core.serving.batch_scoring import cut_images, join_shards, place_shards, score_shard
 from deepfake_core.serving.load_versions import Judge
-from tests.builders import NAME, copy_former, draw_portrait, encode, jpeg, score_images
+from deepfake_core.storage.files import remove_folder
+from tests.builders import NAME, ROOT, copy_former, draw_portrait, encode, jpeg, score_images
 
 IMAGES = {"a.jpg": jpeg(1), "below/b.png": encode(draw_portrait(2), "PNG"), "c.webp": b"words"}
 
@@ -248,3 +252,78 @@ def test_the_flow_logs_which_version_scored_what(registered, folder, tmp_path):
     again = score_images(Judge(tmp_path / "pulled", detect=False), folder, tmp_path / "again.parquet")
     assert dataset.dataset.digest == again.digest
     assert not place_shards(tmp_path / "scores.parquet").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api", "small_shards")
+@pytest.mark.parametrize(("failure", "tries"), [(OSError(5, "Input/output error"), 3), (DatasetError("damaged"), 1)])
+def test_a_shard_that_always_fails_is_named_and_the_others_are_kept(former, tmp_path, failure, tries):
+    """The last of three fails: what may heal is tried twice more, and what needs a person is not."""
+    from prefect import flow, task
+
+    from tasks.options import SHARD
+    from tasks.shards import run_shards
+
+    table = write_table(tmp_path / "in.parquet", image=[jpeg(number) for number in range(9)])
+    shards = cut_images(table, tmp_path / "out.parquet", former)
+    tried = []
+
+    @task(**{**SHARD, "name": "score shard", "retry_delay_seconds": 0})
+    def score_or_fail(shard, threads):
+        tried.append(shard.start)
+        if shard.start == 6:
+            raise failure
+        score_shard(shard, threads)
+
+    with pytest.raises(type(failure)) as raised:
+        flow(lambda: run_shards(score_or_fail, shards, "", at_once=1), name="three shards")()
+    assert "score shard in.parquet 6-9" in f"{raised.value} {getattr(raised.value, '__notes__', '')}"
+    assert tried == [0, 3, *[6] * tries]
+    assert [shard.is_done for shard in shards] == [True, True, False]
+
+
+DIES = """
+import itertools, os, sys
+from deepfake_core.serving import batch_scoring
+from flows.score import score
+
+begun, load = itertools.count(1), batch_scoring.load_predictor
+batch_scoring.SHARD_IMAGES = 3
+batch_scoring.load_predictor = lambda *given: os.kill(os.getpid(), 9) if next(begun) == 3 else load(*given)
+score(sys.argv[1], sys.argv[2], detect=False, observe=sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("prefect_api", "small_shards")
+def test_a_flow_that_was_killed_goes_on_from_its_finished_shards(registered, tmp_path, monkeypatch):
+    """It is killed at the third of four shards."""
+    from prefect.settings import PREFECT_API_URL
+
+    from flows import score as flows_score
+
+    *_, version = registered
+    production.move_production(NAME, version, production.find_production(NAME), "test")
+    images = [jpeg(number) for number in range(10)]
+    table = write_table(tmp_path / "in.parquet", image=images)
+    output, seen = tmp_path / "out.parquet", str(tmp_path / "seen")
+    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", DIES, str(table), str(output), seen], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    before = list_files(output)
+    assert sorted(before) == ["0000000000-0000000003.parquet", "0000000003-0000000006.parquet"]
+    assert not output.exists()
+    used: dict[str, int] = {}
+
+    def remove(folder):
+        used.update(list_files(output))
+        remove_folder(folder)
+
+    monkeypatch.setattr(flows_score, "remove_folder", remove)
+    flows_score.score(str(table), str(output), detect=False, observe=seen)
+    assert before.items() <= used.items()
+    assert len(used) == 4
+    assert pd.read_parquet(output)["sha256"].tolist() == [hashlib.sha256(data).hexdigest() for data in images]
+    now = datetime.now(UTC)
+    assert len(read_window(seen, now - timedelta(days=1), now)) == len(images)
+    assert not place_shards(output).exists()
