@@ -60,7 +60,8 @@ def assign_splits(
     split[position < test_fraction + val_fraction] = "val"
     split[position < test_fraction] = "test"
     split[reported & (second < REGRESSION_SHARE)] = REGRESSION
-    rows = _leave_out_across(rows.assign(split=remembered.where(remembered.notna(), split)), links, memory)
+    split = remembered.where(remembered.notna(), split).astype(str)  # with and without memory, the same manifest
+    rows = _leave_out_across(rows.assign(split=split), links, memory)
     split = rows["split"].where(rows["kept"], "")
     path = (split + "/" + rows["label"] + "/" + rows["sha256"] + rows["format"].map(SUFFIXES)).where(rows["kept"], "")
     rows = rows.assign(split=split, path=path)
