@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import mlflow
@@ -56,6 +56,8 @@ from tests.builders import NAME
 processes = multiprocessing.get_context("forkserver")
 """Forks each process from one that has imported this module."""
 
+Layout = Literal["files", "shards"]
+
 ZIP, DATA = "a.zip", "data"
 SIZE = 32
 TRAINING = TrainingParameters(candidates=("cnn",), image_size=SIZE, epochs=2)
@@ -63,13 +65,13 @@ EVALUATION = EvaluationParameters(robustness_images=0)
 PROMOTION = PromotionParameters(min_precision=0, min_recall=0, max_false_alarm_rate=1)
 
 
-def retrain(folder: Path) -> str:
+def retrain(folder: Path, layout: Layout = "files") -> str:
     """Do what the flow `retrain` does with a folder's zip; return the version."""
     connect()
     store = open_store(folder / DATA)
     with lock_folder(store.folder, "a small retrain"):
         runs.end_killed_runs(store)
-        dataset = prepare(folder)
+        dataset = prepare(folder, layout)
         known = fingerprint.fingerprint_training(dataset.version, TRAINING, EVALUATION, PROMOTION)
         same = fingerprint.find_same_training(NAME, known)
         if same is None:
@@ -78,14 +80,14 @@ def retrain(folder: Path) -> str:
         return same.version
 
 
-def describe_data(folder: Path) -> DataParameters:
-    source = Source(name=str(folder / ZIP))
-    return DataParameters(sources=(source,), data_dir=str(folder / DATA), test_fraction=0.25, val_fraction=0.25)
+def describe_data(folder: Path, layout: Layout = "files") -> DataParameters:
+    source, place = Source(name=str(folder / ZIP)), str(folder / DATA)
+    return DataParameters(sources=(source,), data_dir=place, test_fraction=0.25, val_fraction=0.25, layout=layout)
 
 
-def prepare(folder: Path) -> Dataset:
+def prepare(folder: Path, layout: Layout = "files") -> Dataset:
     """Do what the flow `prepare` does."""
-    data, store = describe_data(folder), open_store(folder / DATA)
+    data, store = describe_data(folder, layout), open_store(folder / DATA)
     with lock_folder(store.folder, "a small retrain"):
         archive = fetch_archive(data.sources[0], store)
         index = write_index(archive, store)

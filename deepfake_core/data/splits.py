@@ -52,7 +52,7 @@ def assign_splits(
     split = _draw_splits(rows, val_fraction, test_fraction)
     if memory:
         remembered = rows["sha256"].map(memory).groupby(rows["group"]).transform("first")
-        split = remembered.where(remembered.notna(), split)
+        split = remembered.where(remembered.notna(), split).astype(split.dtype)  # the same manifest as without
     rows = _leave_out_across(rows.assign(split=split), links, memory)
     split = rows["split"].where(rows["kept"], "")
     path = (split + "/" + rows["label"] + "/" + rows["sha256"] + rows["format"].map(SUFFIXES)).where(rows["kept"], "")

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES
@@ -25,6 +26,9 @@ PLACES = "shards.parquet"
 
 TAR_NAME = re.compile(r"[a-z]+/\d{6}\.tar")
 TAR_IMAGES = 10_000
+
+PATH_BYTES = 96
+"""Longer than any image's path; of a longer one in an index, the rest is cut, so that it is no image's."""
 
 HEADER_BYTES = 512
 BYTES_BESIDE = 4 * HEADER_BYTES
@@ -41,35 +45,41 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Reads images of a folder by their paths.
+    """Reads images of a folder by their paths. Threads may share it: nothing of it changes.
 
     Raises:
-        ArchiveError: if the index can't be read, or names a file that is no tar of the folder.
+        ArchiveError: if the index can't be read, or names what is no tar of the folder, or one that ends too early.
     """
 
     def __init__(self, folder: Path) -> None:
         rule = f"{folder / PLACES} must list the images in tars, each once"
         try:
             rows = pd.read_parquet(folder / PLACES, columns=list(Place._fields))
-        except (OSError, ValueError) as exc:
+            paths, tars = (
+                rows["path"].to_numpy(object).astype(f"S{PATH_BYTES}"),
+                pd.Categorical(rows["tar"].astype(str)),
+            )
+            offsets, sizes = (rows[column].astype("int64").to_numpy() for column in ("offset", "bytes"))
+        except (OSError, ValueError, TypeError, OverflowError) as exc:
             raise ArchiveError(
                 f"{rule}. Received: a file that can't be read ({exc}). Publish the images again."
             ) from exc
-        tars = rows["tar"].astype("category")
-        odd = [name for name in tars.cat.categories if not TAR_NAME.fullmatch(str(name))]
-        if (
-            odd
-            or not rows["path"].is_unique
-            or not rows["bytes"].between(0, MAX_BYTES).all()
-            or (rows["offset"] < 0).any()
-        ):
+        order = np.argsort(paths)
+        paths, codes, offsets, sizes = paths[order], tars.codes[order], offsets[order], sizes[order]
+        odd = [name for name in tars.categories if not TAR_NAME.fullmatch(name)]
+        is_odd = (codes < 0) | (offsets < 0) | (offsets + sizes < offsets) | (sizes > MAX_BYTES)
+        if odd or is_odd.any() or (paths[1:] == paths[:-1]).any():
             raise ArchiveError(
                 f"{rule}, in at most {MAX_BYTES:,} bytes each. Received: another list {odd[:1] or ''}. "
                 "Publish the images again."
             )
-        self._folder, self.paths = folder, pd.Index(rows["path"])
-        self._tars, self._names = tars.cat.codes.to_numpy(), list(tars.cat.categories)
-        self._offsets, self._bytes = rows["offset"].to_numpy(), rows["bytes"].to_numpy()
+        self._folder, self._paths = folder, paths
+        self._tars, self._names, self._offsets, self._bytes = codes, list(tars.categories), offsets, sizes
+        self._check_sizes()
+
+    @property
+    def paths(self) -> list[str]:
+        return [path.decode() for path in self._paths]
 
     @property
     def tars(self) -> list[str]:
@@ -80,21 +90,34 @@ class Places:
 
         Raises:
             ArchiveError: if there is no such image, or the tar ends before it does.
+            OSError: if the tar can't be read.
         """
-        try:
-            number = self.paths.get_loc(path)
-        except KeyError:
-            raise ArchiveError(f"{self._folder / PLACES} must list each image. Received: none at {path}.") from None
-        file, wanted = self._folder / self._names[self._tars[number]], int(self._bytes[number])
+        wanted = np.array(path.encode(), self._paths.dtype)  # of another width, all paths would be converted
+        number = int(np.searchsorted(self._paths, wanted))
+        if number == len(self._paths) or self._paths[number] != path.encode():
+            raise ArchiveError(f"{self._folder / PLACES} must list each image. Received: none at {path}.")
+        file, size = self._folder / self._names[self._tars[number]], int(self._bytes[number])
         with file.open("rb") as tar:
             tar.seek(self._offsets[number])
-            data = tar.read(wanted)
-        if len(data) != wanted:
-            raise ArchiveError(
-                f"A tar must hold what {PLACES} says. Received: {file}, which ends within {path}. Remove the data set "
-                "and run `prepare` again."
-            )
+            data = tar.read(size)
+        if len(data) != size:
+            raise self._describe_damage(file, number)
         return data
+
+    def _check_sizes(self) -> None:
+        ends = pd.Series(self._offsets).add(self._bytes)
+        last = ends.groupby(self._tars).idxmax()
+        for code, number in zip(last.index.tolist(), last.tolist(), strict=True):
+            file = self._folder / self._names[code]
+            if not file.is_file() or file.stat().st_size < ends[number]:
+                raise self._describe_damage(file, number)
+
+    def _describe_damage(self, file: Path, number: int) -> ArchiveError:
+        found = f"which ends within {self._paths[number].decode()}" if file.is_file() else "which is missing"
+        return ArchiveError(
+            f"A tar must hold what {PLACES} says. Received: {file}, {found}. Remove the data set and run `prepare` "
+            "again."
+        )
 
 
 def write_tars(folder: Path, split: str, images: Iterable[tuple[str, bytes]]) -> Iterator[Place]:

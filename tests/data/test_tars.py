@@ -133,6 +133,8 @@ def test_damage_is_named(both):
         {"bytes": 1 << 40},
         {"bytes": -1},
         {"offset": -1},
+        {"offset": (1 << 63) - 1},
+        {"tar": None},
         {"path": "train/real/twice.jpg"},
     ],
 )
@@ -141,11 +143,50 @@ def test_a_hostile_index_is_refused(both, change):
     places = pd.read_parquet(shards.path / PLACES)
     places.loc[: 1 if name == "path" else 0, name] = value
     places.to_parquet(shards.path / PLACES)
-    with pytest.raises(ArchiveError, match="must list the images in tars, each once"):
+    with pytest.raises(ArchiveError, match="must list the images in tars, each once, in at most"):
         open_dataset(shards.path).read(places["path"].iloc[-1])
     (shards.path / PLACES).write_bytes(b"no Parquet")
     with pytest.raises(ArchiveError, match="a file that can't be read"):
         open_dataset(shards.path).read(places["path"].iloc[-1])
+
+
+@pytest.mark.parametrize("values", [[None], ["a"], [[1]], [1 << 63]], ids=str)
+@pytest.mark.parametrize("column", ["offset", "bytes"])
+def test_an_index_of_other_types_is_refused(both, column, values):
+    shards = both[1]
+    places = pd.read_parquet(shards.path / PLACES)
+    places[column] = pd.Series(values * len(places), dtype="uint64" if values == [1 << 63] else object)
+    places.to_parquet(shards.path / PLACES)
+    with pytest.raises(ArchiveError, match="must list the images in tars, each once"):
+        shards.read(places["path"].iloc[0])
+
+
+def test_a_tar_that_is_cut_or_missing_is_named_before_any_image_is_read(both):
+    first, shards = both[1], open_dataset(both[1].path)
+    last = pd.read_parquet(first.path / PLACES).query("tar == 'test/000000.tar'").iloc[-1]
+    file = first.path / last["tar"]
+    with file.open("r+b") as tar:
+        tar.truncate(int(last["offset"]) + 10)
+    with pytest.raises(ArchiveError, match=rf"{last['tar']}, which ends within {last['path']}"):
+        load_images(first, "train", 32)
+    file.unlink()
+    with pytest.raises(ArchiveError, match=rf"{last['tar']}, which is missing"):
+        load_images(shards, "train", 32)
+
+
+def test_an_index_that_leads_beyond_its_tar_is_refused(both):
+    shards = both[1]
+    places = pd.read_parquet(shards.path / PLACES)
+    places.loc[3, "offset"] = 1 << 62
+    places.to_parquet(shards.path / PLACES)
+    with pytest.raises(ArchiveError, match=f"which ends within {places['path'][3]}"):
+        shards.read(places["path"].iloc[0])
+
+
+@pytest.mark.parametrize("path", ["", "a", "zzz", "train/real/none.jpg", "train/real/" + "é" * 99, "x" * 500])
+def test_a_path_that_is_not_listed_is_refused(both, path):
+    with pytest.raises(ArchiveError, match=r"must list each image\. Received: none at"):
+        both[1].read(path)
 
 
 def test_the_folder_can_be_moved(both, tmp_path):

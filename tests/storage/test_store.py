@@ -231,6 +231,9 @@ def test_tars_that_are_not_the_manifests_are_refused(s3_url, go_to, tmp_path):
     with pytest.raises(ArchiveError, match="which ends within"):
         open_dataset(first.address)
     lines = read_object(f"{first.address}/{SUMS}").decode().splitlines(keepends=True)
+    write_object(f"{first.address}/{SUMS}", "".join(line for line in lines if tar not in line).encode())
+    with pytest.raises(ArchiveError, match=f"{tar}, which is missing"):
+        open_dataset(first.address)
     write_object(f"{first.address}/{SUMS}", "".join(line for line in lines if ".tar" not in line).encode())
     with pytest.raises(ArchiveError, match=f"must list {PACKED}, or {PLACES} and tars"):
         open_dataset(first.address)
