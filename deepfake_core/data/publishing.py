@@ -158,8 +158,9 @@ def _pack_images(
 ) -> None:
     """Write tars of each split, in order of SHA-256: so classes and sources are mixed, for those who read in order."""
     kept = manifest.loc[manifest["kept"], ["source", "member", "sha256", "split", "path", "bytes"]]
-    needed = int(kept["bytes"].sum()) + len(kept) * BYTES_BESIDE
-    require_space(folder.parent, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
+    if normalise == "none":
+        needed = int(kept["bytes"].sum()) + len(kept) * BYTES_BESIDE
+        require_space(folder.parent, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
     places: list[Place] = []
     with ExitStack() as opened, ThreadPoolExecutor(os.cpu_count()) as pool:
         readers = {one.source.short_name: opened.enter_context(one.open()) for one in archives}
