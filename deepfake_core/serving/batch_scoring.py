@@ -165,7 +165,7 @@ def _check_images(shard: ScoreShard) -> None:
     if list_images(shard.images).describe(shard.start, shard.stop) != shard.key:
         raise ConfigurationError(
             f"Images must stay as they are while they are scored. Received: {shard.images}, where some changed, or are "
-            f"others on {socket.gethostname()}. Run again: what changed is scored anew."
+            f"others on {socket.gethostname()}. Run again: all are scored anew."
         )
 
 
