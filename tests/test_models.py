@@ -34,6 +34,7 @@ def test_every_architecture_has_a_file():
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", get_args(Architecture))
 def test_a_candidate_takes_pixels_and_gives_a_probability_that_depends_on_them(architecture):
+    keras.utils.set_random_seed(0)  # some first weights give a probability that float32 rounds to 1
     model = build(architecture, image_size=64)
     assert model.name == architecture
     pixels = np.random.default_rng(0).normal(128, 20, (2, 64, 64, 3)).astype(np.float32)
