@@ -40,9 +40,9 @@ from deepfake_core.config import KAGGLE_SOURCES, DataParameters, Source
 from deepfake_core.data import hashes, neighbours
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.contents import MIN_DECODED_PIXELS
-from deepfake_core.data.duplicates import MAX_HASH_DISTANCE_BITS
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import MAX_HASH_DISTANCE_BITS
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.storage.files import write_json

@@ -21,9 +21,10 @@ import pandas as pd
 from PIL import Image, ImageEnhance, ImageFilter
 
 from deepfake_core.config import KAGGLE_SOURCES
-from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import find_links
 from deepfake_core.storage.files import write_json
 from deepfake_core.storage.store import open_store
 

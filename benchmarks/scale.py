@@ -37,11 +37,13 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.data import duplicates, neighbours, publishing, splits
+from deepfake_core.data import duplicates, links, publishing, splits
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.hash_tables import choose_tables
 from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
 from deepfake_core.data.index import read_facts
+from deepfake_core.data.neighbours import compare_tables
 from deepfake_core.storage.files import write_json
 from deepfake_core.storage.store import Store, open_store
 
@@ -215,31 +217,32 @@ def search_tables(file: Path, count: int) -> dict[str, Any]:
         for start in range(0, count * len(VIEWS), 1_000_000):
             written.write(random.bytes(min(1_000_000, count * len(VIEWS) - start) * HASH_BYTES))
     hashes = np.asarray(np.memmap(file, np.uint8, "r", shape=(len(VIEWS), count, HASH_BYTES)))
-    all_tables, neighbours.TABLES = neighbours.TABLES, TABLES_TIMED
+    all_tables, bits = choose_tables(count)
+    tables, cores = range(TABLES_TIMED), os.cpu_count() or 1
     steps = Steps()
     with steps.step("pair search"):
-        found = neighbours.find_neighbours(hashes, duplicates.MAX_HASH_DISTANCE_BITS)
-    measured = steps.measured["pair search"]
-    hours = measured["seconds"] * all_tables / TABLES_TIMED / 3600
-    return measured | {"hours_of_all_tables": hours, "all_pairs_of_buckets_compared": bool(found.lasting)}
+        found = compare_tables(hashes, links.MAX_HASH_DISTANCE_BITS, tables, None, cores)
+    measured: dict[str, Any] = dict(steps.measured["pair search"])
+    measured |= {"tables": all_tables, "bits": bits, "all_pairs_of_buckets_compared": found.complete}
+    return measured | {"hours_of_all_tables": measured["seconds"] * all_tables / TABLES_TIMED / 3600}
 
 
 def run_tables(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
     """Group, split and publish an index, with the planted pairs as links."""
     store = open_store(data_dir)
     store.indexes().mkdir(parents=True)
-    links = pd.read_parquet(planted_file)
-    links = links.assign(likeness=np.float32(0.7), difference=np.float32(20), same_picture=links["image"] < "4")
+    near = pd.read_parquet(planted_file)
+    near = near.assign(likeness=np.float32(0.7), difference=np.float32(20), same_picture=near["image"] < "4")
     steps = Steps()
-    group_and_publish(steps, file, links, store)
+    group_and_publish(steps, file, near, store)
     return steps.measured
 
 
-def group_and_publish(steps: Steps, file: Path, links: pd.DataFrame, store: Store) -> Dataset:
+def group_and_publish(steps: Steps, file: Path, near: pd.DataFrame, store: Store) -> Dataset:
     with steps.step("grouping"):
-        rows = duplicates.mark_duplicates(read_facts([file]), links)
+        rows = duplicates.mark_duplicates(read_facts([file]), near)
     with steps.step("split"):
-        rows = splits.assign_splits(rows, links, {}, 0.15, 0.15)
+        rows = splits.assign_splits(rows, near, {}, 0.15, 0.15)
     archive = Archive(Source(name=str(file.with_name("simulated.zip"))), file, "0" * 64, 0)
     publishing._copy_images = lambda *args: args[2].mkdir(parents=True)  # a simulated index has no image files
     with steps.step("manifest"):
@@ -252,36 +255,36 @@ def run_steps(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
     store.indexes().mkdir(parents=True)
     before, before_whole = read_memory()
     steps, kept = Steps(), dict[str, Any]()
-    steps.watch(duplicates, "list_pictures", "list the pictures", kept)
-    steps.watch(duplicates, "lay_out", "write thumbnails and hashes", kept)
-    steps.watch(duplicates, "find_neighbours", "pair search", kept)
-    steps.watch(duplicates, "measure_pairs", "second look", kept)
+    steps.watch(links, "list_pictures", "list the pictures", kept)
+    steps.watch(links, "lay_out", "write thumbnails and hashes", kept)
+    steps.watch(links, "_find_near", "pair search", kept)
+    steps.watch(links, "measure_pairs", "second look", kept)
     start = time.perf_counter()
-    links = duplicates.find_or_read_links([file], store)
+    near = links.find_or_read_links([file], store)
     searched = time.perf_counter() - start
-    pictures, near = kept["list the pictures"], kept["pair search"]
+    pictures, found = kept["list the pictures"], kept["pair search"]
     stands = np.flatnonzero(pictures.stand_in == np.arange(len(pictures)))
-    candidates = set(zip(*(pictures.name(stands[each]) for each in (near.images, near.viewed)), strict=True))
-    rows_searched, complete = len(pictures), near.lasting
-    del pictures, near, stands
+    candidates = set(zip(*(pictures.name(stands[each]) for each in (found.images, found.viewed)), strict=True))
+    rows_searched, complete = len(pictures), found.lasting
+    del pictures, found, stands
     kept.clear()
     planted = pd.read_parquet(planted_file)
     recall = {
         "pair_search": measure_recall(planted, candidates),
-        "links": measure_recall(planted, set(zip(links["image"], links["other"], strict=True))),
+        "links": measure_recall(planted, set(zip(near["image"], near["other"], strict=True))),
     }
     del candidates, planted
     first, steps.measured = steps.measured, {}
     with steps.step("search again, nothing new"):
-        links = duplicates.find_or_read_links([file], store)
+        near = links.find_or_read_links([file], store)
     steps.measured = first | {"search again, nothing new": steps.measured["search again, nothing new"]}
     kept.clear()
-    dataset = group_and_publish(steps, file, links, store)
+    dataset = group_and_publish(steps, file, near, store)
     seconds = searched + sum(steps.measured[name]["seconds"] for name in ("grouping", "split", "manifest"))
     return {
         "rows": dataset.description["counts"]["files"],
         "pictures": rows_searched,
-        "links": len(links),
+        "links": len(near),
         "kept": dataset.description["counts"]["kept"],
         "version": dataset.version,
         "all_pairs_of_buckets_compared": bool(complete),

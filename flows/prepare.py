@@ -38,10 +38,10 @@ def prepare(data: DataParameters = DataParameters()) -> str:
         archives = download.map(sources, unmapped(store)).result()
         run_shards(index_shard, list_shards(archives, store), data.cluster)
         indexes = index_archive.map(archives, unmapped(store)).result()
-        links = find_near_copies(indexes, store)
-        rows = split(deduplicate(indexes, links), links, store, data)
+        near = find_near_copies(indexes, store, data.cluster)
+        rows = split(deduplicate(indexes, near), near, store, data)
         dataset = merge(rows, archives, store, data)
-        report_on_data(dataset, links, archives)
+        report_on_data(dataset, near, archives)
         if store.url:
             share(dataset)
     return dataset.address

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -12,17 +13,19 @@ from prefect.blocks.system import Secret
 
 from deepfake_core import housekeeping
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.data import confirmed, duplicates, index, kaggle, publishing, split_memory, splits
+from deepfake_core.data import confirmed, duplicates, index, kaggle, links, publishing, split_memory, splits
 from deepfake_core.data import dataset as datasets
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.credentials import VARIABLES
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.links import TableShard
 from deepfake_core.data.shards import Shard
 from deepfake_core.housekeeping import Removal
 from deepfake_core.reports import data_report
 from deepfake_core.storage.store import Store
 from tasks.options import CPU, NETWORK, SHARD
 from tasks.progress import report_progress
+from tasks.shards import run_shards
 
 KAGGLE_BLOCK = "kaggle-api-token"
 """Name of the Secret block in Prefect that holds Kaggle's token, where no variable does."""
@@ -76,23 +79,30 @@ def index_shard(shard: Shard, threads: int) -> None:
     index.index_shard(shard, threads)
 
 
+@task(name="compare hashes", task_run_name="compare hashes of tables {shard}", **SHARD)
+def compare_hashes(shard: TableShard, threads: int) -> None:
+    """Write the pairs of pictures that some hash tables find, unless they are there."""
+    links.search_shard(shard, threads)
+
+
 @task(name="find near copies", **CPU)
-def find_near_copies(indexes: Sequence[Path], store: Store) -> pd.DataFrame:
+def find_near_copies(indexes: Sequence[Path], store: Store, cluster: str) -> pd.DataFrame:
     """Find the pairs of pictures that are copies, edits or neighbours of each other."""
-    return duplicates.find_or_read_links(indexes, store)
+    cluster = "" if store.url else cluster  # a shard's nodes read the hashes from the data folder
+    return links.find_or_read_links(indexes, store, partial(run_shards, compare_hashes, cluster=cluster, at_once=1))
 
 
 @task(name="deduplicate", **CPU)
-def deduplicate(indexes: Sequence[Path], links: pd.DataFrame) -> pd.DataFrame:
+def deduplicate(indexes: Sequence[Path], near: pd.DataFrame) -> pd.DataFrame:
     """Group near copies, and keep one copy per picture across all sources."""
-    return duplicates.mark_duplicates(index.read_facts(indexes), links)
+    return duplicates.mark_duplicates(index.read_facts(indexes), near)
 
 
 @task(name="split", **CPU)
-def split(rows: pd.DataFrame, links: pd.DataFrame, store: Store, data: DataParameters) -> pd.DataFrame:
+def split(rows: pd.DataFrame, near: pd.DataFrame, store: Store, data: DataParameters) -> pd.DataFrame:
     """Put each kept image into a split, whole groups together and known images where they were."""
     memory = split_memory.read_memory(store)
-    return splits.assign_splits(rows, links, memory, data.val_fraction, data.test_fraction)
+    return splits.assign_splits(rows, near, memory, data.val_fraction, data.test_fraction)
 
 
 @task(name="merge", **CPU)
@@ -110,9 +120,9 @@ def merge(rows: pd.DataFrame, archives: Sequence[Archive], store: Store, data: D
 
 
 @task(name="report on data", **CPU)
-def report_on_data(dataset: Dataset, links: pd.DataFrame, archives: Sequence[Archive]) -> None:
+def report_on_data(dataset: Dataset, near: pd.DataFrame, archives: Sequence[Archive]) -> None:
     """Write the data set's report beside its images, and link it."""
-    path = data_report.write_report(dataset, links, archives)
+    path = data_report.write_report(dataset, near, archives)
     create_link_artifact(
         path.as_uri(),
         key="data-report",

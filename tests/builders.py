@@ -30,10 +30,11 @@ from deepfake_core.config import (
 )
 from deepfake_core.data.confirmed import fetch_confirmed
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.images import Images
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import find_links
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.split_memory import read_memory
 from deepfake_core.data.splits import assign_splits

@@ -33,10 +33,11 @@ from deepfake_core.config import (
     TrainingParameters,
 )
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.duplicates import find_or_read_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.images import load_seen
 from deepfake_core.data.index import read_facts, write_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import find_or_read_links
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.split_memory import read_memory
 from deepfake_core.data.splits import assign_splits

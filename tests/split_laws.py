@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from deepfake_core.config import SPLITS
 from deepfake_core.data import groups
-from deepfake_core.data.duplicates import LINK_COLUMNS, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
+from deepfake_core.data.links import LINK_COLUMNS
 from deepfake_core.data.reported_images import WHOLE_IMAGE
 from deepfake_core.data.splits import assign_splits
 

@@ -35,7 +35,7 @@ from flows.prepare import prepare
 from tasks.data import index_shard
 from tasks.scoring import score_shard
 from tasks.shards import CODE, run_shards
-from tests.builders import ROOT, copy_former, faces, free_port, jpeg, score_images, wait_until, write_zip
+from tests.builders import ROOT, copy_former, faces, forbid, free_port, jpeg, score_images, wait_until, write_zip
 
 pytestmark = [
     pytest.mark.usefixtures("prefect_api"),
@@ -206,6 +206,17 @@ def test_two_nodes_give_the_data_set_of_one_machine(cluster, data, local, used):
     prepare(there)
     assert hash_results(there) == local
     assert len(used) == 20
+
+
+def test_two_nodes_find_the_near_copies_that_one_machine_finds(cluster, data, monkeypatch, tmp_path):
+    monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)  # as among many
+    monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 400)
+    alone = data.model_copy(update={"data_dir": str(tmp_path / "alone")})
+    prepare(alone)
+    forbid(monkeypatch, "deepfake_core.data.links.compare_tables")  # here; nodes have their own
+    there = data.model_copy(update={"cluster": cluster.address})
+    prepare(there)
+    assert hash_results(there) == hash_results(alone)
 
 
 def test_a_node_that_is_killed_costs_only_what_it_was_at(data, local, held, used):

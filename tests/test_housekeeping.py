@@ -17,10 +17,11 @@ from deepfake_core import housekeeping
 from deepfake_core.cli import build_parser, main
 from deepfake_core.config import DEFAULT_KEEP, DataParameters, Source
 from deepfake_core.data.dataset import Dataset, open_dataset
-from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.images import load_images
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import find_links
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.split_memory import read_memory
 from deepfake_core.data.splits import assign_splits

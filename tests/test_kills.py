@@ -18,8 +18,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL
 
 from deepfake_core.data.dataset import Dataset, open_dataset
-from deepfake_core.data.duplicates import LINKS_FORMAT
 from deepfake_core.data.index import INDEX_FORMAT
+from deepfake_core.data.links import LINKS_FORMAT
 from deepfake_core.registry import names
 from deepfake_core.registry.runs import search_runs
 from deepfake_core.registry.versions import list_versions

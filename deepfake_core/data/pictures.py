@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
-from deepfake_core.storage.files import require_space
+from deepfake_core.storage.files import remove_folder, require_space
 
 MIN_CONTRAST_GREYS = 8
 """Grey levels between the darkest and the brightest of a thumbnail; the hash of an even picture is noise."""
@@ -52,6 +53,10 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def count_distinct(self) -> int:
+        """Return the number of pictures that stand for themselves."""
+        return int((self.stand_in == np.arange(len(self))).sum())
 
     def name(self, positions: np.ndarray) -> list[str]:
         """Return the SHA-256 of some pictures, in hex."""
@@ -125,7 +130,7 @@ def list_pictures(read: Read) -> Pictures:
 
 
 def lay_out(pictures: Pictures, read: Read, folder: Path) -> Looks:
-    """Write thumbnails and hashes of pictures into an empty folder.
+    """Write thumbnails and hashes of pictures into a folder, unless they are there from a run that was killed later.
 
     Args:
         read: what `list_pictures` had.
@@ -133,19 +138,34 @@ def lay_out(pictures: Pictures, read: Read, folder: Path) -> Looks:
     Raises:
         DiskError: if they do not fit on the disk.
     """
+    by_row = np.argsort(pictures.row)
+    place = np.empty(len(pictures), np.int64)
+    place[by_row] = np.arange(len(pictures))
+    if not (whole := folder / "whole").exists():
+        remove_folder(folder)
+        folder.mkdir(parents=True)
+        _write_looks(pictures, by_row, read, folder)
+        whole.touch()
+    thumbnails = _map(folder / "thumbnails").reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    return Looks(thumbnails, place, map_hashes(folder))
+
+
+def map_hashes(folder: Path) -> np.ndarray:
+    """Return the hashes that `lay_out` wrote, uint8 of shape (views, m, 32)."""
+    return _map(folder / "hashes").reshape(len(VIEWS), -1, HASH_BYTES)
+
+
+def _write_looks(pictures: Pictures, by_row: np.ndarray, read: Read, folder: Path) -> None:
     count = len(pictures)
     stands = np.flatnonzero(pictures.stand_in == np.arange(count))
     needed = count * THUMBNAIL_BYTES + len(stands) * len(VIEWS) * HASH_BYTES
     require_space(folder, needed, f"The search for near copies in {folder}", "set `data.data_dir` to another disk")
-    by_row = np.argsort(pictures.row)
     wanted = pictures.row[by_row]
-    place = np.empty(count, np.int64)
-    place[by_row] = np.arange(count)
     column = np.full(count, -1)  # of each picture's hash
     column[stands] = np.arange(len(stands))
     column = column[by_row]
-    thumbnails = _map(folder / "thumbnails", (count, THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    hashes = _map(folder / "hashes", (len(VIEWS), len(stands), HASH_BYTES))
+    thumbnails = _map(folder / "thumbnails", count * THUMBNAIL_BYTES).reshape(count, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
+    hashes = _map(folder / "hashes", len(VIEWS) * len(stands) * HASH_BYTES).reshape(len(VIEWS), -1, HASH_BYTES)
     begin = start = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in _keep_usable(read, ["thumbnail"]):
@@ -158,7 +178,6 @@ def lay_out(pictures: Pictures, read: Read, folder: Path) -> Looks:
             for view, part in enumerate(found):
                 hashes[view, columns[stands_here]] = part
             begin, start = begin + len(batch), stop
-    return Looks(thumbnails, place, hashes)
 
 
 def list_hex(digests: np.ndarray) -> list[str]:
@@ -180,9 +199,13 @@ def _keep_usable(read: Read, columns: list[str]) -> Iterator[pa.RecordBatch]:
         yield batch.filter(pc.equal(batch.column(0), "")).select(columns)
 
 
-def _map(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a new array of uint8 that is kept in a file."""
-    return np.asarray(np.memmap(file, np.uint8, "w+", shape=shape)) if min(shape) else np.empty(shape, np.uint8)
+def _map(file: Path, size: int | None = None) -> np.ndarray:
+    """Return the bytes of a file as uint8 of shape (size,): of a new file of this size, or to read."""
+    if size is not None:
+        file.touch()
+        os.truncate(file, size)
+    mode: Literal["r", "r+"] = "r" if size is None else "r+"
+    return np.asarray(np.memmap(file, np.uint8, mode)) if file.stat().st_size else np.empty(0, np.uint8)
 
 
 def _stack(values: Sequence[bytes], size: int) -> np.ndarray:

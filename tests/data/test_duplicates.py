@@ -1,6 +1,7 @@
 import itertools
 import tempfile
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepfake_core.config import Source
-from deepfake_core.data.duplicates import LINK_COLUMNS, find_links, find_or_read_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.hashes import hash_thumbnails
 from deepfake_core.data.index import build_index, read_facts, write_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import LINK_COLUMNS, TableShard, find_links, find_or_read_links, search_shard
 from deepfake_core.storage.store import open_store
 from tests.builders import FACES, draw_image, encode, faces, forbid, jpeg, needs_faces, recode, write_zip
 
@@ -118,7 +120,7 @@ def test_pictures_that_were_searched_before_are_not_searched_again(tmp_path, mon
     first = find_or_read_links([whole], store)
     assert len(first) == 1
     with monkeypatch.context() as patch:
-        forbid(patch, "deepfake_core.data.duplicates.find_neighbours")
+        forbid(patch, "deepfake_core.data.links.find_neighbours")
         pd.testing.assert_frame_equal(find_or_read_links([keep(index[::-1], tmp_path)], store), first)
         with pytest.raises(AssertionError):
             find_or_read_links([keep(index.iloc[1:], tmp_path)], store)
@@ -143,7 +145,7 @@ def draw_many(count: int, folder: Path) -> Path:
 def test_no_stage_holds_all_thumbnails_or_hashes_of_views(tmp_path, monkeypatch):
     """Memory may grow by half of what the thumbnails alone are."""
     monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
-    monkeypatch.setattr("deepfake_core.data.neighbours.TABLES", 2)
+    monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 2)
     peaks = []
     for count in (10_000, 30_000):
         file, store = draw_many(count, tmp_path), open_store(tmp_path / "data")
@@ -158,10 +160,47 @@ def test_no_stage_holds_all_thumbnails_or_hashes_of_views(tmp_path, monkeypatch)
         assert after - before < 20_000 * 1024 / 2
 
 
+def test_a_search_that_was_killed_goes_on_from_its_finished_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
+    monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 350)
+    file, store, begun = draw_many(60, tmp_path), open_store(tmp_path / "data"), list[str]()
+
+    def run(shards: Sequence[TableShard]) -> None:
+        for number, shard in enumerate(shards):
+            begun.append(str(shard))
+            if killed and number == 2:
+                raise KeyboardInterrupt
+            search_shard(shard, threads=1)
+
+    killed = True
+    with pytest.raises(KeyboardInterrupt):
+        find_or_read_links([file], store, run)
+    killed = False
+    with monkeypatch.context() as patch:
+        forbid(patch, "deepfake_core.data.pictures.hash_thumbnails")
+        links = find_or_read_links([file], store, run)
+    assert begun == ["0-100", "100-200", "200-300", "200-300", "300-350"]
+    pd.testing.assert_frame_equal(links, find_links(pd.read_parquet(file)))
+    assert list(store.indexes().glob(".*")) == []
+
+
+def test_a_search_of_other_pictures_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
+    store = open_store(tmp_path / "data")
+
+    def run(shards: Sequence[TableShard]) -> None:
+        raise KeyboardInterrupt(shards[0])
+
+    for count in (5, 6):
+        with pytest.raises(KeyboardInterrupt):
+            find_or_read_links([draw_many(count, tmp_path)], store, run)
+        assert len(list(store.indexes().glob(".near copies*"))) == 1
+
+
 @pytest.mark.slow
 def test_where_an_archive_grew_only_what_is_new_is_searched(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
-    monkeypatch.setattr("deepfake_core.data.neighbours.TABLES", 100)
+    monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 100)
     caplog.set_level("INFO")
     store = open_store(tmp_path / "data")
     copies = {f"fake/small{i}.jpg": encode(draw_image(i).resize((44, 44)), quality=85) for i in range(10)}
@@ -296,8 +335,8 @@ def test_a_search_that_goes_on_from_another_finds_what_a_search_anew_does(search
     """With up to 11 frames no bucket is full; with more, some are."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
-        patch.setattr("deepfake_core.data.neighbours.TABLES", 20)
-        patch.setattr("deepfake_core.data.neighbours.MAX_NEIGHBOURS", 11)
+        patch.setattr("deepfake_core.data.hash_tables.TABLES", 20)
+        patch.setattr("deepfake_core.data.hash_tables.MAX_NEIGHBOURS", 11)
         for missing, frames in searches:
             present = POOL[~POOL.index.isin(missing)].drop_duplicates("sha256")
             index = pd.concat([present, FILM.iloc[:frames]])

@@ -1,10 +1,13 @@
+import itertools
+from math import comb
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from deepfake_core.data import neighbours
+from deepfake_core.data import hash_tables, neighbours
 from deepfake_core.data.hashes import VIEWS, View, hash_thumbnails, shrink_images
 from deepfake_core.data.neighbours import find_neighbours
 from tests.builders import CHANGES, draw_image
@@ -135,11 +138,16 @@ def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_com
 
 @pytest.mark.parametrize("members_at_once", [1 << 16, 7])
 @pytest.mark.parametrize("among", ["all", "new"])
-def test_among_many_exactly_those_pairs_are_found_that_share_a_bucket(monkeypatch, members_at_once, among):
+@pytest.mark.parametrize(("many_images", "table_bits"), [(2_000_000, 20), (0, 24)])
+def test_among_many_exactly_those_pairs_are_found_that_share_a_bucket(
+    monkeypatch, members_at_once, among, many_images, table_bits
+):
     """Against a search that compares the sampled bits of all pairs, one by one."""
     monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", 0)
-    monkeypatch.setattr(neighbours, "TABLES", 5)
-    monkeypatch.setattr(neighbours, "MEMBERS_AT_ONCE", members_at_once)
+    monkeypatch.setattr(hash_tables, "MANY_IMAGES", many_images)
+    monkeypatch.setattr(hash_tables, "TABLES", 5)
+    monkeypatch.setattr(hash_tables, "MORE_TABLES", 5)
+    monkeypatch.setattr(hash_tables, "MEMBERS_AT_ONCE", members_at_once)
     random = np.random.default_rng(2)
     views = random.integers(0, 256, (3, 120, 32), dtype=np.uint8)
     flipped = random.random((3, 60, 256)) < random.choice([0, 0.05, 0.1, 0.2], (3, 60, 1))
@@ -151,7 +159,7 @@ def test_among_many_exactly_those_pairs_are_found_that_share_a_bucket(monkeypatc
         chosen = np.random.default_rng(number)
         words = chosen.choice(4, 2, replace=False)
         sampled = np.zeros((2, 64), np.uint8)
-        sampled.flat[chosen.choice(128, neighbours.TABLE_BITS, replace=False)] = 1
+        sampled.flat[chosen.choice(128, table_bits, replace=False)] = 1
         places = np.concatenate([64 * word + np.flatnonzero(part) for word, part in zip(words, sampled, strict=True)])
         part = bits[:, places]
         near_in_word = (bits[:, None] != bits[None])[:120, :, 64 * (number % 4) :][:, :, :64].sum(2) <= 27
@@ -168,14 +176,30 @@ def test_among_many_exactly_those_pairs_are_found_that_share_a_bucket(monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("images", [0, hash_tables.MANY_IMAGES])
+def test_of_hashes_60_bits_apart_99_percent_share_a_bucket(images):
+    """By the share of tables that can hold a pair: those none of whose sampled bits differ."""
+    tables, bits = hash_tables.choose_tables(images)
+    random = np.random.default_rng(0)
+    missed = []
+    for _ in range(3000):
+        counts = np.bincount(random.choice(256, MAX_HASH_DISTANCE_BITS, replace=False) // 64, minlength=4)
+        shares = [
+            comb(128 - int(one + other), bits) / comb(128, bits) for one, other in itertools.combinations(counts, 2)
+        ]
+        missed.append((1 - np.mean(shares)) ** tables)
+    assert np.mean(missed) < 0.01
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("exact_comparisons", [10**10, 0])
 def test_thousands_of_nearly_equal_hashes_stay_linked_in_bounded_space(monkeypatch, exact_comparisons):
     monkeypatch.setattr(neighbours, "MAX_EXACT_COMPARISONS", exact_comparisons)
-    monkeypatch.setattr(neighbours, "TABLES", 40)
+    monkeypatch.setattr(hash_tables, "TABLES", 40)
     frames = np.zeros((3000, 32), np.uint8)
     frames[:, :2] = np.arange(3000, dtype=np.uint16)[:, None].view(np.uint8)
     near = find_neighbours(frames[None], MAX_HASH_DISTANCE_BITS)
-    assert len(near.images) <= 3000 * neighbours.MAX_NEIGHBOURS * (1 if exact_comparisons else 40)
+    assert len(near.images) <= 3000 * hash_tables.MAX_NEIGHBOURS * (1 if exact_comparisons else 40)
     linked = {0}
     for one, other in sorted(zip(near.images.tolist(), near.viewed.tolist(), strict=True), key=lambda pair: pair[1]):
         if one in linked:

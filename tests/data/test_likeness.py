@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepfake_core.data.duplicates import MAX_COPY_DIFFERENCE, MIN_LIKENESS
 from deepfake_core.data.hashes import shrink_images
 from deepfake_core.data.likeness import measure_difference, measure_likeness, measure_pairs
+from deepfake_core.data.links import MAX_COPY_DIFFERENCE, MIN_LIKENESS
 from tests.builders import CHANGES, draw_image
 
 

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from deepfake_core.config import KAGGLE_SOURCES
-from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import find_links
 from deepfake_core.demo import archives, faces, forgeries
 from deepfake_core.demo.archives import draw_archives
 from deepfake_core.detector import UnreadableImageError, decode_image

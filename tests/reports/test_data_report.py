@@ -5,9 +5,10 @@ import pytest
 
 from deepfake_core.config import DataParameters, Source
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import find_links
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.shortcuts import find_shortcuts
 from deepfake_core.data.splits import assign_splits

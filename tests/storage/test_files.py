@@ -16,9 +16,10 @@ from deepfake_core.config import DataParameters, EvaluationParameters, Source
 from deepfake_core.data import images, split_memory
 from deepfake_core.data.confirmed import fetch_confirmed
 from deepfake_core.data.dataset import Dataset, _list_images, share_dataset
-from deepfake_core.data.duplicates import find_links, mark_duplicates
+from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
+from deepfake_core.data.links import find_links
 from deepfake_core.data.publishing import publish_dataset
 from deepfake_core.data.splits import assign_splits
 from deepfake_core.demo.archives import draw_archives
