@@ -7,11 +7,14 @@ archives of the true layout and size are made in a temporary folder, in FOLDER i
 faces of a class, cropped at random, blended and tinted. 140,000 are of 256 x 256 pixels; 2,041 of 600 x 600 pixels, as
 progressive JPEGs, come three times. With another number of `--pictures`, the 2,041 are scaled with it.
 
-Measured, each flow in a process of its own: `prepare`, `prepare` again, `prepare` with 1 % new, and `train` with two
-epochs of `cnn`. Stages are Prefect's task runs. Memory is the process's own (RssAnon), without pages of files that the
-system takes back, and without Prefect's server. Floors are measured on the same archives in the same run, with a thread
-per core: reading the archives; decoding their JPEGs from memory; copying their files; bare training steps on a resident
-batch. Results go into benchmarks/results/full_size.json and full_size.png.
+Measured, each flow in a process of its own: `prepare`, `prepare` on a Ray cluster, `prepare` again, `prepare` with 1 %
+new, and `train` with two epochs of `cnn`. The cluster is a node of this machine with all its cores; it starts from
+nothing, and what it prepares must be the same.
+
+Stages are Prefect's task runs. Memory is the process's own (RssAnon), without pages of files that the system takes
+back, and without Prefect's server and Ray's workers. Floors are measured on the same archives in the same run, with a
+thread per core: reading the archives; decoding their JPEGs from memory; copying their files; bare training steps on a
+resident batch. Results go into benchmarks/results/full_size.json and full_size.png.
 """
 
 import argparse
@@ -23,6 +26,9 @@ import os
 import platform
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -30,11 +36,12 @@ import zipfile
 from bisect import bisect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import numpy as np
 import simplejpeg
 from matplotlib.figure import Figure
@@ -42,8 +49,8 @@ from PIL import Image
 
 from benchmarks.data_speed import each, measure_disk, read_images
 from deepfake_core.config import CLASS_NAMES, KAGGLE_SOURCES, DataParameters, TrainingParameters
+from deepfake_core.data.contents import MIN_DECODED_PIXELS
 from deepfake_core.data.dataset import open_dataset
-from deepfake_core.data.index import MIN_DECODED_PIXELS
 from deepfake_core.detector import open_image
 from deepfake_core.storage.files import write_json
 
@@ -55,6 +62,8 @@ SHARE_NEW = 0.01
 SAMPLE = 2000
 EPOCHS = 2
 SECONDS_BETWEEN_LOOKS = 0.1
+ON_CLUSTER = "prepare on a cluster"
+MAX_SECONDS_TO_START = 300
 MAX_SECONDS_TO_RECORD = 60
 """Prefect's server hears of a task's end a little later."""
 DRAWN_AT_ONCE = 1000
@@ -230,6 +239,48 @@ def run_flow(data: DataParameters, dataset: str = "") -> dict[str, Any]:
     return {**stages.pop("all"), **result, "stages": stages}
 
 
+@contextmanager
+def start_cluster() -> Iterator[dict[str, str]]:
+    """Start a Ray node with all cores, and a Prefect server that it reaches; yield the environment to use them in."""
+    ports = [free_port() for _ in range(3)]
+    api, here = f"http://127.0.0.1:{ports[2]}/api", Path(sys.executable)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the driver sends its code
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, ExitStack() as running:  # a short path: sockets are in it
+        node = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=false"]
+        node += ["--node-ip-address=127.0.0.1", f"--num-cpus={CORES}", f"--port={ports[0]}", f"--temp-dir={folder}/ray"]
+        node += [f"--ray-client-server-port={ports[1]}", "--object-store-memory=80000000"]
+        log = Path(folder, "log")
+        for name, *arguments in (node, ["prefect", "server", "start", "--no-ui", f"--port={ports[2]}"]):
+            with log.open("a") as said:
+                process = subprocess.Popen([here.with_name(name), *arguments], env=clean, stdout=said, stderr=said)
+            running.callback(process.wait)
+            running.callback(process.terminate)
+        start = time.monotonic()
+        while "Ray runtime started" not in log.read_text() or not answers(f"{api}/health"):
+            if time.monotonic() > start + MAX_SECONDS_TO_START:
+                raise TimeoutError(f"Ray and Prefect must start in {MAX_SECONDS_TO_START} s. Said: {log.read_text()}")
+            time.sleep(1)
+        yield {"PREFECT_API_URL": api, "CLUSTER": f"127.0.0.1:{ports[0]}"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(url).is_success
+    return False
+
+
+def prepare_on_cluster(data: DataParameters, data_dir: str) -> dict[str, Any]:
+    """Run `prepare` anew in another folder."""
+    with start_cluster() as environment:
+        os.environ |= environment
+        return run_flow(data.model_copy(update={"data_dir": data_dir, "cluster": environment["CLUSTER"]}))
+
+
 def find_peak(looks: list[tuple[float, float]], first: float, last: float) -> float:
     """Return the most memory from one look before a time to the first look after another."""
     times, memory = zip(*looks, strict=True)
@@ -250,7 +301,7 @@ def read_spans(flow_run: UUID) -> dict[str, tuple[float, float]]:
         flow = client.read_flow_run(flow_run)
     spans = {"all": (flow.start_time.timestamp(), flow.end_time.timestamp())}
     for run in sorted(runs, key=lambda run: run.start_time):
-        name = re.sub(r"^(download|index|train) .+|-[0-9a-f]{3}$", r"\1", run.name)
+        name = re.sub(r"^(download|index|compare hashes|train) .+|-[0-9a-f]{3}$", r"\1", run.name)
         begin, end = run.start_time.timestamp(), run.end_time.timestamp()
         first, last = spans.get(name, (begin, end))
         spans[name] = (min(first, begin), max(last, end))
@@ -373,6 +424,13 @@ def measure(archives: Path, folder: Path, pictures: int) -> dict[str, Any]:
         flows[name] = run_alone(run_flow, data, dataset)
         flows[name]["disk_gb"] = measure_disk(folder / "data") / 1e9
         print(f"{name}: {flows[name]}", flush=True)
+        if name == "prepare":
+            flows[ON_CLUSTER] = there = run_alone(prepare_on_cluster, data, f"{folder}/there")
+            there["disk_gb"] = measure_disk(folder / "there") / 1e9
+            if Path(there["value"]).name != Path(flows[name]["value"]).name:
+                raise ValueError(f"A cluster must make the same data set. Received: {there['value']}.")
+            shutil.rmtree(folder / "there")
+            print(f"{ON_CLUSTER}: {there}", flush=True)
     add_floors(flows, rates, made, counts)
     for result in flows.values():
         del result["value"]

@@ -77,9 +77,9 @@ def test_the_rehearsal_at_full_size_runs_small(tmp_path):
     )
     result = json.loads(file.read_text())
     flows = {name: flow["stages"] for name, flow in result["flows"].items()}
-    assert list(flows) == ["prepare", "prepare again", "prepare with 1 % new", "train"]
+    assert list(flows) == ["prepare", "prepare on a cluster", "prepare again", "prepare with 1 % new", "train"]
     preparing = {"download", "index", "find near copies", "deduplicate", "split", "merge", "report on data"}
-    assert all(preparing <= set(flows[name]) for name in list(flows)[:3])
+    assert all(preparing <= set(flows[name]) for name in list(flows)[:4])
     assert {"decode", "epochs", "evaluate", "register", "promote"} <= set(flows["train"])
     for flow, stages in (("prepare", ("download", "index", "merge")), ("train", ("decode", "epochs"))):
         assert all(flows[flow][stage]["floor_seconds"] > 0 for stage in stages)
