@@ -61,10 +61,15 @@ def build_index(archive: Archive, store: Store, on_progress: Progress | None = N
 
 
 def read_facts(indexes: Sequence[Path]) -> pd.DataFrame:
-    """Return the rows of image indexes, without the pictures."""
-    return pa.concat_tables(
-        pq.read_table(file, columns=FACTS).replace_schema_metadata() for file in indexes
-    ).to_pandas()
+    """Return the rows of image indexes, without the pictures.
+
+    Each column is one array: to take some rows of one in chunks, Arrow joins all chunks first.
+    """
+    chunks: dict[str, pa.ChunkedArray] = {}
+    for column in FACTS:
+        parts = [pq.read_table(file, columns=[column], pre_buffer=False).column(column) for file in indexes]
+        chunks[column] = pa.chunked_array([chunk for part in parts for chunk in part.chunks]).combine_chunks()
+    return pa.table(chunks).to_pandas()
 
 
 def write_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> Path:

@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image
 
 from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, Normalisation
 from deepfake_core.data.archive import Archive, ArchiveReader
-from deepfake_core.data.dataset import NORMAL_PIXELS, NORMAL_QUALITY, Dataset, hash_content
+from deepfake_core.data.dataset import NORMAL_PIXELS, NORMAL_QUALITY, SUFFIXES, Dataset, hash_content
 from deepfake_core.data.split_memory import remember_splits
 from deepfake_core.data.splits import count_reasons
 from deepfake_core.decoding import open_image
@@ -31,12 +34,16 @@ log = logging.getLogger(__name__)
 READ_AHEAD = 64
 """Images that are held while a tar is written."""
 
-ROWS_AT_ONCE = 10_000
+COPIED_AT_ONCE = 1000
+ROWS_AT_ONCE = 100_000
+"""Rows of the manifest that are made and written at once."""
 
 MANIFEST_COLUMNS = [
     "source", "member", "sha256", "label", "width", "height", "split", "kept", "reason", "group", "path",
     "copy_of", "bytes", "format", "jpeg_table",
 ]  # fmt: skip
+IMAGE_COLUMNS = ["source", "member", "sha256", "label", "split", "format"]
+"""What an image is read and written by."""
 
 
 def publish_dataset(
@@ -54,15 +61,12 @@ def publish_dataset(
     it for other machines.
     """
     normalise = parameters.normalise
-    manifest = _sort_rows(rows[MANIFEST_COLUMNS])
-    if normalise == "reencode":
-        manifest["path"] = manifest["path"].str.replace(r"\.\w+$", ".jpg", regex=True)
-    version = hash_content(manifest, normalise)
+    version = hash_content(rows, normalise)
     description: dict[str, Any] = {
         "version": version,
         "parameters": parameters.model_dump(include={"val_fraction", "test_fraction", "normalise", "cache_gb"}),
         "sources": [archive.describe() for archive in archives],
-        "counts": _count(manifest, [archive.source.short_name for archive in archives]),
+        "counts": _count(rows, [archive.source.short_name for archive in archives]),
     }
     remember_splits(rows, store)
     target = store.splits(version)
@@ -70,15 +74,15 @@ def publish_dataset(
         log.info("data set %s is published already, nothing to copy", version)
         target.touch()
         if description != Dataset(target, store).description:  # same images, found in other archives or places
-            _write_manifest(target, manifest, description)
+            _write_manifest(target, rows, description)
         return Dataset(target, store)
     beside = target.with_name(f".{version}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # left by a run that was killed: the lock is ours
     try:
         with translate_disk_errors(beside):
             write = _copy_images if parameters.layout == "files" else _pack_images
-            write(manifest, archives, beside, normalise, on_progress)
-        _write_manifest(beside, manifest, description)
+            write(rows, archives, beside, normalise, on_progress)
+        _write_manifest(beside, rows, description)
         beside.replace(target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -87,31 +91,46 @@ def publish_dataset(
     return Dataset(target, store)
 
 
-def _sort_rows(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Sort by source, member and SHA-256: whole indexes are put in order, and their rows are copied if they are not."""
-    keys, source = ["source", "member", "sha256"], manifest["source"]
-    if len(starts := np.flatnonzero(source != source.shift())) > source.nunique():
-        return manifest.sort_values(keys, ignore_index=True)
-    runs = [manifest.iloc[start:stop] for start, stop in itertools.pairwise([*starts, len(manifest)])]
-    order = sorted(range(len(runs)), key=[str(source.iloc[start]) for start in starts].__getitem__)
-    manifest = pd.concat([runs[number] for number in order], ignore_index=True) if runs else manifest
-    for start in range(0, len(manifest), ROWS_AT_ONCE):
-        part = manifest[keys].iloc[max(start - 1, 0) : start + ROWS_AT_ONCE]
-        if any(one > other for one, other in itertools.pairwise(part.itertuples(index=False, name=None))):
-            return manifest.sort_values(keys, ignore_index=True)
-    return manifest
+def _list_parts(rows: pd.DataFrame, normalise: Normalisation) -> Iterator[pd.DataFrame]:
+    """Yield the manifest, sorted by source, member and SHA-256, some rows at a time.
+
+    Indexes are sorted, so whole ones are put in order, and no more than a part is copied. Other rows are sorted.
+    """
+    keys, source = ["source", "member", "sha256"], rows["source"]
+    starts = np.flatnonzero(source != source.shift())
+    runs = [rows.iloc[start:stop] for start, stop in itertools.pairwise([*starts, len(rows)])]
+    runs.sort(key=lambda run: str(run["source"].iloc[0]))
+    if len(runs) > source.nunique() or not all(_is_sorted(run[keys]) for run in runs):
+        runs = [rows.sort_values(keys)]
+    for run in runs:
+        for start in range(0, len(run), ROWS_AT_ONCE):
+            part = run.iloc[start : start + ROWS_AT_ONCE]
+            yield part.assign(path=_name_paths(part, normalise))[MANIFEST_COLUMNS]
 
 
-def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
-    kept = manifest.loc[manifest["kept"], ["split", "label"]]
+def _is_sorted(run: pd.DataFrame) -> bool:
+    parts = (run.iloc[max(start - 1, 0) : start + ROWS_AT_ONCE] for start in range(0, len(run), ROWS_AT_ONCE))
+    return all(
+        one <= other for part in parts for one, other in itertools.pairwise(part.itertuples(index=False, name=None))
+    )
+
+
+def _name_paths(rows: pd.DataFrame, normalise: Normalisation) -> pd.Series:
+    """Return where each image is in the split folder; of those that are not kept, empty."""
+    suffix = rows["format"].map(SUFFIXES) if normalise == "none" else SUFFIXES["JPEG"]
+    return (rows["split"] + "/" + rows["label"] + "/" + rows["sha256"] + suffix).where(rows["split"] != "", "")
+
+
+def _count(rows: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
+    kept = rows.loc[rows["kept"], ["split", "label"]]
     splits = kept.value_counts(["split", "label"])
     return {
-        "files": len(manifest),
+        "files": len(rows),
         "kept": len(kept),
-        "reasons": count_reasons(manifest),
+        "reasons": count_reasons(rows),
         "sources": {
-            source: {"files": int((manifest["source"] == source).sum())}
-            | count_reasons(manifest.loc[manifest["source"] == source, ["reason"]])
+            source: {"files": int((rows["source"] == source).sum())}
+            | count_reasons(rows.loc[rows["source"] == source, ["reason"]])
             for source in sources
         },
         "splits": {
@@ -123,45 +142,46 @@ def _count(manifest: pd.DataFrame, sources: Sequence[str]) -> dict[str, Any]:
 
 
 def _copy_images(
-    manifest: pd.DataFrame,
+    rows: pd.DataFrame,
     archives: Sequence[Archive],
     folder: Path,
     normalise: Normalisation,
     on_progress: Progress | None,
 ) -> None:
-    for name in manifest.loc[manifest["kept"], "path"].str.rpartition("/")[0].unique():
-        (folder / name).mkdir(parents=True)
-    if normalise == "none":
-        needed = int(manifest.loc[manifest["kept"], "bytes"].sum())
-        require_space(folder, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
-    total, done = int(manifest["kept"].sum()), 0
+    total, needed = _count_images(rows, normalise)
+    require_space(folder.parent, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
+    for split, label in rows.loc[rows["kept"], ["split", "label"]].drop_duplicates().itertuples(index=False):
+        (folder / split / label).mkdir(parents=True)
+    done, source = 0, rows["source"].to_numpy()
     for archive in archives:
-        mine = manifest[manifest["kept"] & (manifest["source"] == archive.source.short_name)]
+        mine = np.flatnonzero(rows["kept"] & (source == archive.source.short_name))
         with archive.open() as reader, ThreadPoolExecutor(os.cpu_count()) as pool:
 
             def copy(row: Any, reader: ArchiveReader = reader) -> None:
                 data = reader.read_again(row.member, row.sha256)
                 (folder / row.path).write_bytes(data if normalise == "none" else _reencode(data))
 
-            for _ in pool.map(copy, mine.itertuples(index=False)):
-                done += 1
-                if on_progress and (done % 500 == 0 or done == total):
-                    on_progress(done, total)
+            for some in _take_some(rows, mine, COPIED_AT_ONCE, normalise):
+                for _ in pool.map(copy, some):
+                    done += 1
+                    if on_progress and (done % 500 == 0 or done == total):
+                        on_progress(done, total)
 
 
 def _pack_images(
-    manifest: pd.DataFrame,
+    rows: pd.DataFrame,
     archives: Sequence[Archive],
     folder: Path,
     normalise: Normalisation,
     on_progress: Progress | None,
 ) -> None:
     """Write tars of each split, in order of SHA-256: so classes and sources are mixed, for those who read in order."""
-    kept = manifest.loc[manifest["kept"], ["source", "member", "sha256", "split", "path", "bytes"]]
-    if normalise == "none":
-        needed = int(kept["bytes"].sum()) + len(kept) * BYTES_BESIDE
-        require_space(folder.parent, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
+    total, needed = _count_images(rows, normalise)
+    needed += total * BYTES_BESIDE if needed else 0
+    require_space(folder.parent, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
     places: list[Place] = []
+    order = pc.sort_indices(pa.array(rows["sha256"])).to_numpy()
+    split = rows["split"].to_numpy()[order]
     with ExitStack() as opened, ThreadPoolExecutor(os.cpu_count()) as pool:
         readers = {one.source.short_name: opened.enter_context(one.open()) for one in archives}
 
@@ -169,15 +189,31 @@ def _pack_images(
             data = readers[row.source].read_again(row.member, row.sha256)
             return row.path, data if normalise == "none" else _reencode(data)
 
-        for split, rows in kept.sort_values("sha256").groupby("split"):
-            (folder / str(split)).mkdir(parents=True)
-            parts = (rows.iloc[start : start + READ_AHEAD] for start in range(0, len(rows), READ_AHEAD))
-            images = (image for part in parts for image in pool.map(read, part.itertuples(index=False)))
-            for place in write_tars(folder, str(split), images):
+        for name in SPLITS:
+            if not len(chosen := order[split == name]):
+                continue
+            (folder / name).mkdir(parents=True)
+            parts = _take_some(rows, chosen, READ_AHEAD, normalise)
+            images = (image for some in parts for image in pool.map(read, some))
+            for place in write_tars(folder, name, images):
                 places.append(place)
-                if on_progress and (len(places) % 500 == 0 or len(places) == len(kept)):
-                    on_progress(len(places), len(kept))
+                if on_progress and (len(places) % 500 == 0 or len(places) == total):
+                    on_progress(len(places), total)
     write_places(folder, places)
+
+
+def _count_images(rows: pd.DataFrame, normalise: Normalisation) -> tuple[int, int]:
+    """Return how many images are kept, and their bytes; 0 where what is written is not known before."""
+    return int(rows["kept"].sum()), int(rows["bytes"].where(rows["kept"], 0).sum()) if normalise == "none" else 0
+
+
+def _take_some(
+    rows: pd.DataFrame, positions: np.ndarray, at_once: int, normalise: Normalisation
+) -> Iterator[Iterator[Any]]:
+    """Yield the rows at some positions with their `path`, some at a time."""
+    for start in range(0, len(positions), at_once):
+        some = rows[IMAGE_COLUMNS].iloc[positions[start : start + at_once]]
+        yield some.assign(path=_name_paths(some, normalise)).itertuples(index=False)
 
 
 def _reencode(data: bytes) -> bytes:
@@ -189,7 +225,11 @@ def _reencode(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def _write_manifest(folder: Path, manifest: pd.DataFrame, description: dict[str, Any]) -> None:
-    with write_beside(folder / "manifest.parquet") as beside:
-        manifest.to_parquet(beside, index=False)
+def _write_manifest(folder: Path, rows: pd.DataFrame, description: dict[str, Any]) -> None:
+    with write_beside(folder / "manifest.parquet") as beside, ExitStack() as opened:
+        writer: pq.ParquetWriter | None = None
+        for part in _list_parts(rows, description["parameters"]["normalise"]):
+            table = pa.Table.from_pandas(part, writer and writer.schema, preserve_index=False)
+            writer = writer or opened.enter_context(pq.ParquetWriter(beside, table.schema))
+            writer.write_table(table)
     write_json(folder / "dataset.json", description)

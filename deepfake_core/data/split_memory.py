@@ -44,13 +44,17 @@ def remember_splits(rows: pd.DataFrame, store: Store) -> None:
     reported = (rows["source"] == FEEDBACK).to_numpy()
     sent = pa.array(name_pictures(rows[reported]).astype("str"))
     columns = ([pa.array(rows["sha256"].astype("str")), sent], [now, now.filter(pa.array(reported))])
-    found = pa.table([pa.chunked_array(column) for column in columns], COLUMNS).drop_null()
+    found = pa.table([pa.chunked_array([part for part in column if len(part)]) for column in columns], COLUMNS)
     path = store.split_memory()
-    known = pq.read_table(path, columns=COLUMNS).cast(found.schema) if path.exists() else found.schema.empty_table()
-    if len(known) and pc.all(pc.is_in(found["sha256"], known["sha256"].combine_chunks())).as_py():
-        return
-    table = pa.concat_tables([known, found]).combine_chunks()
+    table = found
+    if path.exists():
+        known = pq.read_table(path, columns=COLUMNS).cast(found.schema)
+        if pc.all(pc.is_in(found.drop_null()["sha256"], known["sha256"].combine_chunks())).as_py():
+            return
+        table = pa.concat_tables([known, found])
+    table = table.combine_chunks()
     order = pc.sort_indices(table["sha256"])  # stable: of one image, what was known comes first
+    order = order.filter(table["split"].is_valid().combine_chunks().take(order))
     with write_beside(path) as beside, pq.ParquetWriter(beside, table.schema) as writer:
         before = None
         for start in range(0, len(order), ROWS_AT_ONCE):

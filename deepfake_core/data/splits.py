@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
-from deepfake_core.data.dataset import SUFFIXES
 from deepfake_core.data.groups import find_components, find_ends
 from deepfake_core.data.reported_images import find_linkable, link_faces, name_pictures
 from deepfake_core.errors import DatasetError
@@ -41,7 +40,7 @@ def assign_splits(
         memory: splits of images that earlier versions held, by SHA-256; see `read_memory`.
 
     Returns:
-        The same rows with `split` and `path` (both empty where not kept), and the `group` of the remaining images.
+        The same rows with `split` (empty where not kept), and the `group` of the remaining images.
 
     Raises:
         DatasetError: if a class has no image in train, val or test.
@@ -55,8 +54,7 @@ def assign_splits(
         split = remembered.where(remembered.notna(), split).astype(split.dtype)  # the same manifest as without
     rows = _leave_out_across(rows.assign(split=split), links, memory)
     split = rows["split"].where(rows["kept"], "")
-    path = (split + "/" + rows["label"] + "/" + rows["sha256"] + rows["format"].map(SUFFIXES)).where(rows["kept"], "")
-    rows = rows.assign(split=split, path=path)
+    rows = rows.assign(split=split)
     for name in (one for one in SPLITS if one != REGRESSION):
         for label in CLASS_NAMES:
             if not ((split == name) & (rows["label"] == label)).any():
@@ -78,12 +76,12 @@ def _recall_reported(rows: pd.DataFrame, memory: Mapping[str, str]) -> Mapping[s
 
 def _draw_splits(rows: pd.DataFrame, val_fraction: float, test_fraction: float) -> pd.Series:
     """Return the split of each row's group, from the hash of its name."""
-    digests = np.empty((len(rows), 32), np.uint8)
+    position, second = np.empty((2, len(rows)))
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = [hashlib.sha256(name.encode()).digest() for name in rows["group"].iloc[start : start + ROWS_AT_ONCE]]
-        digests[start : start + len(part)] = np.frombuffer(b"".join(part), np.uint8).reshape(-1, 32)
-    position, second = (digests[:, start : start + 8].copy().view(">u8")[:, 0] / 2**64 for start in (0, 8))
-    split = np.full(len(rows), SPLITS.index("train"))
+        names = rows["group"].iloc[start : start + ROWS_AT_ONCE]
+        digests = np.frombuffer(b"".join(hashlib.sha256(name.encode()).digest()[:16] for name in names), ">u8")
+        position[start : start + len(names)], second[start : start + len(names)] = digests.reshape(-1, 2).T / 2**64
+    split = np.full(len(rows), SPLITS.index("train"), np.int8)
     split[position < test_fraction + val_fraction] = SPLITS.index("val")
     split[position < test_fraction] = SPLITS.index("test")
     reported = rows["group"].isin(rows.loc[rows["source"] == FEEDBACK, "group"]).to_numpy()
