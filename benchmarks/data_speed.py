@@ -291,13 +291,19 @@ def run_alone(function: Callable[..., dict], *arguments: object) -> dict:
     return result
 
 
+def describe_machine() -> str:
+    """Name the machine, and how busy other work keeps it."""
+    return f"{CORES} cores, {platform.machine()}, {platform.system()}, beside a load of {os.getloadavg()[0]:.1f}"
+
+
 def measure_search() -> dict:
-    curve = {}
+    machine, curve = describe_machine(), {}
     for count in SIZES:
         curve[count] = {"ours": run_alone(search, count, None), "tables": run_alone(search, count, False)}
         if count <= MAX_FLAT_HASHES:
             curve[count]["flat"] = run_alone(search_flat, count)
     return {
+        "machine": machine,
         "radius": MAX_HASH_DISTANCE_BITS,
         "curve": curve,
         "growth_100k_to_1m": curve[1_000_000]["ours"]["seconds"] / curve[100_000]["ours"]["seconds"],
@@ -360,9 +366,7 @@ def main() -> None:
     archives = parser.parse_args().archives
     small = read_images(archives / f"{KAGGLE_SOURCES[2].short_name}.zip", "")
     large = read_images(archives / f"{KAGGLE_SOURCES[0].short_name}.zip", "real_and_fake_face/")
-    load = os.getloadavg()[0]
-    machine = f"{CORES} cores, {platform.machine()}, {platform.system()}, with a load of {load:.1f} from other work"
-    results: dict = {"machine": machine}
+    results: dict = {"machine": describe_machine()}
     many = repeat(small, max(1, 16_000 // len(small)))
     for name, measure in {
         "index_256": lambda folder: measure_index(many, folder, 5),
