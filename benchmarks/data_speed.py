@@ -320,9 +320,10 @@ def compare_engines() -> dict:
     for tables, bits, flips in MULTI_HASHES:
         name = f"multi-hash, {tables} tables of {bits} bits, {flips} flip{'s' if flips > 1 else ''}"
         engines[name] = ("multi-hash", (tables, bits, flips))
+    machine = describe_machine()
     rounds = [{name: run_alone(search_pictures, PICTURES, *given) for name, given in engines.items()} for _ in "12"]
     fastest = {name: min((one[name] for one in rounds), key=lambda found: found["seconds"]) for name in engines}
-    return {"pictures": PICTURES, "found": fastest}
+    return {"machine": machine, "pictures": PICTURES, "found": fastest}
 
 
 def plot_search(curve: dict[int, dict]) -> Figure:

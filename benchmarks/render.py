@@ -507,7 +507,8 @@ def describe_beyond(copies: dict[str, Any]) -> str:
         f"Beyond what is promised, the copies of imagededup's benchmark end in their original's group thus: {grouped}. "
         "Below, pairs of a copy and its original that each method finds, and what it finds among the "
         f"{copies['distinct_images']:,} images themselves, which have {copies['true_pairs']} pairs known to be true. "
-        f"A peer finds more than ours of these: {'; '.join(lost) or 'none'}."
+        f"Ours misses {copies['true_pairs'] - copies['among_distinct']['linked']['true']} of them. A peer finds more "
+        f"than ours of these copies: {'; '.join(lost) or 'none'}."
     )
 
 
@@ -569,9 +570,9 @@ def describe_engines(search: dict[str, Any]) -> str:
     """Say what the table of engines compares."""
     return (
         f"Engines for all pairs within {search['radius']} bits among {search['engines']['pictures']:,} simulated "
-        "pictures of seven views, in one run, the faster of two rounds each; 1,000 pairs are planted at each distance. "
-        "Other work slows all of them; seconds of the cores count only what an engine used. Multi-hash is faiss's "
-        "IndexBinaryMultiHash."
+        f"pictures of seven views, on {search['engines']['machine']}, the faster of two rounds each; 1,000 pairs are "
+        "planted at each distance. Other work slows all of them; seconds of the cores are what an engine itself used. "
+        "Ours also keeps each pair once, through its nearest view. Multi-hash is faiss's IndexBinaryMultiHash."
     )
 
 
