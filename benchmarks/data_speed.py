@@ -294,7 +294,7 @@ def run_alone(function: Callable[..., dict], *arguments: object) -> dict:
 
 def describe_machine() -> str:
     """Name the machine, and how busy other work keeps it."""
-    return f"{CORES} cores, {platform.machine()}, {platform.system()}, beside a load of {os.getloadavg()[0]:.1f}"
+    return f"{CORES} cores, {platform.machine()}, {platform.system()}, after a load of {os.getloadavg()[0]:.1f}"
 
 
 def measure_search() -> dict:
