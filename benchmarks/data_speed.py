@@ -9,7 +9,9 @@ ARCHIVES holds real-and-fake-face-detection.zip and 140k-real-and-fake-faces.zip
 - growth: the index of an archive that grew by 1 %, against that of the same archive from nothing;
 - merge: publishing split folders from a zip, against copying the same images from folder to folder;
 - pair search: 20,000 to 1,000,000 simulated hashes with neighbours planted at known distances, against faiss's exact
-  search, each in a process of its own; and 140,000 images through all views.
+  search, each in a process of its own; and 140,000 images through all views;
+- engines: 20,000 pictures of seven views with such neighbours, searched for by the product (which compares all pairs of
+  so few), by its hash tables alone, by faiss's exact search and by faiss's IndexBinaryMultiHash.
 
 Each round measures all sides in turn; its numbers are medians of the rounds. The results go into
 benchmarks/results/data_speed.json and pair_search.png, which docs/benchmarks.md quotes.
@@ -55,6 +57,12 @@ MAX_FLAT_HASHES = 200_000
 DISTANCES = (20, 30, 40, 50, 60)
 PLANTED = 1000
 """Pairs planted at each distance."""
+
+PICTURES = 20_000
+"""So many are searched by each engine."""
+
+MULTI_HASHES = ((16, 16, 1), (12, 20, 2), (16, 16, 2))
+"""Settings of faiss's multi-hash: tables, bits in each, and bits that may differ in a table (`nflip`)."""
 
 
 def time_rounds(rounds: int, **sides: Callable[[], object]) -> dict[str, float]:
@@ -226,6 +234,56 @@ def search_views(count: int) -> dict:
     return {"images": count, "seconds": time.perf_counter() - start, "peak_memory_gb": read_peak_memory()}
 
 
+def plant_in_views(count: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Simulate the hashes of pictures through all views; plant pairs, each through one view that is drawn.
+
+    Returns:
+        uint8 of shape (views, count, 32), and for each distance the planted pairs as smaller * count + larger position.
+    """
+    random = np.random.default_rng(count)
+    simulated = random.integers(0, 256, (len(hashes.VIEWS), count, hashes.HASH_BYTES), dtype=np.uint8)
+    places = random.permutation(count)[: 2 * PLANTED * len(DISTANCES)].reshape(len(DISTANCES), PLANTED, 2)
+    for distance, pairs in zip(DISTANCES, places, strict=True):
+        for one, other in pairs:
+            flipped = np.zeros(8 * hashes.HASH_BYTES, bool)
+            flipped[random.choice(flipped.size, distance, replace=False)] = True
+            simulated[random.integers(len(simulated)), other] = simulated[0, one] ^ np.packbits(flipped)
+    planted = zip(DISTANCES, places.min(axis=2), places.max(axis=2), strict=True)
+    return simulated, {distance: smaller * count + larger for distance, smaller, larger in planted}
+
+
+def search_pictures(count: int, engine: str, setting: tuple[int, int, int] | None = None) -> dict:
+    """Search the views of `count` pictures for whole pictures.
+
+    Args:
+        engine: "ours", "tables" (ours, never exact), "flat" or "multi-hash" (faiss's, on their own).
+        setting: tables, bits and flips of the multi-hash.
+    """
+    simulated, planted = plant_in_views(count)
+    if engine == "tables":
+        neighbours.MAX_EXACT_COMPARISONS = 0
+    start, start_of_work = time.perf_counter(), time.process_time()
+    if engine in ("ours", "tables"):
+        near = neighbours.find_neighbours(simulated, MAX_HASH_DISTANCE_BITS)
+        one, other = near.images, near.viewed
+    else:
+        index = faiss.IndexBinaryFlat(8 * hashes.HASH_BYTES)
+        if setting is not None:
+            index = faiss.IndexBinaryMultiHash(8 * hashes.HASH_BYTES, *setting[:2])
+            index.nflip = setting[2]
+        index.add(simulated[0])
+        limits, _, one = index.range_search(simulated.reshape(-1, hashes.HASH_BYTES), MAX_HASH_DISTANCE_BITS + 1)
+        other = np.repeat(np.arange(len(limits) - 1), np.diff(limits.astype(np.int64))) % count
+    seconds, work = time.perf_counter() - start, time.process_time() - start_of_work
+    found = np.minimum(one, other) * count + np.maximum(one, other)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": work,
+        "recall": {distance: float(np.isin(pairs, found).mean()) for distance, pairs in planted.items()},
+        "peak_memory_gb": read_peak_memory(),
+    }
+
+
 def run_alone(function: Callable[..., dict], *arguments: object) -> dict:
     """Run in a new process, so that memory is the function's own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -234,19 +292,38 @@ def run_alone(function: Callable[..., dict], *arguments: object) -> dict:
     return result
 
 
+def describe_machine() -> str:
+    """Name the machine, and how busy other work keeps it."""
+    return f"{CORES} cores, {platform.machine()}, {platform.system()}, after a load of {os.getloadavg()[0]:.1f}"
+
+
 def measure_search() -> dict:
-    curve = {}
+    machine, curve = describe_machine(), {}
     for count in SIZES:
         curve[count] = {"ours": run_alone(search, count, None), "tables": run_alone(search, count, False)}
         if count <= MAX_FLAT_HASHES:
             curve[count]["flat"] = run_alone(search_flat, count)
     return {
+        "machine": machine,
         "radius": MAX_HASH_DISTANCE_BITS,
         "curve": curve,
         "growth_100k_to_1m": curve[1_000_000]["ours"]["seconds"] / curve[100_000]["ours"]["seconds"],
         "growth_100k_to_1m_tables_alone": curve[1_000_000]["tables"]["seconds"] / curve[100_000]["tables"]["seconds"],
         "all_views": run_alone(search_views, 140_000),
+        "engines": compare_engines(),
     }
+
+
+def compare_engines() -> dict:
+    """Search the same simulated pictures by each engine in turn, twice; keep the faster time of each."""
+    engines: dict[str, tuple] = {name: (name,) for name in ("ours", "tables", "flat")}
+    for tables, bits, flips in MULTI_HASHES:
+        name = f"multi-hash, {tables} tables of {bits} bits, {flips} flip{'s' if flips > 1 else ''}"
+        engines[name] = ("multi-hash", (tables, bits, flips))
+    machine = describe_machine()
+    rounds = [{name: run_alone(search_pictures, PICTURES, *given) for name, given in engines.items()} for _ in "12"]
+    fastest = {name: min((one[name] for one in rounds), key=lambda found: found["seconds"]) for name in engines}
+    return {"machine": machine, "pictures": PICTURES, "found": fastest}
 
 
 def plot_search(curve: dict[int, dict]) -> Figure:
@@ -292,7 +369,7 @@ def main() -> None:
     archives = parser.parse_args().archives
     small = read_images(archives / f"{KAGGLE_SOURCES[2].short_name}.zip", "")
     large = read_images(archives / f"{KAGGLE_SOURCES[0].short_name}.zip", "real_and_fake_face/")
-    results: dict = {"machine": f"{CORES} cores, {platform.machine()}, {platform.system()}"}
+    results: dict = {"machine": describe_machine()}
     many = repeat(small, max(1, 16_000 // len(small)))
     for name, measure in {
         "index_256": lambda folder: measure_index(many, folder, 5),

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.data_speed import DISTANCES, search_pictures
 from benchmarks.gpu_training import count_work
+from benchmarks.near_copies import hash_as_imagededup
 from benchmarks.render import render_full_size
 from deepfake_core.config import KAGGLE_SOURCES
 from deepfake_core.models import CANDIDATES
-from tests.builders import faces, write_zip
+from tests.builders import draw_image, encode, faces, write_zip
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,3 +112,18 @@ def test_what_runs_for_long_stays_flat(tmp_path):
         assert part["summary"]["open_files_growth"] < 10
         assert part["summary"]["threads_growth"] < 10
     assert file.with_suffix(".png").exists()
+
+
+def test_the_peers_hashes_are_those_that_imagededup_makes():
+    phash, dhash = hash_as_imagededup(encode(draw_image(1), "PNG"))
+    assert (phash.hex(), dhash.hex()) == ("a1d6a939ec0c17f3", "8fdce4640c1b1b83")  # of imagededup 0.3.3.post2
+
+
+@pytest.mark.slow
+def test_each_engine_searches_the_planted_pairs():
+    exact = dict.fromkeys(DISTANCES, 1.0)
+    assert search_pictures(10_000, "ours")["recall"] == exact
+    assert search_pictures(10_000, "flat")["recall"] == exact
+    few_tables = search_pictures(10_000, "multi-hash", (8, 16, 1))["recall"]
+    assert few_tables[20] == 1
+    assert few_tables[60] < 0.7

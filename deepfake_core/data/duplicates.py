@@ -5,10 +5,13 @@ import logging
 import numpy as np
 import pandas as pd
 
-from deepfake_core.data.groups import find_components, find_repeated, join_groups
+from deepfake_core.data.groups import find_components, find_repeated, join_groups, replace_some
 from deepfake_core.data.reported_images import WHOLE_IMAGE, find_linkable, find_whole_images, link_faces
 
 log = logging.getLogger(__name__)
+
+RANKED_BY = ["sha256", "label", "source", "member", "width", "height", "bytes"]
+"""What decides which of several copies is kept."""
 
 
 def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
@@ -32,16 +35,16 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     rows.loc[find_whole_images(rows) & (rows["reason"] == ""), "reason"] = WHOLE_IMAGE
     usable = rows["reason"] == ""
     links = link_faces(rows[usable & find_linkable(rows, links)], links)
-    rows["group"] = rows["sha256"].where(usable, "")
     rows["copy_of"] = ""
     rows.loc[usable, "reason"] = "kept"
     is_several = find_repeated(rows["sha256"]) | rows["sha256"].isin(pd.concat([links["image"], links["other"]]))
-    several = rows[usable & is_several]  # all others are alone, and kept
-    order = {source: position for position, source in enumerate(dict.fromkeys(index["source"]))}
-    ranked = several.assign(rank=several["source"].map(order), pixels=several["width"] * several["height"])
+    several = rows.loc[usable & is_several, RANKED_BY]  # all others are alone, and kept
+    order = {source: position for position, source in enumerate(rows["source"].unique())}
+    rank = several["source"].astype("str").map(order)
+    ranked = several.assign(rank=rank, pixels=several["width"] * several["height"])
     ranked = ranked.sort_values(
         ["pixels", "bytes", "rank", "member"], ascending=[False, False, True, True], kind="stable"
-    )
+    )[["sha256", "label"]]
     conflicting = ranked.groupby("sha256")["label"].transform("nunique") > 1
     names = pd.Index(sorted(set(several["sha256"])))
     ranked["picture"] = _find_same_pictures(names, links, ranked[~conflicting])[names.get_indexer(ranked["sha256"])]
@@ -50,13 +53,15 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     again = candidates.index[candidates.duplicated("picture")]
     count = int((usable & ~is_several).sum()) + len(names)
     group = names[join_groups(links, names, count)]
-    rows.loc[several.index, "group"] = group[names.get_indexer(several["sha256"])]
+    others = rows.index[~usable | is_several]
+    groups = pd.Series(group[names.get_indexer(several["sha256"])], several.index).reindex(others, fill_value="")
+    rows["group"] = replace_some(rows["sha256"], others, groups)
     rows.loc[again, "copy_of"] = best[again]
     rows.loc[again, "reason"] = np.where(rows.loc[again, "sha256"] == best[again], "duplicate", "copy")
     rows.loc[ranked.index[conflicting], "reason"] = "label_conflict"
     rows["kept"] = rows["reason"] == "kept"
     counts = rows.loc[usable, "reason"].value_counts().sort_index()
-    kept_groups = rows.loc[several.index].query("kept").groupby("group").size()
+    kept_groups = rows.loc[several.index, ["group", "kept"]].query("kept").groupby("group").size()
     log.info(
         "%d usable images: %s; %d groups of more than one kept image, the largest of %d",
         int(usable.sum()),

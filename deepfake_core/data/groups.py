@@ -4,6 +4,8 @@ import logging
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from scipy.cluster.hierarchy import DisjointSet
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -28,6 +30,15 @@ def find_repeated(names: pd.Series) -> np.ndarray:
         hashes[start : start + len(part)] = [hash(name) for name in part]
     ordered = np.sort(hashes)
     return np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])
+
+
+def replace_some(values: pd.Series, positions: pd.Index, others: pd.Series) -> pd.Series:
+    """Return text with that at some positions, in order, replaced; nothing but the result takes memory."""
+    mask = np.zeros(len(values), bool)
+    mask[positions] = True
+    text = (pa.array(each.astype("str")) for each in (values, others))
+    whole, some = (each.combine_chunks() if isinstance(each, pa.ChunkedArray) else each for each in text)
+    return pc.replace_with_mask(whole, pa.array(mask), some).to_pandas()
 
 
 def find_ends(names: pd.Index, links: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

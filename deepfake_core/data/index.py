@@ -55,6 +55,10 @@ FACTS = [column for column in INDEX_COLUMNS if column not in ("hash", "thumbnail
 """What stages after the search for near copies ask of an index: all but the pictures, which are 1.1 kB a row."""
 
 
+REPEATED = ["source", "format", "jpeg_table"]
+"""Facts of few values, which are read as categories."""
+
+
 def build_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> pd.DataFrame:
     """Return an archive's whole index, pictures included: for few images. See `write_index`."""
     return pd.read_parquet(write_index(archive, store, on_progress))
@@ -65,11 +69,13 @@ def read_facts(indexes: Sequence[Path]) -> pd.DataFrame:
 
     Each column is one array: to take some rows of one in chunks, Arrow joins all chunks first.
     """
-    chunks: dict[str, pa.ChunkedArray] = {}
-    for column in FACTS:
-        parts = [pq.read_table(file, columns=[column], pre_buffer=False).column(column) for file in indexes]
-        chunks[column] = pa.chunked_array([chunk for part in parts for chunk in part.chunks]).combine_chunks()
-    return pa.table(chunks).to_pandas()
+    columns: dict[str, pa.ChunkedArray] = {}
+    for name in FACTS:
+        repeated = [name] if name in REPEATED else []
+        parts = [pq.read_table(file, columns=[name], pre_buffer=False, read_dictionary=repeated) for file in indexes]
+        whole = pa.concat_tables(part.replace_schema_metadata() for part in parts).unify_dictionaries()
+        columns[name] = whole.column(name).combine_chunks()
+    return pa.table(columns).to_pandas()
 
 
 def write_index(archive: Archive, store: Store, on_progress: Progress | None = None) -> Path:

@@ -51,8 +51,8 @@ def find_neighbours(hashes: np.ndarray, radius: int, new: np.ndarray | None = No
 
     Where there are few, all are compared (faiss). Where there are many, only those are that agree on 20 bits, drawn at
     random for each of 1,600 hash tables, and from 2 million images on, on 24 bits for each of 4,700.
-    faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 34 s instead of 8 s for
-    20,000 pictures of 7 views, and its time grows with the square.
+    faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 54 s instead of 5 s for
+    20,000 pictures of 7 views (benchmarks/data_speed.py).
 
     A bucket's pairs depend on no other picture, unless it is so full that not all of them are compared. Where none is,
     and where none was in a search without the new images, the pairs of that search are found again, and no others

@@ -21,6 +21,7 @@ from PIL import Image
 from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, Normalisation
 from deepfake_core.data.archive import Archive, ArchiveReader
 from deepfake_core.data.dataset import NORMAL_PIXELS, NORMAL_QUALITY, SUFFIXES, Dataset, hash_content
+from deepfake_core.data.index import REPEATED
 from deepfake_core.data.split_memory import remember_splits
 from deepfake_core.data.splits import count_reasons
 from deepfake_core.decoding import open_image
@@ -101,11 +102,12 @@ def _list_parts(rows: pd.DataFrame, normalise: Normalisation) -> Iterator[pd.Dat
     runs = [rows.iloc[start:stop] for start, stop in itertools.pairwise([*starts, len(rows)])]
     runs.sort(key=lambda run: str(run["source"].iloc[0]))
     if len(runs) > source.nunique() or not all(_is_sorted(run[keys]) for run in runs):
-        runs = [rows.sort_values(keys)]
+        runs = [rows.astype({"source": "str"}).sort_values(keys)]
     for run in runs:
         for start in range(0, len(run), ROWS_AT_ONCE):
             part = run.iloc[start : start + ROWS_AT_ONCE]
-            yield part.assign(path=_name_paths(part, normalise))[MANIFEST_COLUMNS]
+            facts = part[REPEATED].astype("str")
+            yield part.assign(path=_name_paths(part, normalise), **facts)[MANIFEST_COLUMNS]
 
 
 def _is_sorted(run: pd.DataFrame) -> bool:
@@ -117,7 +119,7 @@ def _is_sorted(run: pd.DataFrame) -> bool:
 
 def _name_paths(rows: pd.DataFrame, normalise: Normalisation) -> pd.Series:
     """Return where each image is in the split folder; of those that are not kept, empty."""
-    suffix = rows["format"].map(SUFFIXES) if normalise == "none" else SUFFIXES["JPEG"]
+    suffix = rows["format"].astype("str").map(SUFFIXES) if normalise == "none" else SUFFIXES["JPEG"]
     return (rows["split"] + "/" + rows["label"] + "/" + rows["sha256"] + suffix).where(rows["split"] != "", "")
 
 

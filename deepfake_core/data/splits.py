@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from deepfake_core.config import CLASS_NAMES, FEEDBACK, REGRESSION, SPLITS
 from deepfake_core.data.groups import find_components, find_ends
@@ -86,7 +87,8 @@ def _draw_splits(rows: pd.DataFrame, val_fraction: float, test_fraction: float) 
     split[position < test_fraction] = SPLITS.index("test")
     reported = rows["group"].isin(rows.loc[rows["source"] == FEEDBACK, "group"]).to_numpy()
     split[reported & (second < REGRESSION_SHARE)] = SPLITS.index(REGRESSION)
-    return pd.Series(pd.Categorical.from_codes(split, pd.Index(SPLITS)), index=rows.index).astype("str")
+    names = pa.DictionaryArray.from_arrays(split, pa.array(SPLITS, pa.large_string())).dictionary_decode()
+    return names.to_pandas().set_axis(rows.index)
 
 
 def _resolve_conflicts(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[str, str]) -> pd.DataFrame:
@@ -133,7 +135,8 @@ def _leave_out_across(rows: pd.DataFrame, links: pd.DataFrame, memory: Mapping[s
         rows: with the `split` of each group.
     """
     linked = rows["sha256"].isin(pd.concat([links["image"], links["other"]])) & (rows["group"] != "")
-    some = rows[rows["group"].isin(rows.loc[linked, "group"])]
+    columns = ["sha256", "group", "kept", "split"]
+    some = rows.loc[rows["group"].isin(rows.loc[linked, "group"]), columns]
     held = some[some["kept"].groupby(some["group"]).transform("any")]
     split = held.drop_duplicates("sha256").set_index("sha256")["split"]
     one, other = links["image"].map(split), links["other"].map(split)
