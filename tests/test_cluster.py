@@ -392,7 +392,7 @@ def test_nodes_without_a_shared_disk_read_and_write_at_the_url(data, s3_url, tmp
     results = [hash_results(DataParameters(data_dir=store.address)) for store in stores]
     assert results[0] == results[1]
     assert list_objects(store) == {}
-    assert not (tmp_path / "node").exists()
+    assert not [file for file in (tmp_path / "node").rglob("*") if file.match("deepfake/*") or file.suffix == ".zip"]
 
 
 def test_a_shard_that_always_fails_is_named_and_the_others_are_kept(cluster, data):

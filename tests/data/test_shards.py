@@ -164,6 +164,14 @@ def test_an_index_of_shards_that_nodes_made_is_that_of_one_machine(share, store,
     assert not list(store.indexes().glob(".*"))
 
 
+def test_a_node_that_was_a_driver_before_writes_at_the_url_too(share, store):
+    """What it left on its disk then, the driver of today does not see."""
+    (shard, *_) = list_shards([share()], store)
+    index_shard(pickle.loads(pickle.dumps(shard)), threads=1)  # noqa: S301 - its own
+    assert list(shard.file.parent.iterdir()) == []
+    assert len(store.list_names(shard.file.parent)) == 1
+
+
 def spy(made: list[int]) -> Callable[..., list[tuple]]:
     from deepfake_core.data.index import index_members
 
