@@ -133,8 +133,8 @@ def list_shards(archives: Sequence[Archive], store: Store) -> list[Shard]:
 def index_shard(shard: Shard, threads: int, on_progress: Progress | None = None) -> None:
     """Write a shard's rows, unless they are on disk.
 
-    Where neither the archive nor the data folder is on this disk, the archive is read and the rows are written at the
-    store's URL.
+    On a node of a cluster, where the store is at a URL, the rows are written there, and an archive that is not on its
+    disk is read there.
 
     Raises:
         DeepfakeError: that names the shard.
