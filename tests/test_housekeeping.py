@@ -268,7 +268,7 @@ def test_shards_that_nodes_left_at_the_url_go_a_day_after_the_last(s3_url, monke
     others = [store.indexes() / "notes.txt", store.indexes() / ".notes" / "notes.txt"]
     for path in (store.shards(index) / "0-1.parquet", store.shards(index) / "1-2.parquet", *others):
         store.write(path, b"rows")
-    assert clean(store, keep=1) == []
+    assert not any(removal.shards for removal in clean(store, keep=1))
     monkeypatch.setattr("deepfake_core.data.shards.MAX_WRITING_SECONDS", -1)
     (planned,) = clean(store, keep=1, dry_run=True)
     assert (planned.what, planned.bytes) == (f"shards of {index} at {s3_url}", 0)
