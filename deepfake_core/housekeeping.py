@@ -7,7 +7,6 @@ MLflow keeps run, parameters, metrics, figures, reports and tags.
 import logging
 import os
 import re
-import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,13 +19,14 @@ from deepfake_core.config import (
     DEFAULT_MODEL,
 )
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.shards import list_abandoned, remove_shards
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.feedback.reports import Feedback, open_feedback
 from deepfake_core.monitoring.observations import list_day, list_old_days, remove_day
 from deepfake_core.registry.connection import connect
 from deepfake_core.registry.model_files import ModelFiles, find_needed_datasets, find_unneeded_files, remove_model_files
 from deepfake_core.registry.versions import has_versions
-from deepfake_core.storage.files import remove_folder
+from deepfake_core.storage.files import is_abandoned, remove_folder
 from deepfake_core.storage.locks import lock_folder
 from deepfake_core.storage.store import Store, open_store
 
@@ -35,13 +35,7 @@ log = logging.getLogger(__name__)
 DATASET_NAME = re.compile(r"[0-9a-f]{16}")
 ARCHIVE_NAME = re.compile(r"(?P<version>\d+)\.(zip|json).*")
 INDEX_NAME = re.compile(r"(?P<source>.+)-v\d+-[0-9a-f]{16}\.parquet")
-WRITTEN_BESIDE = re.compile(r"\..+\.\d+")
-"""How `files.write_beside` names a file that is not whole yet; the number is its process."""
-
 MAX_DAYS = 36_500
-
-MAX_WRITING_SECONDS = 24 * 3600
-"""Nobody writes to such a file for longer; its process may be on another machine."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,7 @@ class Removal:
     model_files: ModelFiles | None = None
     rejected: str = ""
     day: tuple[Store, str] | None = None
+    shards: tuple[Store, str] | None = None
 
 
 def sum_up(removals: Sequence[Removal]) -> str:
@@ -77,7 +72,8 @@ def clean(
     Killed half way, it leaves nothing that looks whole, and the next call removes the rest.
 
     Args:
-        store: of one at a URL, this machine's cache is cleaned; at the URL only rejected reports are removed.
+        store: of one at a URL, this machine's cache is cleaned; at the URL only rejected reports are removed, and
+            shards to which no node has added for a day.
         keep: number of newest data sets, archives and indexes per source, and versions' model files, that stay.
         dry_run: remove nothing; return what would be removed.
         agreed: from an earlier call; nothing else is removed.
@@ -194,15 +190,10 @@ def _plan_leftovers(store: Store, removed: Collection[Path]) -> Iterator[Removal
     hidden = [path for pattern in (".*", "*/.*", "*/*/.*") for path in sorted(store.folder.glob(pattern))]
     for path in [*hidden, *sorted(store.archives().glob("*/*/.*"))]:
         goes_anyway = path.parent in removed or path.parent.suffix == ".partial"
-        if not goes_anyway and WRITTEN_BESIDE.fullmatch(path.name) and _is_abandoned(path):
+        if not goes_anyway and is_abandoned(path):
             yield _remove_paths(f"unfinished {store.name(path)}", why, path)
-
-
-def _is_abandoned(path: Path) -> bool:
-    try:
-        return path.stat().st_mtime < time.time() - MAX_WRITING_SECONDS
-    except FileNotFoundError:  # already renamed into place
-        return False
+    for index in list_abandoned(store) if store.url else ():
+        yield Removal(f"shards of {index} at {store.url}", why, 0, shards=(store, index))
 
 
 def _plan_model_files(model_name: str, keep: int) -> Iterator[Removal]:
@@ -254,6 +245,8 @@ def _remove(removal: Removal, model_name: str, feedback: Feedback) -> bool:
         return False
     if removal.day:
         remove_day(*removal.day)
+    if removal.shards:
+        remove_shards(*removal.shards)
     for path in removal.paths:
         remove_folder(path) if path.is_dir() else path.unlink()
     log.info("%s: removed, %.1f MB (%s)", removal.what, removal.bytes / 1e6, removal.why)

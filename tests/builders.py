@@ -28,6 +28,7 @@ from deepfake_core.config import (
     Recipe,
     Source,
 )
+from deepfake_core.data.archive import Archive
 from deepfake_core.data.confirmed import fetch_confirmed
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.duplicates import mark_duplicates
@@ -46,7 +47,8 @@ from deepfake_core.evaluation.promotion import Comparison, Cost
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.serving.batch_scoring import ScoredTable, cut_images, join_shards, score_shard
 from deepfake_core.serving.load_versions import Judge
-from deepfake_core.storage.store import open_store
+from deepfake_core.storage.files import hash_file, write_json
+from deepfake_core.storage.store import Store, open_store
 
 T = TypeVar("T")
 
@@ -119,6 +121,16 @@ def write_zip(path: Path, members: Mapping[str, bytes]) -> Path:
         for name, data in members.items():
             archive.writestr(zipfile.ZipInfo(name), data)
     return path
+
+
+def keep_download(file: Path, source: Source, store: Store) -> Archive:
+    """Copy a zip to where the store keeps version 1 of a Kaggle source, as if it had been downloaded."""
+    path = store.archives(source.name) / "1.zip"
+    path.parent.mkdir(parents=True)
+    shutil.copy(file, path)
+    state = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+    write_json(path.with_suffix(".json"), {**state, "version": 1, "licence": None, "downloaded_at": None})
+    return fetch_archive(source, store)
 
 
 def faces(count: int, start: int = 0) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import fsspec
 import pandas as pd
 import psutil
 import pytest
@@ -25,17 +26,28 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from deepfake_core.config import DataParameters, Source
 from deepfake_core.data import index
 from deepfake_core.data.archive import open_local
+from deepfake_core.data.shards import remove_shards
 from deepfake_core.errors import ArchiveError, ConfigurationError, ServiceError
 from deepfake_core.serving import batch_scoring
 from deepfake_core.serving.batch_scoring import ScoreShard, cut_images, join_shards
 from deepfake_core.serving.load_versions import Judge
-from deepfake_core.storage.files import remove_folder
-from deepfake_core.storage.store import open_store
+from deepfake_core.storage.store import Store, open_store
 from flows.prepare import prepare
 from tasks.data import index_shard
 from tasks.scoring import score_shard
 from tasks.shards import CODE, run_shards
-from tests.builders import ROOT, copy_former, faces, forbid, free_port, jpeg, score_images, wait_until, write_zip
+from tests.builders import (
+    ROOT,
+    copy_former,
+    faces,
+    forbid,
+    free_port,
+    jpeg,
+    keep_download,
+    score_images,
+    wait_until,
+    write_zip,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("prefect_api"),
@@ -162,11 +174,11 @@ def used(monkeypatch) -> dict[str, tuple[int, int]]:
     """Return the shards that an index was made of, once it is."""
     shards: dict[str, tuple[int, int]] = {}
 
-    def remove(folder: Path) -> None:
-        shards.update(list_shards(folder))
-        remove_folder(folder)
+    def remove(store: Store, name: str) -> None:
+        shards.update(list_shards(store.shards(name)))
+        remove_shards(store, name)
 
-    monkeypatch.setattr(index, "remove_folder", remove)
+    monkeypatch.setattr(index, "remove_shards", remove)
     return shards
 
 
@@ -308,20 +320,30 @@ def test_images_that_a_node_has_otherwise_are_named_and_stop_the_run(cluster, to
         score_there(to_score, cluster.address)
 
 
-def test_a_run_whose_driver_was_killed_goes_on(cluster, data, local, used):
-    """It is killed while it waits for its fifth shard. The next run connects as a machine that is no node does."""
-    there = data.model_copy(update={"cluster": cluster.address})
+def kill_driver(data: DataParameters, away: str = "") -> None:
+    """Run `prepare` in a process that is killed while it waits for its fifth shard.
+
+    Args:
+        away: a folder that is renamed before the nodes begin.
+    """
     code = (
         "import itertools, os, sys; from deepfake_core.config import DataParameters\n"
-        "from deepfake_core.data import index; from flows.prepare import prepare\n"
+        "import flows.prepare; from deepfake_core.data import index; from flows.prepare import prepare, run_shards\n"
         "from prefect_ray.task_runners import PrefectRayFuture; waits = itertools.count(1)\n"
         "wait, die = PrefectRayFuture.wait, lambda: os.kill(os.getpid(), 9)\n"
         "PrefectRayFuture.wait = lambda future: die() if next(waits) == 5 else wait(future)\n"
+        "hide = lambda folder: folder and os.rename(folder, f'{folder}-away')\n"
+        "sys.modules['flows.prepare'].run_shards = lambda *given: hide(sys.argv[2]) or run_shards(*given)\n"
         f"index.SHARD_SIZE = {SHARD_SIZE}; prepare(DataParameters.model_validate_json(sys.argv[1]))"
     )
     environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value()), "PYTHONPATH": str(ROOT)}
-    driver = subprocess.run([sys.executable, "-c", code, there.model_dump_json()], env=environment)
+    driver = subprocess.run([sys.executable, "-c", code, data.model_dump_json(), away], env=environment)
     assert driver.returncode == -signal.SIGKILL
+
+
+def test_a_run_whose_driver_was_killed_goes_on(cluster, data, local, used):
+    """The next run connects as a machine that is no node does."""
+    kill_driver(data.model_copy(update={"cluster": cluster.address}))
     before = list_shards(open_store(data.data_dir).indexes())
     assert len(before) >= 4
     there = data.model_copy(update={"cluster": cluster.client})
@@ -336,6 +358,52 @@ def test_a_run_whose_driver_was_killed_goes_on(cluster, data, local, used):
     wait_until(prepare_there)
     assert hash_results(there) == local
     assert before.items() <= used.items()
+
+
+def list_objects(store: Store) -> dict[str, str]:
+    """Return the finished shards at the store's URL, each with the time at which it was written."""
+    folders = [store.indexes() / name for name in store.list_names(store.indexes())]
+    files = fsspec.filesystem("s3")
+    addresses = [store.address_of(folder / name) for folder in folders for name in store.list_names(folder)]
+    return {address: str(files.info(address)["LastModified"]) for address in addresses}
+
+
+def test_nodes_without_a_shared_disk_read_and_write_at_the_url(data, s3_url, tmp_path, monkeypatch):
+    """While they work, what is on the driver's disk is away. A driver that was killed goes on."""
+    sources = tuple(Source(name=f"owner/{Path(source.name).stem}-faces", version=1) for source in data.sources)
+    stores = [open_store(address) for address in (tmp_path / "alone", s3_url)]
+    for store in stores:
+        for source, kaggle in zip(data.sources, sources, strict=True):
+            keep_download(Path(source.name), kaggle, store)
+    prepare(DataParameters(sources=sources, data_dir=str(tmp_path / "alone")))
+    store, used = stores[1], {}
+
+    @contextmanager
+    def hide() -> Iterator[None]:
+        store.folder.rename(f"{store.folder}-away")
+        yield
+        assert not store.folder.exists()
+        Path(f"{store.folder}-away").rename(store.folder)
+
+    def run_without_disk(task, shards, cluster):
+        with hide():
+            run_shards(task, shards, cluster)
+            used.update(list_objects(store))
+
+    monkeypatch.setattr("flows.prepare.run_shards", run_without_disk)
+    forbid(monkeypatch, "deepfake_core.data.index.index_members")  # the driver makes no shard of its own
+    with start_node("--head", "--num-cpus=1", XDG_CACHE_HOME=str(tmp_path / "node")) as head:
+        there = DataParameters(sources=sources, data_dir=s3_url, cluster=head.address)
+        kill_driver(there, str(store.folder))
+        before = list_objects(store)
+        Path(f"{store.folder}-away").rename(store.folder)
+        prepare(there)
+    assert 4 <= len(before) < len(used) == 20
+    assert before.items() <= used.items()
+    results = [hash_results(DataParameters(data_dir=store.address)) for store in stores]
+    assert results[0] == results[1]
+    assert list_objects(store) == {}
+    assert not [file for file in (tmp_path / "node").rglob("*") if file.match("deepfake/*") or file.suffix == ".zip"]
 
 
 def test_a_shard_that_always_fails_is_named_and_the_others_are_kept(cluster, data):

@@ -263,6 +263,21 @@ def test_unfinished_files_go_when_nobody_writes_to_them_any_more(years):
     assert not any(path.exists() for path in gone)
 
 
+@pytest.mark.usefixtures("years")
+def test_shards_that_nodes_left_at_the_url_go_a_day_after_the_last(s3_url, monkeypatch):
+    store, index = open_store(s3_url), "faces-v4-0123456789abcdef"
+    others = [store.indexes() / "notes.txt", store.indexes() / ".notes" / "notes.txt"]
+    for path in (store.shards(index) / "0-1.parquet", store.shards(index) / "1-2.parquet", *others):
+        store.write(path, b"rows")
+    assert not any(removal.shards for removal in clean(store, keep=1))
+    monkeypatch.setattr("deepfake_core.data.shards.MAX_WRITING_SECONDS", -1)
+    (planned,) = clean(store, keep=1, dry_run=True)
+    assert (planned.what, planned.bytes) == (f"shards of {index} at {s3_url}", 0)
+    assert len(store.list_names(store.shards(index))) == 2
+    assert clean(store, keep=1, agreed=[planned]) == [planned]
+    assert store.list_names(store.indexes()) == [".notes", "notes.txt"]
+
+
 def test_what_a_run_is_at_stays_until_it_must_have_been_killed(years):
     data_dir, versions = years
     client = mlflow.MlflowClient()

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -17,10 +18,16 @@ from deepfake_core.data.members import Member, list_folder, list_zip
 from deepfake_core.decoding import MAX_BYTES
 from deepfake_core.errors import ArchiveError, SourceError
 from deepfake_core.storage.files import hash_file, write_json
+from deepfake_core.storage.ranges import RangeFile
 from deepfake_core.storage.store import Store
 
 MAX_EXPANSION_FACTOR = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
+
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+
+READ_AHEAD = 1 << 16
+"""Bytes that are asked for at once where zipfile reads by small steps from a URL."""
 
 
 @dataclass(frozen=True)
@@ -117,27 +124,33 @@ class ArchiveReader:
     """List and read the files of a zip or a folder, following no name out of it, and no link unless that is asked for.
 
     Reading is safe from several threads at once.
+
+    Attributes:
+        place: path of the zip or the folder; of a zip at a URL, the file that reads it by range.
+        members: the files, of a zip as its directory lists them.
     """
 
-    def __init__(self, path: Path, follow_links: bool = False) -> None:
-        self._path = path
+    def __init__(self, place: Path | RangeFile, follow_links: bool = False) -> None:
+        self.place = place
         self._zip: zipfile.ZipFile | None = None
-        if path.is_dir():
-            self.members = list_folder(path, follow_links)
+        if isinstance(place, Path) and place.is_dir():
+            self.members = list_folder(place, follow_links)
             return
         try:
-            self._zip = zipfile.ZipFile(path)
-            self._descriptor = self._zip.fp.fileno()  # type: ignore[union-attr]
+            self._zip = zipfile.ZipFile(io.BufferedReader(place, READ_AHEAD) if isinstance(place, RangeFile) else place)
         except UnicodeDecodeError as exc:
             raise ArchiveError(
-                f"Names in a zip that are marked as UTF-8 must be that. Received: {path}, which names {exc.object!r}. "
+                f"Names in a zip that are marked as UTF-8 must be that. Received: {place}, which names {exc.object!r}. "
                 "Unpack it and zip it again, such as by `zip -r`."
             ) from exc
         except (zipfile.BadZipFile, NotImplementedError, ValueError) as exc:
-            with path.open("rb") as file:
-                begins = file.read(8)
+            if isinstance(place, RangeFile):
+                begins = place.read_range(0, 8)
+            else:
+                with place.open("rb") as file:
+                    begins = file.read(8)
             raise ArchiveError(
-                f"An archive must be a whole zip file. Received: {path}, which begins with {begins!r} ({exc})."
+                f"An archive must be a whole zip file. Received: {place}, which begins with {begins!r} ({exc})."
             ) from exc
         self.members = list_zip(self._zip.infolist())
 
@@ -160,7 +173,7 @@ class ArchiveReader:
             data = b""
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ArchiveError(
-                f"An archive must not change during a run. {name!r} of {self._path} is gone, or has other bytes than "
+                f"An archive must not change during a run. {name!r} of {self.place} is gone, or has other bytes than "
                 "when it was indexed. Run again: it is indexed anew."
             )
         return data
@@ -178,24 +191,33 @@ class ArchiveReader:
         """
         if member.size > MAX_BYTES:
             raise ArchiveError(f"A member may hold {MAX_BYTES:,} bytes. Received: {member.size:,}")
-        if self._zip and member.handle.compress_type == zipfile.ZIP_STORED and (data := self._read_stored(member)):
+        if self._zip and (data := self._read_at_once(self._zip, member)) is not None:
             return data
         with self._open(member) as file:
             return file.read(member.size + 1)
 
-    def _read_stored(self, member: Member) -> bytes | None:
-        """Read a member that is not compressed in one call; None if all is not as expected, so that zipfile says why.
+    def _read_at_once(self, opened: zipfile.ZipFile, member: Member) -> bytes | None:
+        """Read a member in one call; None if all is not as expected, so that zipfile says why.
 
         Threads that read through one `zipfile.ZipFile` wait for each other, longer than decoding a small image takes.
+        At a URL, it would ask for a member in several requests.
         """
         info = member.handle
-        start = info.header_offset
+        if info.compress_type not in METHODS or info.compress_size > MAX_BYTES or info.flag_bits & 0x1:
+            return None
         # 30 bytes, the name, and extra fields, whose length here may be other than in the directory
-        around = os.pread(self._descriptor, 30 + len(info.orig_filename.encode()) + 64 + info.file_size, start)
+        size, start = 30 + len(info.orig_filename.encode()) + 64 + info.compress_size, info.header_offset
+        if isinstance(self.place, RangeFile):
+            around = self.place.read_range(start, size)
+        else:
+            around = os.pread(opened.fp.fileno(), size, start)  # type: ignore[union-attr]
         begin = 30 + int.from_bytes(around[26:28], "little") + int.from_bytes(around[28:30], "little")
-        data = around[begin : begin + info.file_size]
-        is_plain = around[:4] == b"PK\3\4" and not info.flag_bits & 0x1
-        return data if is_plain and len(data) == info.file_size and zlib.crc32(data) == info.CRC else None
+        data = around[begin : begin + info.compress_size]
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            with contextlib.suppress(zlib.error):
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, info.file_size + 1)
+        is_whole = around[:4] == b"PK\3\4" and len(data) == info.file_size and zlib.crc32(data) == info.CRC
+        return data if is_whole else None
 
     def check(self, member: Member) -> None:
         """Read a member to its end, so that zipfile compares its checksum."""
@@ -216,11 +238,11 @@ class ArchiveReader:
         except RuntimeError as exc:  # also NotImplementedError
             raise ArchiveError(
                 f"Every member of a zip must be compressed by Deflate, or stored, and not encrypted. Received: "
-                f"{member.name!r} of {self._path} (method {member.handle.compress_type}: {exc}). Unpack it and zip it "
+                f"{member.name!r} of {self.place} (method {member.handle.compress_type}: {exc}). Unpack it and zip it "
                 "again without a password, such as by `zip -r`: Windows Explorer packs large files by Deflate64 (9)."
             ) from exc
         except (zipfile.BadZipFile, EOFError, OSError, UnicodeDecodeError, zlib.error) as exc:
             raise ArchiveError(
-                f"Every member of a zip must match its checksum. {member.name!r} of {self._path} is damaged or "
+                f"Every member of a zip must match its checksum. {member.name!r} of {self.place} is damaged or "
                 f"can't be read ({exc})."
             ) from exc

@@ -28,10 +28,11 @@ from deepfake_core.data.archive import Archive, ArchiveReader
 from deepfake_core.data.contents import Content, Contents, decode, shrink_and_hash
 from deepfake_core.data.labels import check_csv_files, check_labels, name_label
 from deepfake_core.data.members import UNREADABLE, Member
-from deepfake_core.data.shards import Shard, cut_shards, is_whole, join_shards, open_members
+from deepfake_core.data.shards import Shard, cut_shards, is_whole, join_shards, open_members, remove_shards
 from deepfake_core.decoding import MAX_BYTES, MemoryBudget
-from deepfake_core.storage.files import remove_folder, write_beside
+from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.progress import Progress
+from deepfake_core.storage.ranges import RangeFile
 from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ SHARD_SIZE = 10_000
 
 DECODED_AT_ONCE = 128
 """Images that are in memory before they are shrunk, of 256 x 256 pixels at most."""
+
+READERS = 8
+"""Threads for each core that read at a URL: they wait for the network more than they decode."""
 
 READING = MemoryBudget(2 * MAX_BYTES)
 """Memory of files from when they are read until they are decoded; `DECODING` is asked for after it, never before."""
@@ -92,7 +96,7 @@ def write_index(archive: Archive, store: Store, on_progress: Progress | None = N
     """
     source, name = archive.source, name_index(archive)
     if is_whole(file := _place_index(name, store)):
-        remove_folder(store.shards(name))  # which a run left that was killed at its very end
+        remove_shards(store, name)  # which a run left that was killed at its very end
         log.info("%s: unchanged, its index is on disk already", source.short_name)
         return file
     try:
@@ -100,7 +104,7 @@ def write_index(archive: Archive, store: Store, on_progress: Progress | None = N
         for shard in shards:
             index_shard(shard, os.cpu_count() or 1, on_progress)
         index = read_facts([shard.file for shard in shards])
-        reader, members = open_members(archive)
+        reader, members = open_members(archive, store)
         check_labels(source, index, members)
         if source.csv_real_label is not None:
             check_csv_files(source, reader, index)
@@ -110,7 +114,7 @@ def write_index(archive: Archive, store: Store, on_progress: Progress | None = N
         _read_contents.cache_clear()
     with write_beside(file) as beside:
         join_shards(shards, beside)
-    remove_folder(store.shards(name))
+    remove_shards(store, name)
     unusable = index.loc[index["reason"] != "", "reason"].value_counts().to_dict()
     log.info(
         "%s: %d files, %d decoded now (others are copies, or were known), %d usable images, left out: %s",
@@ -140,13 +144,17 @@ def list_shards(archives: Sequence[Archive], store: Store) -> list[Shard]:
 def index_shard(shard: Shard, threads: int, on_progress: Progress | None = None) -> None:
     """Write a shard's rows, unless they are on disk.
 
+    On a node of a cluster, where the store is at a URL, the rows are written there, and an archive that is not on its
+    disk is read there.
+
     Raises:
         DeepfakeError: that names the shard.
     """
     if shard.is_done:
         return
     source = shard.archive.source
-    reader, all_members = open_members(shard.archive)
+    reader, all_members = open_members(shard.archive, shard.store)
+    threads *= READERS if isinstance(reader.place, RangeFile) else 1
     members = all_members[shard.start : shard.stop]
     known = dict(_read_contents(find_newest_index(shard.store, _begin_name(source))))
     size = max(DECODED_AT_ONCE, len(members) // (16 * threads))

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 from deepfake_core.errors import DeepfakeError, DiskError
 
 NO_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+
+MAX_WRITING_SECONDS = 24 * 3600
+"""Nobody writes to a file, or adds to what belongs together, for longer; the process may be on another machine."""
 
 
 @contextmanager
@@ -109,6 +113,14 @@ def _remove_abandoned(own: Path) -> None:
             with contextlib.suppress(OSError), other.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 other.unlink()
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file is named as `write_beside` names what is not whole yet, and nobody writes to it any more."""
+    try:
+        return bool(re.fullmatch(r"\..+\.\d+", path.name)) and path.stat().st_mtime < time.time() - MAX_WRITING_SECONDS
+    except FileNotFoundError:  # already renamed into place
+        return False
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -83,6 +84,12 @@ class FolderObjects:
         with write_beside(self._root / name) as beside:
             beside.write_bytes(data)
 
+    def measure_age(self, name: str) -> float:
+        """Return how many seconds ago a file was written; 0 if there is none."""
+        with suppress(FileNotFoundError), translate_disk_errors(self._root):
+            return time.time() - (self._root / name).stat().st_mtime
+        return 0
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with translate_disk_errors(self._root):
@@ -144,6 +151,11 @@ class RemoteObjects:
     def write(self, name: str, data: bytes) -> None:
         with translate_errors(self.address):
             self._files.pipe_file(f"{self._root}/{name}", data)
+
+    def measure_age(self, name: str) -> float:
+        with suppress(FileNotFoundError), translate_errors(self.address):
+            return time.time() - self._files.modified(f"{self._root}/{name}").timestamp()
+        return 0
 
     def remove(self, name: str) -> None:
         with suppress(FileNotFoundError), translate_errors(self.address):

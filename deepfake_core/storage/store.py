@@ -7,6 +7,7 @@ may meet; what must never be lost is added under new names, never overwritten.
 
 import contextlib
 import hashlib
+import os
 import re
 import uuid
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ class Store:
 
     folder: Path
     url: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another machine as the URL alone, if there is one: the folder is of this machine, there is none."""
+        return Store, (Path(os.devnull) if self.url else self.folder, self.url)
 
     @property
     def address(self) -> str:
