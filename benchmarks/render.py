@@ -206,7 +206,8 @@ def render_training_results(results: Results) -> str:
         f"{show_splits(candidates['splits'])}. Sources: 140k-real-and-fake-faces, and ciplab's "
         "real-and-fake-face-detection. Minutes of training and images per second (validation included) on "
         f"{candidates['machine']}. AUC lost: by the change of the test images that costs most, over all sources; "
-        "empty where it was not measured. AUC on val is that of the checkpoint, which was chosen there."
+        "empty where it was not measured. AUC on val is that of the checkpoint, which was chosen there. A second head "
+        "has 1,281 parameters, which are not counted."
     )
     speed = describe_training_speed(results["training_speed"])
     return "\n\n".join([wrap(caption), draw_candidates(candidates["variants"]), wrap(speed)])
@@ -450,6 +451,7 @@ def render_scale(results: Results) -> str:
     larger = [
         [
             f"{int(count):,}",
+            f"{size['search']['tables']:,} of {size['search']['bits']} bits",
             f"{size['search']['seconds']:.0f}",
             f"{size['search']['hours_of_all_tables']:.1f}",
             f"{size['search']['own_gb']:.1f}",
@@ -471,8 +473,8 @@ def render_scale(results: Results) -> str:
                 "of all follow; and grouping, split and manifest of indexes without pictures:"
             ),
             draw_table(
-                "rrrrrrr",
-                ["rows", f"{timed} tables, s", "all tables, h", "own memory, GB", "with mapped pages, GB",
+                "rrrrrrrr",
+                ["rows", "tables", f"{timed} tables, s", "all tables, h", "own memory, GB", "with mapped pages, GB",
                  "the other steps, s", "own memory, GB"],
                 larger,
             ),
@@ -675,6 +677,7 @@ SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
         "soak results": render_soak_results,
         "data results": render_data_results,
         "drift results": render_drift_results,
+        "full-size results": render_full_size,
     },
     SCALE: {"scale results": render_scale},
 }

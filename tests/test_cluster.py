@@ -314,6 +314,31 @@ def test_a_node_that_is_killed_while_it_scores_costs_only_what_it_was_at(to_scor
     assert all(shard.is_done for shard in to_score)
 
 
+def test_a_surviving_node_scores_what_a_killed_one_was_at(to_score):
+    folder, before = to_score[0].folder, dict[str, tuple[int, int]]()
+
+    def kill(node: Node) -> None:
+        wait_until(lambda: len(list_shards(folder)) >= 4 or scored.is_set())
+        node.kill()
+        before.update(list_shards(folder))
+
+    scored = threading.Event()
+    with (
+        start_node("--head", "--num-cpus=1") as head,
+        start_node(f"--address={head.address}", "--num-cpus=1") as node,
+        ThreadPoolExecutor() as beside,
+    ):
+        killed = beside.submit(kill, node)
+        try:
+            score_there(to_score, head.address)
+        finally:
+            scored.set()
+        killed.result()
+    assert 4 <= len(before) < len(to_score)
+    assert before.items() <= list_shards(folder).items()
+    assert all(shard.is_done for shard in to_score)
+
+
 def test_images_that_a_node_has_otherwise_are_named_and_stop_the_run(cluster, to_score):
     (to_score[0].images / "a.jpg").write_bytes(jpeg(1))  # the first by name, so that all others move
     with pytest.raises(ConfigurationError, match=r"score shard images 0-5: Images must stay as they are"):

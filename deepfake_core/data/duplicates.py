@@ -32,6 +32,7 @@ def mark_duplicates(index: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
         picture), `label_conflict`, `whole_image` (only its face is used, which has its links), or what the index said.
     """
     rows = index.drop(columns=["hash", "thumbnail"], errors="ignore").reset_index(drop=True)
+    del index  # so that columns which are replaced take no memory, if the caller has none
     rows.loc[find_whole_images(rows) & (rows["reason"] == ""), "reason"] = WHOLE_IMAGE
     usable = rows["reason"] == ""
     links = link_faces(rows[usable & find_linkable(rows, links)], links)
