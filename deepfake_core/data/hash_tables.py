@@ -16,7 +16,7 @@ TABLES, TABLE_BITS = 1600, 20
 some bucket, of those that are 40 apart all (benchmarks/data_speed.py)."""
 
 MANY_IMAGES = 2_000_000
-MORE_TABLES, MORE_TABLE_BITS = 4700, 24
+MORE_TABLES, MORE_TABLE_BITS = 2700, 22
 """The same from so many images on: as many pairs are found, in more tables whose buckets hold fewer. With 20 bits, time
 grows with the square of the images by then."""
 

@@ -50,7 +50,7 @@ def find_neighbours(hashes: np.ndarray, radius: int, new: np.ndarray | None = No
     """Find the pairs of images of which one, through some view, has a hash within `radius` bits of the other's.
 
     Where there are few, all are compared (faiss). Where there are many, only those are that agree on 20 bits, drawn at
-    random for each of 1,600 hash tables, and from 2 million images on, on 24 bits for each of 4,700.
+    random for each of 1,600 hash tables, and from 2 million images on, on 22 bits for each of 2,700.
     faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 54 s instead of 5 s for
     20,000 pictures of 7 views (benchmarks/data_speed.py).
 

@@ -138,7 +138,7 @@ def test_pairs_are_found_through_the_view_that_is_nearest(monkeypatch, exact_com
 
 @pytest.mark.parametrize("members_at_once", [1 << 16, 7])
 @pytest.mark.parametrize("among", ["all", "new"])
-@pytest.mark.parametrize(("many_images", "table_bits"), [(2_000_000, 20), (0, 24)])
+@pytest.mark.parametrize(("many_images", "table_bits"), [(2_000_000, 20), (0, 22)])
 def test_among_many_exactly_those_pairs_are_found_that_share_a_bucket(
     monkeypatch, members_at_once, among, many_images, table_bits
 ):
