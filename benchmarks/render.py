@@ -676,8 +676,8 @@ SECTIONS: dict[Path, dict[str, Callable[[Results], str]]] = {
         "serving results": render_serving_results,
         "soak results": render_soak_results,
         "data results": render_data_results,
-        "drift results": render_drift_results,
         "full-size results": render_full_size,
+        "drift results": render_drift_results,
     },
     SCALE: {"scale results": render_scale},
 }
