@@ -263,7 +263,7 @@ def run_steps(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
     near = links.find_or_read_links([file], store)
     searched = time.perf_counter() - start
     pictures, found = kept["list the pictures"], kept["pair search"]
-    stands = np.flatnonzero(pictures.stand_in == np.arange(len(pictures)))
+    stands = pictures.stands
     candidates = set(zip(*(pictures.name(stands[each]) for each in (found.images, found.viewed)), strict=True))
     rows_searched, complete = len(pictures), found.lasting
     del pictures, found, stands

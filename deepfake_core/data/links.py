@@ -122,7 +122,7 @@ def find_or_read_links(indexes: Sequence[Path], store: Store, run: Run = run_her
     read = read_files(indexes)
     pictures = list_pictures(read)
     content = hashlib.sha256(pictures.fingerprints.tobytes()).hexdigest()[:16]
-    _, bits = choose_tables(pictures.count_distinct())
+    _, bits = choose_tables(len(pictures.stands))
     name = "near copies" if bits == TABLE_BITS else f"near copies by {bits} bits"  # other pairs may be found then
     prefix = f"{name}-v{LINKS_FORMAT}-"
     kept = store.indexes() / f"{prefix}{content}.parquet"
@@ -175,7 +175,7 @@ def _search(pictures: Pictures, looks: Looks, before: Path | None, folder: Path,
     stand_in = pictures.stand_in
     new = np.ones(len(pictures), bool) if before is None else ~_find_known(pictures, before)
     own = np.arange(len(pictures))
-    stand_ins = np.flatnonzero(stand_in == own)
+    stand_ins = pictures.stands
     parts = folder / ("all" if before is None else before.stem)
     near = _find_near(looks.hashes, new[stand_ins], parts, run)
     if not (near.lasting or new.all()):

@@ -54,9 +54,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.row)
 
-    def count_distinct(self) -> int:
-        """Return the number of pictures that stand for themselves."""
-        return int((self.stand_in == np.arange(len(self))).sum())
+    @property
+    def stands(self) -> np.ndarray:
+        """Positions of the pictures that stand for themselves."""
+        return np.flatnonzero(self.stand_in == np.arange(len(self)))
 
     def name(self, positions: np.ndarray) -> list[str]:
         """Return the SHA-256 of some pictures, in hex."""
@@ -157,7 +158,7 @@ def map_hashes(folder: Path) -> np.ndarray:
 
 def _write_looks(pictures: Pictures, by_row: np.ndarray, read: Read, folder: Path) -> None:
     count = len(pictures)
-    stands = np.flatnonzero(pictures.stand_in == np.arange(count))
+    stands = pictures.stands
     needed = count * THUMBNAIL_BYTES + len(stands) * len(VIEWS) * HASH_BYTES
     require_space(folder, needed, f"The search for near copies in {folder}", "set `data.data_dir` to another disk")
     wanted = pictures.row[by_row]
