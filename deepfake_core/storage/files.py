@@ -87,7 +87,7 @@ def write_beside(path: Path) -> Iterator[Path]:
             with _hold(beside):
                 _remove_abandoned(beside)
                 yield beside
-            beside.replace(path)
+                beside.replace(path)  # while it is held: else another process takes it for abandoned
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
@@ -112,7 +112,8 @@ def _remove_abandoned(own: Path) -> None:
         if name.fullmatch(other.name) and other != own:
             with contextlib.suppress(OSError), other.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                other.unlink()
+                if os.path.samestat(os.fstat(file.fileno()), other.stat()):  # else its writer is at the next one
+                    other.unlink()
 
 
 def is_abandoned(path: Path) -> bool:

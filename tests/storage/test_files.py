@@ -292,6 +292,32 @@ def test_what_a_killed_decode_left_is_removed_by_the_next_and_what_is_being_writ
     assert path.read_bytes() == b"whole"
 
 
+WRITE_OFTEN = """
+import sys
+from pathlib import Path
+from deepfake_core.storage.files import write_beside
+print("ready", flush=True)
+sys.stdin.readline()
+for turn in range(1000):
+    with write_beside(Path(sys.argv[1])) as beside:
+        beside.write_text(str(turn))
+"""
+
+
+@pytest.mark.process
+def test_processes_that_write_one_path_at_once_take_nothing_from_each_other(tmp_path):
+    command = [sys.executable, "-c", WRITE_OFTEN, str(tmp_path / "written")]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [one.stdout.readline() for one in started] == ["ready\n"] * 3
+    for one in started:
+        one.stdin.write("\n")
+        one.stdin.flush()
+    for one in started:
+        one.communicate()
+    assert [one.returncode for one in started] == [0] * 3
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"written": "999"}
+
+
 def test_a_command_says_in_one_line_that_the_disk_is_full(disk, candidate, capsys):
     (disk / "face.png").write_bytes(encode(draw_portrait(1), "PNG"))
     fill(disk)
