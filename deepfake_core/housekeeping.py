@@ -7,6 +7,7 @@ MLflow keeps run, parameters, metrics, figures, reports and tags.
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from deepfake_core.config import (
     DEFAULT_KEEP_REJECTED_DAYS,
     DEFAULT_MODEL,
 )
-from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.dataset import VERSION, Dataset, list_datasets
 from deepfake_core.data.shards import list_abandoned, remove_shards
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.feedback.reports import Feedback, open_feedback
@@ -32,7 +33,6 @@ from deepfake_core.storage.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
-DATASET_NAME = re.compile(r"[0-9a-f]{16}")
 ARCHIVE_NAME = re.compile(r"(?P<version>\d+)\.(zip|json).*")
 INDEX_NAME = re.compile(r"(?P<source>.+)-v\d+-[0-9a-f]{16}\.parquet")
 MAX_DAYS = 36_500
@@ -114,7 +114,7 @@ def plan_removals(store: Store, model_name: str, keep: int) -> list[Removal]:
     if not has_versions(model_name):
         log.warning("%s has no version, so what production needs is unknown: data sets and archives stay", model_name)
         return []
-    datasets = _list_datasets(store)
+    datasets = list_datasets(store)
     newest = {dataset.version for dataset in datasets[-keep:]}
     stays = newest | find_needed_datasets(model_name)
     removals = [
@@ -131,26 +131,18 @@ def plan_removals(store: Store, model_name: str, keep: int) -> list[Removal]:
     ]
 
 
-def _list_datasets(store: Store) -> list[Dataset]:
-    """Return the published data sets, the one that was last asked for at the end."""
-    folders = [
-        path.parent for path in store.splits().glob("*/dataset.json") if DATASET_NAME.fullmatch(path.parent.name)
-    ]
-    folders.sort(key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
-    return [Dataset(folder, store) for folder in folders]
-
-
 def _plan_datasets(datasets: Sequence[Dataset], keep: int) -> Iterator[Removal]:
     why = f"not among the newest {keep}, and neither production, a rollback nor a run needs it"
+    seen = Counter[int]()
     for dataset in datasets:
-        yield _remove_paths(f"data set {dataset.version}", why, dataset.path)
+        yield _remove_paths(f"data set {dataset.version}", why, dataset.path, seen=seen)
 
 
 def _plan_derived(store: Store, stays: Collection[str]) -> Iterator[Removal]:
     for folder, what in ((store.batches(), "batches"), (store.training(), "state of a training")):
         for path in sorted(folder.glob("*")):
             version = path.name.partition("-")[0]
-            if DATASET_NAME.fullmatch(version) and version not in stays:
+            if VERSION.fullmatch(version) and version not in stays:
                 yield _remove_paths(f"{what} {path.name}", "its data set is not kept", path)
 
 
@@ -213,18 +205,27 @@ def _plan_observations(address: str, keep_days: int) -> Iterator[Removal]:
         return
     place = open_store(address)
     for day in list_old_days(place, keep_days):
-        size = 0 if place.url else sum(_measure(path) for path in list_day(place, day))
+        size = 0 if place.url else sum(path.stat().st_size for path in list_day(place, day))
         yield Removal(f"observations of {day}", f"older than {keep_days} days", size, day=(place, day))
 
 
-def _remove_paths(what: str, why: str, *paths: Path) -> Removal:
-    return Removal(what, why, sum(_measure(path) for path in paths), tuple(sorted(paths)))
+def _remove_paths(what: str, why: str, *paths: Path, seen: Counter[int] | None = None) -> Removal:
+    seen = Counter() if seen is None else seen
+    return Removal(what, why, sum(_measure(path, seen) for path in paths), tuple(sorted(paths)))
 
 
-def _measure(path: Path) -> int:
-    if not path.is_dir():
-        return path.stat().st_size
-    return sum((Path(parent) / file).stat().st_size for parent, _, files in os.walk(path) for file in files)
+def _measure(path: Path, seen: Counter[int]) -> int:
+    """Return the bytes that are free once a file or a folder is removed: an image's with the last data set that has it.
+
+    Args:
+        seen: how often each inode was removed before; is added to.
+    """
+    files = [Path(parent, name) for parent, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
+    freed = 0
+    for found in map(Path.stat, files):
+        seen[found.st_ino] += 1
+        freed += found.st_size * (seen[found.st_ino] == found.st_nlink)
+    return freed
 
 
 def _plan_rejected(feedback: Feedback, days: int) -> Iterator[Removal]:

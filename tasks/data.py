@@ -13,17 +13,27 @@ from prefect.blocks.system import Secret
 
 from deepfake_core import housekeeping
 from deepfake_core.config import DataParameters, Source
-from deepfake_core.data import confirmed, duplicates, index, kaggle, links, publishing, split_memory, splits
+from deepfake_core.data import (
+    confirmed,
+    duplicates,
+    index,
+    kaggle,
+    links,
+    publishing,
+    split_memory,
+    splits,
+    table_shards,
+)
 from deepfake_core.data import dataset as datasets
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.credentials import VARIABLES
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.links import TableShard
 from deepfake_core.data.shards import Shard
+from deepfake_core.data.table_shards import TableShard
 from deepfake_core.housekeeping import Removal
 from deepfake_core.reports import data_report
 from deepfake_core.storage.store import Store
-from tasks.options import CPU, NETWORK, SHARD
+from tasks.options import NETWORK, ONCE, SHARD
 from tasks.progress import report_progress
 from tasks.shards import run_shards
 
@@ -66,7 +76,7 @@ def fetch_reports(address: str, store: Store) -> tuple[Source, ...]:
     return confirmed.fetch_confirmed(address, store)
 
 
-@task(name="index", task_run_name="index {archive.source.short_name}", **CPU)
+@task(name="index", task_run_name="index {archive.source.short_name}", **ONCE)
 def index_archive(archive: Archive, store: Store) -> Path:
     """Describe every file of an archive; return the index's Parquet file."""
     with report_progress(f"index {archive.source.short_name}") as on_progress:
@@ -82,30 +92,32 @@ def index_shard(shard: Shard, threads: int) -> None:
 @task(name="compare hashes", task_run_name="compare hashes of tables {shard}", **SHARD)
 def compare_hashes(shard: TableShard, threads: int) -> None:
     """Write the pairs of pictures that some hash tables find, unless they are there."""
-    links.search_shard(shard, threads)
+    table_shards.search_shard(shard, threads)
 
 
-@task(name="find near copies", **CPU)
+@task(name="find near copies", **ONCE)
 def find_near_copies(indexes: Sequence[Path], store: Store, cluster: str) -> pd.DataFrame:
     """Find the pairs of pictures that are copies, edits or neighbours of each other."""
     cluster = "" if store.url else cluster  # a shard's nodes read the hashes from the data folder
-    return links.find_or_read_links(indexes, store, partial(run_shards, compare_hashes, cluster=cluster, at_once=1))
+    run = partial(run_shards, compare_hashes, cluster=cluster, at_once=1)
+    with report_progress("compare new pictures") as on_progress:
+        return links.find_or_read_links(indexes, store, run, on_progress)
 
 
-@task(name="deduplicate", **CPU)
+@task(name="deduplicate", **ONCE)
 def deduplicate(indexes: Sequence[Path], near: pd.DataFrame) -> pd.DataFrame:
     """Group near copies, and keep one copy per picture across all sources."""
     return duplicates.mark_duplicates(index.read_facts(indexes), near)
 
 
-@task(name="split", **CPU)
+@task(name="split", **ONCE)
 def split(rows: pd.DataFrame, near: pd.DataFrame, store: Store, data: DataParameters) -> pd.DataFrame:
     """Put each kept image into a split, whole groups together and known images where they were."""
     memory = split_memory.read_memory(store)
     return splits.assign_splits(rows, near, memory, data.val_fraction, data.test_fraction)
 
 
-@task(name="merge", **CPU)
+@task(name="merge", **ONCE)
 def merge(rows: pd.DataFrame, archives: Sequence[Archive], store: Store, data: DataParameters) -> Dataset:
     """Publish the split folders, whole or not at all."""
     with report_progress("merge") as on_progress:
@@ -119,7 +131,7 @@ def merge(rows: pd.DataFrame, archives: Sequence[Archive], store: Store, data: D
     return dataset
 
 
-@task(name="report on data", **CPU)
+@task(name="report on data", **ONCE)
 def report_on_data(dataset: Dataset, near: pd.DataFrame, archives: Sequence[Archive]) -> None:
     """Write the data set's report beside its images, and link it."""
     path = data_report.write_report(dataset, near, archives)
@@ -145,7 +157,7 @@ def fetch_dataset(address: str) -> Dataset:
         return datasets.open_dataset(address, on_progress)
 
 
-@task(name="remove what is not needed", **CPU)
+@task(name="remove what is not needed", **ONCE)
 def remove_unneeded(
     store: Store,
     model_name: str,

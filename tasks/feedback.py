@@ -8,10 +8,10 @@ from deepfake_core.config import ReviewDecision
 from deepfake_core.feedback import review
 from deepfake_core.feedback.records import FeedbackEntry
 from deepfake_core.feedback.reports import Feedback
-from tasks.options import CPU, NETWORK
+from tasks.options import NETWORK, ONCE
 
 
-@task(name="record decisions", **CPU)
+@task(name="record decisions", **ONCE)
 def decide(feedback: Feedback, decisions: Sequence[ReviewDecision], by: str) -> list[FeedbackEntry]:
     """Record what people decided about reported images: all of it, or nothing if an image was not reported."""
     return review.apply_decisions(feedback, decisions, by)

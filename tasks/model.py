@@ -24,7 +24,7 @@ from deepfake_core.storage.files import remove_folder
 from deepfake_core.training import calibration, devices, fit
 from deepfake_core.training.fit import Training
 from tasks.announcement import announce
-from tasks.options import GPU, MLFLOW, retry_transient
+from tasks.options import GPU, ONCE, retry_transient
 from tasks.progress import report_progress
 from tasks.remote import hold_gpu
 
@@ -41,7 +41,7 @@ def state_hardware() -> str:
     return hardware
 
 
-@task(name="log data", **MLFLOW)
+@task(name="log data", **ONCE)
 def log_data(
     run_id: str,
     dataset: Dataset,
@@ -94,7 +94,7 @@ def train_architecture(
         return candidates.log_candidate(run_id, candidate, val, dataset)
 
 
-@task(name="recall candidates", **MLFLOW)
+@task(name="recall candidates", **ONCE)
 def recall(
     version: ModelVersion, dataset: Dataset, parameters: TrainingParameters, evaluation: EvaluationParameters
 ) -> list[TrainedCandidate]:
@@ -127,7 +127,7 @@ def evaluate_robustness(
     return table
 
 
-@task(name="register", **MLFLOW)
+@task(name="register", **ONCE)
 def register(
     best: TrainedCandidate, measured: Measured, dataset: Dataset, model_name: str, fingerprint: str, flow_run_id: str
 ) -> str:
@@ -136,7 +136,7 @@ def register(
     return challenge.register_challenger(best, measured, dataset, model_name, tags)
 
 
-@task(name="promote", retries=1, retry_condition_fn=retry_transient, **MLFLOW)
+@task(name="promote", retries=1, retry_condition_fn=retry_transient, **ONCE)
 def promote(
     version: str, best: TrainedCandidate, measured: Measured, dataset: Dataset, parameters: PromotionParameters
 ) -> Outcome:
@@ -153,7 +153,7 @@ def promote(
     return found
 
 
-@task(name="report on model", **MLFLOW)
+@task(name="report on model", **ONCE)
 def report_on_model(
     version: str,
     trained: Sequence[TrainedCandidate],

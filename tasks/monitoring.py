@@ -21,17 +21,17 @@ from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.versions import ModelVersion
 from deepfake_core.reports import drift_report
 from tasks.announcement import announce_drift
-from tasks.options import CPU, MLFLOW, NETWORK
+from tasks.options import NETWORK, ONCE
 
 
-@task(name="record reference", **CPU)
+@task(name="record reference", **ONCE)
 def record_reference(best: TrainedCandidate, measured: Measured, dataset: Dataset) -> None:
     """Log the observations of the test split, with which those of users are compared."""
     paths = measured.images.rows["path"].tolist()
     windows.log_reference(best.run_id, observe_images(Detector(best.candidate.folder), paths, dataset.read))
 
 
-@task(name="read reference", **MLFLOW)
+@task(name="read reference", **ONCE)
 def read_watched(watch: WatchParameters) -> tuple[ModelVersion, pd.DataFrame]:
     """Return the version in production, and the observations of its test split."""
     version = read_production(watch.model_name)
@@ -44,19 +44,19 @@ def read_observations(watch: WatchParameters, version: ModelVersion) -> pd.DataF
     return read_recent(watch.observations, watch.window_days, f"{version.name}/{version.version}")
 
 
-@task(name="judge confirmed reports", **CPU)
+@task(name="judge confirmed reports", **ONCE)
 def judge_confirmed(watch: WatchParameters, version: ModelVersion) -> Reported:
     """Count on how many confirmed reports production, and the challenger, are wrong."""
     return judge_reported(watch.feedback, version)
 
 
-@task(name="compare", **CPU)
+@task(name="compare", **ONCE)
 def compare(reference: pd.DataFrame, window: pd.DataFrame, watch: WatchParameters) -> tuple[Drift, list[Agreement]]:
     """Compare the window with the reference, and production with the version beside it."""
     return compare_windows(reference, window, watch.min_distance), measure_agreement(window)
 
 
-@task(name="report on window", **MLFLOW)
+@task(name="report on window", **ONCE)
 def report_window(
     version: ModelVersion,
     watch: WatchParameters,

@@ -1,4 +1,8 @@
-"""How tasks are declared: what is retried, and that inputs, which are large, are never hashed for a cache."""
+"""How tasks are declared: what is retried, and that inputs, which are large, are never hashed for a cache.
+
+They have no tags: for each tag, Prefect's server is asked for a limit before a task begins, which takes it seconds at
+times.
+"""
 
 from typing import Any
 
@@ -19,18 +23,11 @@ def retry_shard(task: Task, task_run: TaskRun, state: State) -> bool:  # noqa: A
     return not isinstance(state.result(raise_on_failure=False), PermanentError)
 
 
-CPU: dict[str, Any] = {"tags": ["cpu"], "cache_policy": NO_CACHE}
-SHARD: dict[str, Any] = {**CPU, "retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": retry_shard}
-GPU: dict[str, Any] = {
-    "tags": ["gpu"],
-    "cache_policy": NO_CACHE,
-    "retries": 1,
-    "retry_condition_fn": retry_transient,
-}
-MLFLOW: dict[str, Any] = {"tags": ["mlflow"], "cache_policy": NO_CACHE}
+ONCE: dict[str, Any] = {"cache_policy": NO_CACHE}
+SHARD: dict[str, Any] = {**ONCE, "retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": retry_shard}
+GPU: dict[str, Any] = {**ONCE, "retries": 1, "retry_condition_fn": retry_transient}
 NETWORK: dict[str, Any] = {
-    "tags": ["network"],
-    "cache_policy": NO_CACHE,
+    **ONCE,
     "retries": 3,
     "retry_delay_seconds": [10, 60, 300],
     "retry_condition_fn": retry_transient,

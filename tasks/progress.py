@@ -1,9 +1,11 @@
 """Progress of a task: a Prefect progress artifact, a few log lines, and in a terminal a line that moves."""
 
 import re
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from contextvars import copy_context
 from typing import cast
 from uuid import UUID
 
@@ -20,6 +22,9 @@ SECONDS_BETWEEN_UPDATES = 2.0
 SECONDS_BEFORE_LINES = 60.0
 PERCENT_BETWEEN_LINES = 25
 SECONDS_AFTER_FAILURE = 60.0
+
+MAX_SECONDS_TO_END = 5.0
+"""How long a step that has ended waits for a Prefect server to be told so."""
 
 _lines: rich.progress.Progress | None = None
 
@@ -52,38 +57,67 @@ def show_progress(console: Console) -> Iterator[None]:
 def report_progress(name: str) -> Iterator[Progress]:
     """Yield a callback for what is done and what there is in all; what shows it appears with the first call.
 
-    A step that takes longer than a minute also logs each quarter. A Prefect server that does not answer costs no work:
-    it is asked again a minute later.
+    A step that takes longer than a minute also logs each quarter.
     """
-    log = get_run_logger()
-    artifact: UUID | None = None
-    start = time.monotonic()
-    last = logged = 0.0
+    log, start, logged = get_run_logger(), time.monotonic(), 0.0
 
     def report(done: int, total: int) -> None:
-        nonlocal artifact, last, logged
+        nonlocal logged
         move(done, total)
-        finished = done >= total
-        now = time.monotonic()
-        if not finished and now - last < SECONDS_BETWEEN_UPDATES:
-            return
-        last = now
         share = 100.0 * done / total if total else 100.0
-        if share >= logged + PERCENT_BETWEEN_LINES and not finished and now - start > SECONDS_BEFORE_LINES:
+        artifact.show(share)
+        if share >= logged + PERCENT_BETWEEN_LINES and done < total and time.monotonic() - start > SECONDS_BEFORE_LINES:
             logged = share
             log.info("%s: %.0f %%", name, share, extra={"is_progress": True})
-        try:
-            artifact = _draw(artifact, name, share)
-        except httpx.HTTPError as exc:
-            log.warning("Prefect can't show how far '%s' is (%s: %s)", name, type(exc).__name__, exc)
-            last = time.monotonic() + SECONDS_AFTER_FAILURE
 
-    with moving_line(name) as move:
+    with closing(ProgressArtifact(name)) as artifact, moving_line(name) as move:
         yield report
 
 
+class ProgressArtifact:
+    """How far a step is, at Prefect's server. The work never waits for the server, but up to 5 s at the step's end.
+
+    One that does not answer is asked again a minute later.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._log = name, get_run_logger()
+        self._share: float | None = None
+        self._news, self._ended = threading.Event(), threading.Event()
+        # In the caller's context, by which Prefect knows whose progress it is.
+        self._sender = threading.Thread(target=copy_context().run, args=(self._send,), daemon=True)
+        self._sender.start()
+
+    def show(self, share: float) -> None:
+        """Show a share in percent, soon."""
+        self._share = share
+        self._news.set()
+
+    def close(self) -> None:
+        """Send the last share."""
+        self._ended.set()
+        self._news.set()
+        self._sender.join(MAX_SECONDS_TO_END)
+
+    def _send(self) -> None:
+        artifact, sent = None, None
+        while self._news.wait():
+            self._news.clear()
+            is_last, share = self._ended.is_set(), self._share
+            if share is not None and share != sent:
+                try:
+                    artifact, sent = _draw(artifact, self._name, share), share
+                    self._ended.wait(SECONDS_BETWEEN_UPDATES)
+                except httpx.HTTPError as exc:
+                    kind = type(exc).__name__
+                    self._log.warning("Prefect can't show how far '%s' is (%s: %s)", self._name, kind, exc)
+                    is_last |= self._ended.wait(SECONDS_AFTER_FAILURE)
+            if is_last:
+                return
+
+
 def _draw(artifact: UUID | None, name: str, share: float) -> UUID:
-    """Create a progress artifact or update it, and return its id. The work waits for it, so there is no retry."""
+    """Create a progress artifact or update it, and return its id. There is no retry: the next share is news."""
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: 5.0}):
         if artifact:
             return cast(UUID, update_progress_artifact(artifact, progress=share))

@@ -38,7 +38,7 @@ def open_workers(cluster: str, at_once: int) -> Iterator[Workers]:
     if not cluster:
         here: TaskRunner[Any] = ThreadPoolTaskRunner(max_workers=at_once)
         with here:
-            yield Workers(here, at_once, os.cpu_count() or 1)
+            yield Workers(here, at_once, max(1, (os.cpu_count() or 1) // at_once))
         return
     if not PREFECT_API_URL.value():
         raise ConfigurationError(

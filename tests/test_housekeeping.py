@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def retrain(data_dir: Path, number: int, detector: Path) -> Dataset:
     return dataset
 
 
+def copy_folder(folder: Path, copy: Path) -> None:
+    """Copy a folder; files that are one in it are one in the copy."""
+    copies: dict[int, str] = {}
+
+    def copy_file(source: str, target: str) -> None:
+        inode = Path(source).stat().st_ino
+        if inode in copies:
+            os.link(copies[inode], target)
+        else:
+            copies[inode] = shutil.copy2(source, target)
+
+    shutil.copytree(folder, copy, copy_function=copy_file)
+
+
 @pytest.fixture(scope="module")
 def years_once(candidate, put_mlflow, tmp_path_factory):
     """Leave behind five retrains: the second is in production, the first is what a rollback leads to."""
@@ -86,7 +101,7 @@ def years_once(candidate, put_mlflow, tmp_path_factory):
         versions = [retrain(folder / "data", number, candidate.folder).version for number in range(1, 6)]
         production.move_production(NAME, "1", None, "first")
         production.move_production(NAME, "2", "1", "better")
-    shutil.copytree(folder, folder.with_name("before"))
+    copy_folder(folder, folder.with_name("before"))
     return folder, versions
 
 
@@ -95,7 +110,7 @@ def years(years_once, monkeypatch, tmp_path):
     """Give the data folder and the data sets' versions, oldest first, as they were at the beginning."""
     folder, versions = years_once
     shutil.rmtree(folder)
-    shutil.copytree(folder.with_name("before"), folder)
+    copy_folder(folder.with_name("before"), folder)
     shutil.copy(folder / "mlflow.db", tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
@@ -109,12 +124,29 @@ def list_sizes(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_size for file in files}
 
 
+def measure_disk(folder: Path) -> int:
+    """Return the bytes of a folder's files, of those that are one file once."""
+    found = (Path(parent, name).stat() for parent, _, names in os.walk(folder) for name in names)
+    return sum({each.st_ino: each.st_size for each in found}.values())
+
+
 def list_datasets(data_dir: Path) -> set[str]:
     return {path.name for path in (data_dir / "splits").iterdir() if path.is_dir()}
 
 
 def pull(version: str, folder: Path) -> set[str]:
     return {file.name for file in detectors.pull_detector(f"models:/{NAME}/{version}", folder).iterdir()}
+
+
+def test_an_image_of_several_data_sets_is_freed_with_the_last(tmp_path):
+    for name in ("one", "other", "stays"):
+        (tmp_path / name).mkdir()
+    for name, also in (("a", ()), ("b", ("other",)), ("c", ("other", "stays"))):
+        (tmp_path / "one" / name).write_bytes(b"image")
+        for folder in also:
+            os.link(tmp_path / "one" / name, tmp_path / folder / name)
+    seen = Counter[int]()
+    assert [housekeeping._measure(tmp_path / name, seen) for name in ("one", "other")] == [5, 5]
 
 
 def find_run(version: str) -> mlflow.entities.Run:
@@ -220,10 +252,12 @@ def test_a_dry_run_removes_nothing_and_says_what_the_real_one_frees(years, monke
     assert f"Remove {total}? [y/N]" in capsys.readouterr().out
     assert f"{total}; none was removed." in planned
 
+    on_disk = measure_disk(data_dir.parent)
+    assert on_disk < sum(before.values())  # data sets share images
     assert main([*command, "--yes"]) == 0
     assert f"Removed: {total}." in capsys.readouterr().out
     after = list_sizes(data_dir.parent)
-    assert sum(before.values()) - sum(after.values()) == sum(removal.bytes for removal in expected)
+    assert on_disk - measure_disk(data_dir.parent) == sum(removal.bytes for removal in expected)
     assert main([*command, "--yes"]) == 0
     assert capsys.readouterr().out == "Nothing to remove.\n"
     assert list_sizes(data_dir.parent) == after

@@ -8,6 +8,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,8 @@ MAX_EXPANSION_FACTOR = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+IS_ENCRYPTED, NAME_IS_UTF8 = 0x1, 0x800
+"""Flags of a zip's member."""
 
 READ_AHEAD = 1 << 16
 """Bytes that are asked for at once where zipfile reads by small steps from a URL."""
@@ -97,8 +100,10 @@ def hash_zip(path: Path, store: Store) -> str:
         kept = json.loads(known.read_text())
         if kept["state"] == state:
             return str(kept["sha256"])
-    verify_zip(path)
-    digest = hash_file(path)
+    with ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(hash_file, path)
+        verify_zip(path)
+    digest = hashed.result()
     write_json(known, {"path": str(path.absolute()), "state": state, "sha256": digest})
     return digest
 
@@ -203,10 +208,11 @@ class ArchiveReader:
         At a URL, it would ask for a member in several requests.
         """
         info = member.handle
-        if info.compress_type not in METHODS or info.compress_size > MAX_BYTES or info.flag_bits & 0x1:
+        if info.compress_type not in METHODS or info.compress_size > MAX_BYTES or info.flag_bits & IS_ENCRYPTED:
             return None
+        name = info.orig_filename.encode("utf-8" if info.flag_bits & NAME_IS_UTF8 else "cp437")
         # 30 bytes, the name, and extra fields, whose length here may be other than in the directory
-        size, start = 30 + len(info.orig_filename.encode()) + 64 + info.compress_size, info.header_offset
+        size, start = 30 + len(name) + 64 + info.compress_size, info.header_offset
         if isinstance(self.place, RangeFile):
             around = self.place.read_range(start, size)
         else:
@@ -216,11 +222,14 @@ class ArchiveReader:
         if info.compress_type == zipfile.ZIP_DEFLATED:
             with contextlib.suppress(zlib.error):
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, info.file_size + 1)
-        is_whole = around[:4] == b"PK\3\4" and len(data) == info.file_size and zlib.crc32(data) == info.CRC
+        is_named = around[:4] == b"PK\3\4" and around[30 : 30 + len(name)] == name
+        is_whole = is_named and len(data) == info.file_size and zlib.crc32(data) == info.CRC
         return data if is_whole else None
 
     def check(self, member: Member) -> None:
-        """Read a member to its end, so that zipfile compares its checksum."""
+        """Read a member to its end, so that its checksum is compared."""
+        if self._zip and member.size <= MAX_BYTES and self._read_at_once(self._zip, member) is not None:
+            return
         with self._open(member) as file:
             while file.read(1 << 20):
                 pass

@@ -1,8 +1,11 @@
 """A data set: a split folder that was published, its manifest, and its version, which is made from its content."""
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +23,8 @@ from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.shared_folder import fetch_folder, publish_folder
 from deepfake_core.storage.store import Store, locate_dataset
 from deepfake_core.storage.tars import PLACES, Places
+
+VERSION = re.compile(r"[0-9a-f]{16}")
 
 SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 
@@ -87,8 +92,18 @@ class Dataset:
         return pd.read_parquet(self.path / "manifest.parquet")
 
     @cached_property
+    def published_ns(self) -> int:
+        """When the manifest was written, after all images: nanoseconds since 1970."""
+        return (self.path / "manifest.parquet").stat().st_mtime_ns
+
+    @property
+    def has_files(self) -> bool:
+        """Whether each image is a file of its own."""
+        return not (self.path / PLACES).exists()
+
+    @cached_property
     def _places(self) -> Places | None:
-        return Places(self.path) if (self.path / PLACES).exists() else None
+        return None if self.has_files else Places(self.path)
 
     def read(self, path: str) -> bytes:
         """Return an image's bytes, by its `path` in the manifest, whatever the layout. Threads may call it.
@@ -99,6 +114,24 @@ class Dataset:
         """
         return self._places.read(path) if self._places else (self.path / path).read_bytes()
 
+    def link(self, path: str, size: int, folder: Path) -> bool:
+        """Give an image's file a second name, the same path in another folder, so that it takes no room again.
+
+        Args:
+            size: bytes that the image has, where it was not encoded again.
+
+        Returns:
+            Whether it is there now. It is not if it is no image of this data set, if it was changed since this was
+            published, or if the disk has no hard links.
+        """
+        with contextlib.suppress(OSError):
+            found = os.lstat(f"{self.path}/{path}")
+            is_whole = found.st_size == size or self.description["parameters"]["normalise"] != "none"
+            if stat.S_ISREG(found.st_mode) and is_whole and found.st_mtime_ns <= self.published_ns:
+                os.link(f"{self.path}/{path}", folder / path)
+                return True
+        return False
+
     @property
     def report(self) -> Path:
         """The page that says what the data set holds."""
@@ -108,6 +141,13 @@ class Dataset:
         """Return the rows of one split's images, ordered by SHA-256."""
         manifest = self.manifest
         return manifest[manifest["kept"] & (manifest["split"] == name)].sort_values("sha256", ignore_index=True)
+
+
+def list_datasets(store: Store) -> list[Dataset]:
+    """Return the data sets that are published on this disk, the one that was last asked for at the end."""
+    folders = [path.parent for path in store.splits().glob("*/dataset.json") if VERSION.fullmatch(path.parent.name)]
+    folders.sort(key=lambda folder: (folder.stat().st_mtime_ns, folder.name))
+    return [Dataset(folder, store) for folder in folders]
 
 
 def open_dataset(address: str | Path, on_progress: Progress | None = None) -> Dataset:
@@ -125,7 +165,7 @@ def open_dataset(address: str | Path, on_progress: Progress | None = None) -> Da
                 f"Received: {path}. Run `prepare`, or check that this machine shares the data folder."
             )
         return Dataset(path, store)
-    if not re.fullmatch(r"[0-9a-f]{16}", path.name) or not fetch_folder(
+    if not VERSION.fullmatch(path.name) or not fetch_folder(
         store, path, lambda folder: _list_images(Dataset(folder, store), path.name), on_progress
     ):
         raise DatasetError(

@@ -23,22 +23,27 @@ grows with the square of the images by then."""
 MAX_SHARE_IN_WORD = 0.45
 """Share of the differing bits that one of four words may hold."""
 
-MAX_NEIGHBOURS = 64
-"""Per hash. Thousands of nearly equal pictures, such as a film's frames, are still linked, each through some."""
+MAX_NEIGHBOURS = 128
+"""Whole pictures of a bucket that its members are compared with, the first ones. Thousands of nearly equal pictures,
+such as a film's frames, are still linked, through these. Among 140,000 pictures of different faces, no bucket holds
+half as many."""
 
 SLOT_BITS = 20
 """Of a bucket's number: enough to see that most buckets hold no whole picture, or no new one."""
 
-MEMBERS_AT_ONCE = 1 << 16
-"""Members of a table whose hashes are copied at once: 2 MB, which stay in the cache."""
+SLOT_SHIFT, BUCKET_MASK = np.uint64(64 - SLOT_BITS), np.uint64(0xFFFFFFFF << 32)
+
+MEMBERS_AT_ONCE = 1 << 17
+"""Members of a table that are made at once, and whose hashes are copied at once: 4 MB, which stay in the cache."""
 
 MAX_TABLE_BYTES = 1_200_000_000
 """Of all tables that are in memory at once; a table takes 8 bytes a hash. Two of ten million pictures fit."""
 
 NOTHING = (np.empty(0, np.int64),) * 3
 
-Found = tuple[np.ndarray, np.ndarray, np.ndarray, bool]
-"""Positions of whole pictures, positions of queries (all views in a row), distances; whether no pair was left out."""
+Found = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+"""Positions of whole pictures, positions of queries (all views in a row), distances; whole pictures in the fullest
+bucket, or `MAX_NEIGHBOURS` + 1 where it has more, and pairs were left out."""
 
 
 def choose_tables(images: int) -> tuple[int, int]:
@@ -46,32 +51,31 @@ def choose_tables(images: int) -> tuple[int, int]:
     return (MORE_TABLES, MORE_TABLE_BITS) if images >= MANY_IMAGES else (TABLES, TABLE_BITS)
 
 
-def compare_buckets(
-    hashes: np.ndarray, radius: int, numbers: Sequence[int], new: np.ndarray | None, threads: int
-) -> Iterator[Found]:
+def compare_buckets(hashes: np.ndarray, radius: int, numbers: Sequence[int], threads: int) -> Iterator[Found]:
     """Compare the members of each bucket of some hash tables; yield what was found, some buckets at a time.
 
     Args:
         hashes: uint8 of shape (views, n, 32), contiguous; the first view is the whole picture.
         radius: distance in bits, 0 to 255.
         numbers: of the tables, below what `choose_tables` gives.
-        new: bool of shape (n,): only pairs with a new image are found. None: all are new.
     """
-    views, count, _ = hashes.shape
+    _, count, _ = hashes.shape
     _, bits = choose_tables(count)
     rows = hashes.reshape(-1, HASH_BYTES).view(np.uint64)
-    is_new = None if new is None else np.tile(new, views)
-    new_places = np.empty(0, int) if is_new is None else np.flatnonzero(is_new)
+    words = np.ascontiguousarray(rows.T) if count < MANY_IMAGES else rows.T  # read faster, at 32 bytes a hash
 
     def search_table(number: int, table: np.ndarray) -> list[Found]:
-        _choose_buckets(rows, number, bits, table)
-        needed = _mark_slots(table[:count])
-        if is_new is not None:
-            needed &= _mark_slots(table[new_places])
-        table = _keep_slots(table, needed)
+        needed = np.zeros(1 << SLOT_BITS, bool)
+        for part in _list_members(words[:, :count], number, bits):  # a bucket without a whole picture holds no pair
+            needed[part >> SLOT_SHIFT] = True
+        kept = 0
+        for part in _list_members(words, number, bits, needed):
+            table[kept : kept + len(part)] = part
+            kept += len(part)
+        table = table[:kept]
         table.sort()  # a bucket's members are neighbours now, in ascending order
         return [
-            _compare_members(rows, table[start:stop], number % rows.shape[1], radius, count, is_new)
+            _compare_members(rows, table[start:stop], number % rows.shape[1], radius, count)
             for start, stop in itertools.pairwise(_cut_between_buckets(table))
         ]
 
@@ -84,35 +88,14 @@ def compare_buckets(
                 yield from found
 
 
-def _mark_slots(table: np.ndarray) -> np.ndarray:
-    """Return whether each slot holds a member of a table; bool of shape (2**SLOT_BITS,)."""
-    marked = np.zeros(1 << SLOT_BITS, bool)
-    for start in range(0, len(table), MEMBERS_AT_ONCE):
-        marked[table[start : start + MEMBERS_AT_ONCE] >> np.uint64(64 - SLOT_BITS)] = True
-    return marked
-
-
-def _keep_slots(table: np.ndarray, needed: np.ndarray) -> np.ndarray:
-    """Move the members of needed slots to the front of a table, and return that part."""
-    kept = 0
-    for start in range(0, len(table), MEMBERS_AT_ONCE):
-        part = table[start : start + MEMBERS_AT_ONCE]
-        part = part[needed[part >> np.uint64(64 - SLOT_BITS)]]
-        table[kept : kept + len(part)] = part
-        kept += len(part)
-    return table[:kept]
-
-
 def _cut_between_buckets(table: np.ndarray) -> list[int]:
     """Return where parts of a sorted table begin, and its end: each of about `MEMBERS_AT_ONCE`, with whole buckets."""
     near = table[MEMBERS_AT_ONCE::MEMBERS_AT_ONCE] >> np.uint64(32) << np.uint64(32)
     return [*np.unique([0, *np.searchsorted(table, near)]).tolist(), len(table)]
 
 
-def _compare_members(
-    rows: np.ndarray, table: np.ndarray, word: int, radius: int, count: int, is_new: np.ndarray | None
-) -> Found:
-    """Compare the members of each bucket of a part of a table.
+def _compare_members(rows: np.ndarray, table: np.ndarray, word: int, radius: int, count: int) -> Found:
+    """Compare the members of each bucket of a part of a table with the whole pictures of the bucket.
 
     The hashes are copied in the order of buckets first: what is compared then lies side by side in memory.
     """
@@ -124,48 +107,96 @@ def _compare_members(
     hashes = np.take(rows, members, axis=0)
     words = np.ascontiguousarray(hashes[:, word])
     found: list[tuple[np.ndarray, ...]] = []
-    first = np.flatnonzero((buckets[:-1] == buckets[1:]) & (members[:-1] < count))
-    for offset in range(1, MAX_NEIGHBOURS + 1):
-        if not len(first):
+    begins = np.diff(buckets, prepend=~buckets[:1]) != 0
+    whole = np.flatnonzero(begins)[np.cumsum(begins) - 1]  # the bucket's first member, for each
+    later = np.arange(len(table))
+    fullest = 0
+    while True:
+        stays = np.flatnonzero((whole < later) & (np.take(members, whole) < count))  # whole pictures come first
+        whole, later = whole[stays], later[stays]
+        if fullest == MAX_NEIGHBOURS or not len(whole):
             break
         # Most pairs differ too much in one of four words already, which is read sooner than all.
-        differing = np.bitwise_count(np.take(words, first) ^ np.take(words, first + offset))
-        one = first[differing <= radius * MAX_SHARE_IN_WORD]
-        distances = _count_bits(hashes, one, one + offset)
+        differing = np.bitwise_count(np.take(words, whole) ^ np.take(words, later))
+        in_word = np.flatnonzero(differing <= radius * MAX_SHARE_IN_WORD)
+        one, other = whole[in_word], later[in_word]
+        distances = _count_bits(hashes, one, other)
         near = np.flatnonzero(distances <= radius)
-        image, query = members[one[near]], members[one[near] + offset]
+        image, query = members[one[near]], members[other[near]]
         keep = image != query % count
-        if is_new is not None:
-            keep &= is_new[image] | is_new[query]
         found.append(tuple(each[keep].astype(np.int64) for each in (image, query, distances[near])))
-        first = first[: np.searchsorted(first, len(table) - offset - 1)]
-        first = first[buckets[first] == buckets[first + offset + 1]]
-    image, query, distances = (np.concatenate(each) for each in zip(*found, strict=True)) if found else NOTHING
-    return image, query, distances, not len(first)
+        whole += 1
+        fullest += 1
+    columns = [np.concatenate(each) for each in zip(*found, strict=True)] if found else NOTHING
+    return columns[0], columns[1], columns[2], fullest + bool(len(whole))
 
 
-def _choose_buckets(rows: np.ndarray, number: int, bits: int, table: np.ndarray) -> None:
-    """Fill table `number` with uint64s whose upper halves are buckets, and whose lower halves count the rows.
+def share_bucket(one: np.ndarray, other: np.ndarray, radius: int, images: int) -> np.ndarray:
+    """Return which pairs of hashes `compare_buckets` compares among so many images, if no bucket is too full.
 
     Args:
-        rows: uint64 of shape (n, 4), a hash each.
+        one, other: uint64 of shape (n, 4), a hash each.
+
+    Returns:
+        bool of shape (n,).
+    """
+    shares = np.zeros(len(one), bool)
+    is_near = np.bitwise_count(one ^ other) <= radius * MAX_SHARE_IN_WORD
+    tables, bits = choose_tables(images)
+    for number in range(tables):
+        left = np.flatnonzero(~shares & is_near[:, number % one.shape[1]])
+        buckets = (_list_buckets(each[left], number, bits) for each in (one, other))
+        shares[left] = np.equal(*buckets)
+    return shares
+
+
+def count_fullest(hashes: np.ndarray, images: int) -> int:
+    """Return how many of some hashes are in one bucket at most, of any table among so many images.
+
+    Args:
+        hashes: uint64 of shape (n, 4).
+    """
+    tables, bits = choose_tables(images)
+    buckets = (np.sort(_list_buckets(hashes, number, bits)) for number in range(tables))
+    return max(int(np.unique_counts(each).counts.max(initial=0)) for each in buckets)
+
+
+def _list_buckets(hashes: np.ndarray, number: int, bits: int) -> np.ndarray:
+    """Return the bucket of each hash in table `number`."""
+    parts = [part >> np.uint64(32) for part in _list_members(hashes.T, number, bits)]
+    return np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+def _list_members(words: np.ndarray, number: int, bits: int, needed: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Yield the members of table `number`: uint64s whose upper halves are buckets, and whose lower halves count hashes.
+
+    Args:
+        words: uint64 of shape (4, n), a hash in each column.
         bits: how many are sampled, from two of the words.
+        needed: bool of shape (2**SLOT_BITS,); members of other slots are left out.
     """
     random = np.random.default_rng(number)
-    chosen = random.choice(rows.shape[1], 2, replace=False)
+    chosen = random.choice(len(words), 2, replace=False)
     sampled = np.zeros((2, 64), np.uint8)
     sampled.flat[random.choice(sampled.size, bits, replace=False)] = 1
-    one, other = np.packbits(sampled, axis=1).view(np.uint64).ravel()
-    factor, other_factor = (random.integers(0, 2**63, 2) * 2 + 1).astype(np.uint64)
-    for start in range(0, len(rows), 1 << 13):  # few enough to stay in the cache
-        part, buckets = rows[start : start + (1 << 13)], table[start : start + (1 << 13)]
-        np.bitwise_and(part[:, chosen[0]], one, out=buckets)
+    masks = np.packbits(sampled, axis=1).view(np.uint64).ravel()
+    factors = (random.integers(0, 2**63, 2) * 2 + 1).astype(np.uint64)
+    one, other = (words[each] for each in chosen)
+    (mask, other_mask), (factor, other_factor) = masks, factors
+    for start in range(0, len(one), MEMBERS_AT_ONCE):
+        part = slice(start, start + MEMBERS_AT_ONCE)
+        buckets = one[part] & mask
         buckets *= factor
-        rest = part[:, chosen[1]] & other
+        rest = other[part] & other_mask
         rest *= other_factor
         buckets += rest
-        buckets &= np.uint64(0xFFFFFFFF << 32)
-        buckets |= np.arange(start, start + len(part), dtype=np.uint64)
+        members = np.arange(start, start + len(buckets), dtype=np.uint64)
+        if needed is not None:
+            np.right_shift(buckets, SLOT_SHIFT, out=rest)
+            kept = np.flatnonzero(needed[rest.view(np.int64)])
+            buckets, members = buckets[kept], members[kept]
+        buckets &= BUCKET_MASK
+        yield buckets | members
 
 
 def _count_bits(rows: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

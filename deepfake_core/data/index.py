@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from deepfake_core.config import Source
@@ -51,6 +53,9 @@ READERS = 8
 
 READING = MemoryBudget(2 * MAX_BYTES)
 """Memory of files from when they are read until they are decoded; `DECODING` is asked for after it, never before."""
+
+OPENING = threading.Lock()
+"""Of two shards that begin at once, one lists the archive and reads the last index, and the other uses it too."""
 
 INDEX_COLUMNS = ["source", "member", "sha256", "label", *Content._fields]
 
@@ -153,10 +158,11 @@ def index_shard(shard: Shard, threads: int, on_progress: Progress | None = None)
     if shard.is_done:
         return
     source = shard.archive.source
-    reader, all_members = open_members(shard.archive, shard.store)
+    with OPENING:
+        reader, all_members = open_members(shard.archive, shard.store)
+        known = dict(_read_contents(find_newest_index(shard.store, _begin_name(source))))
     threads *= READERS if isinstance(reader.place, RangeFile) else 1
     members = all_members[shard.start : shard.stop]
-    known = dict(_read_contents(find_newest_index(shard.store, _begin_name(source))))
     size = max(DECODED_AT_ONCE, len(members) // (16 * threads))
     parts = [members[start : start + size] for start in range(0, len(members), size)]
     rows: list[tuple] = []
@@ -197,9 +203,10 @@ def _read_contents(index: Path | None) -> Contents:
     """Return what an earlier index of the source knows, whatever its labels."""
     if index is None:
         return {}
-    rows = pd.read_parquet(index, columns=["sha256", *Content._fields])
-    rows = rows[(rows["sha256"] != "") & (rows["reason"] != "no_label")]
-    return {row[0]: Content(*row[1:]) for row in rows.itertuples(index=False, name=None)}
+    table = pq.read_table(index, columns=["sha256", *Content._fields])
+    table = table.filter((pc.field("sha256") != "") & (pc.field("reason") != "no_label"))
+    digests, *facts = (column.to_pylist() for column in table.columns)
+    return dict(zip(digests, map(Content._make, zip(*facts, strict=True)), strict=True))
 
 
 def index_members(source: Source, reader: ArchiveReader, members: Sequence[Member], known: Contents) -> list[tuple]:

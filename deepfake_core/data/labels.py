@@ -2,9 +2,11 @@
 
 import io
 import logging
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 
+import numpy as np
 import pandas as pd
 
 from deepfake_core.config import CLASS_NAMES, Source
@@ -81,8 +83,8 @@ def check_csv_files(source: Source, reader: ArchiveReader, index: pd.DataFrame) 
     Raises:
         DatasetError: if they disagree on an image, or no csv file names one.
     """
-    labels = index.loc[index["reason"] == ""].set_index("member")["label"]
-    tails = {tuple(PurePosixPath(member).parts[-3:]): member for member in labels.index}
+    usable = index.loc[index["reason"] == "", ["member", "label"]]
+    images = usable.assign(tail=_cut_tails(usable["member"])).drop_duplicates("tail", keep="last")
     checked = 0
     for member in reader.members:
         if not member.name.endswith(".csv") or member.problem:
@@ -90,25 +92,28 @@ def check_csv_files(source: Source, reader: ArchiveReader, index: pd.DataFrame) 
         table = _read_csv(source, reader, member)
         if not {"path", "label"} <= set(table.columns):
             continue
-        for path, value in zip(table["path"].astype(str), table["label"], strict=True):
-            image = tails.get(tuple(PurePosixPath(path).parts[-3:]))
-            if image is None:
-                continue
-            stated = CLASS_NAMES[0] if value == source.csv_real_label else CLASS_NAMES[1]
-            if stated != labels[image]:
-                raise DatasetError(
-                    f"Folders and csv files must agree on every label. Received: {source.name}, {image!r} is "
-                    f"in a folder of {labels[image]} images, but {member.name} has label {value}, which means "
-                    f"{stated} (`csv_real_label` is {source.csv_real_label}). Nothing was written. Correct the "
-                    "source's label rule, or leave the source out."
-                )
-            checked += 1
+        stated = np.where(table["label"] == source.csv_real_label, *CLASS_NAMES)
+        rows = pd.DataFrame({"tail": _cut_tails(table["path"].astype(str)), "value": table["label"], "stated": stated})
+        rows = rows.merge(images, on="tail")
+        for row in rows[rows["stated"] != rows["label"]].itertuples():
+            raise DatasetError(
+                f"Folders and csv files must agree on every label. Received: {source.name}, {row.member!r} is "
+                f"in a folder of {row.label} images, but {member.name} has label {row.value}, which means "
+                f"{row.stated} (`csv_real_label` is {source.csv_real_label}). Nothing was written. Correct the "
+                "source's label rule, or leave the source out."
+            )
+        checked += len(rows)
     if not checked:
         raise DatasetError(
             f"`csv_real_label` needs csv files with columns `path` and `label` that name the source's images. "
             f"Received: {source.name}, where none does. Leave `csv_real_label` empty for this source."
         )
     log.info("%s: %d labels agree with the csv files", source.short_name, checked)
+
+
+def _cut_tails(paths: Iterable[str]) -> list[str]:
+    """Return the last three parts of each path."""
+    return ["/".join([part for part in path.split("/") if part not in ("", ".")][-3:]) for path in paths]
 
 
 def _read_csv(source: Source, reader: ArchiveReader, member: Member) -> pd.DataFrame:

@@ -1,16 +1,9 @@
-"""Which pictures are near copies of each other: links, kept between runs, so that only new pictures are searched for.
-
-The search among many runs in shards, of some hash tables each, on any machines that see the store's folder. A shard's
-file appears whole, so that the next run goes on where one was killed.
-"""
+"""Which pictures are near copies of each other: links, kept between runs, so that only new ones are searched for."""
 
 import hashlib
 import logging
-import os
-import socket
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +15,7 @@ from deepfake_core.data.hash_tables import TABLE_BITS, choose_tables
 from deepfake_core.data.hashes import VIEWS
 from deepfake_core.data.index import find_newest_index
 from deepfake_core.data.likeness import measure_pairs
-from deepfake_core.data.neighbours import Neighbours, Pairs, compare_tables, find_neighbours, is_among_many, join_pairs
+from deepfake_core.data.neighbours import find_new_neighbours
 from deepfake_core.data.pictures import (
     ROWS_AT_ONCE,
     Looks,
@@ -30,13 +23,13 @@ from deepfake_core.data.pictures import (
     lay_out,
     list_hex,
     list_pictures,
-    map_hashes,
     read_files,
     read_frame,
     sort_rows,
 )
-from deepfake_core.errors import SourceError
+from deepfake_core.data.table_shards import Run, find_in_shards, run_here
 from deepfake_core.storage.files import remove_folder, translate_disk_errors, write_beside
+from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,66 +43,22 @@ MIN_LIKENESS = 0.5
 MAX_COPY_DIFFERENCE = 12.0
 """Grey levels by which a resized or recompressed copy may differ anywhere; see `measure_difference`."""
 
-LINKS_FORMAT = 3
+LINKS_FORMAT = 4
 """Part of the name under which links are kept: raise it when the same pictures would have other links."""
 
 LINK_COLUMNS = ["image", "other", "distance", "likeness", "difference", "same_picture"]
 
-TABLES_IN_SHARD = 100
+MAX_SHARE_NEW = 0.03
+"""Share of the pictures that may be new where only new ones are compared with all. From there on, to search all anew is
+as quick among ten million."""
+
+FULLEST = b"fullest"
+"""In the metadata of a table of links: whole pictures in the fullest bucket of its search."""
 
 
-@dataclass(frozen=True)
-class TableShard:
-    """The hash tables from `start` up to `stop` of a search, whose shards are in `folder`."""
-
-    folder: Path
-    start: int
-    stop: int
-
-    def __str__(self) -> str:
-        return f"{self.start}-{self.stop}"
-
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{self.start:04}-{self.stop:04}.npz"
-
-    def read(self) -> Pairs:
-        with np.load(self.file) as found:
-            return Pairs(found["codes"], bool(found["complete"]))
-
-
-def search_shard(shard: TableShard, threads: int) -> None:
-    """Write the pairs of pictures that a shard's tables find, unless they are on disk.
-
-    Raises:
-        SourceError: if this machine does not see the folder.
-    """
-    if shard.file.exists():
-        return
-    if not shard.folder.is_dir():
-        raise SourceError(
-            "Each machine that searches near copies must see the data folder at the same path. Received: "
-            f"{socket.gethostname()}, which has no {shard.folder}. Put `data.data_dir` on a disk that all nodes of "
-            "`data.cluster` share."
-        )
-    hashes, new = map_hashes(shard.folder.parent), np.load(shard.folder / "new.npy")
-    tables = range(shard.start, shard.stop)
-    found = compare_tables(hashes, MAX_HASH_DISTANCE_BITS, tables, None if new.all() else new, threads)
-    with write_beside(shard.file) as beside, beside.open("wb") as file:
-        np.savez(file, **found._asdict())
-
-
-Run = Callable[[Sequence[TableShard]], None]
-"""Runs `search_shard` on each of some shards."""
-
-
-def run_here(shards: Sequence[TableShard]) -> None:
-    """Search one shard after the other, with all cores."""
-    for shard in shards:
-        search_shard(shard, os.cpu_count() or 1)
-
-
-def find_or_read_links(indexes: Sequence[Path], store: Store, run: Run = run_here) -> pd.DataFrame:
+def find_or_read_links(
+    indexes: Sequence[Path], store: Store, run: Run = run_here, on_progress: Progress | None = None
+) -> pd.DataFrame:
     """Return what `find_links` does; of pictures that were searched before, read it from the store.
 
     Each search is kept as a table of its links, and of a row per picture with its fingerprint as `image` and no
@@ -118,6 +67,7 @@ def find_or_read_links(indexes: Sequence[Path], store: Store, run: Run = run_her
     Args:
         indexes: Parquet files of the image indexes of all sources.
         run: runs the shards of a search among many.
+        on_progress: where only new pictures are searched.
     """
     read = read_files(indexes)
     pictures = list_pictures(read)
@@ -134,9 +84,9 @@ def find_or_read_links(indexes: Sequence[Path], store: Store, run: Run = run_her
     _remove_searches(store, but=folder)
     with translate_disk_errors(folder):
         looks = lay_out(pictures, read, folder)
-        links, lasting = _search(pictures, looks, find_newest_index(store, prefix), folder, run)
+        links, fullest = _search(pictures, looks, find_newest_index(store, prefix), folder, run, on_progress)
     with write_beside(kept) as beside:
-        _write_links(beside, links, pictures.fingerprints[: len(pictures) if lasting else 0])
+        _write_links(beside, links, fullest, pictures.fingerprints)
     remove_folder(folder)
     return links
 
@@ -165,21 +115,24 @@ def find_links(index: pd.DataFrame) -> pd.DataFrame:
         return _search(pictures, lay_out(pictures, read, folder), None, folder, run_here)[0]
 
 
-def _search(pictures: Pictures, looks: Looks, before: Path | None, folder: Path, run: Run) -> tuple[pd.DataFrame, bool]:
-    """Return the links of pictures, and whether a search of these and other pictures finds them again.
+def _search(
+    pictures: Pictures, looks: Looks, before: Path | None, folder: Path, run: Run, on_progress: Progress | None = None
+) -> tuple[pd.DataFrame, int]:
+    """Return the links of pictures, and how many whole pictures the fullest bucket of the search holds.
 
     Args:
         before: a kept table of another search, whose links are taken over.
         folder: where `looks` are.
     """
-    stand_in = pictures.stand_in
-    new = np.ones(len(pictures), bool) if before is None else ~_find_known(pictures, before)
+    stand_in, stand_ins = pictures.stand_in, pictures.stands
     own = np.arange(len(pictures))
-    stand_ins = pictures.stands
-    parts = folder / ("all" if before is None else before.stem)
-    near = _find_near(looks.hashes, new[stand_ins], parts, run)
-    if not (near.lasting or new.all()):
-        return _search(pictures, looks, None, folder, run)
+    near = None
+    if before is not None and (new := ~_find_known(pictures, before)).mean() <= MAX_SHARE_NEW:
+        fullest = int(pq.read_schema(before).metadata[FULLEST])
+        near = find_new_neighbours(looks.hashes, MAX_HASH_DISTANCE_BITS, new[stand_ins], fullest, on_progress)
+    if near is None:
+        before, new = None, np.ones(len(pictures), bool)
+        near = find_in_shards(folder, MAX_HASH_DISTANCE_BITS, run)
 
     equal = np.flatnonzero((stand_in != own) & (new | new[stand_in]))
     image = np.concatenate([stand_ins[near.images], stand_in[equal]])
@@ -205,33 +158,19 @@ def _search(pictures: Pictures, looks: Looks, before: Path | None, folder: Path,
         len(links),
         int(links["same_picture"].sum()),
     )
-    return links.sort_values(["image", "other"], ignore_index=True), near.lasting
+    return links.sort_values(["image", "other"], ignore_index=True), near.fullest
 
 
-def _find_near(hashes: np.ndarray, new: np.ndarray, parts: Path, run: Run) -> Neighbours:
-    """Return what `find_neighbours` does; among many, by shards whose files are in a folder of their own."""
-    views, count, _ = hashes.shape
-    if not is_among_many(views, count):
-        return find_neighbours(hashes, MAX_HASH_DISTANCE_BITS)
-    parts.mkdir(exist_ok=True)
-    with write_beside(parts / "new.npy") as beside, beside.open("wb") as file:
-        np.save(file, new)
-    tables, _ = choose_tables(count)
-    starts = range(0, tables, TABLES_IN_SHARD)
-    shards = [TableShard(parts, start, min(start + TABLES_IN_SHARD, tables)) for start in starts]
-    run([shard for shard in shards if not shard.file.exists()])
-    return join_pairs([shard.read() for shard in shards], views, count)
-
-
-def _write_links(file: Path, links: pd.DataFrame, searched: np.ndarray) -> None:
+def _write_links(file: Path, links: pd.DataFrame, fullest: int, searched: np.ndarray) -> None:
     """Write a table of links, and of the fingerprints of all pictures that were searched."""
     table = pa.Table.from_pandas(links, preserve_index=False)
-    with pq.ParquetWriter(file, table.schema) as writer:
-        writer.write_table(table)
+    schema = table.schema.with_metadata({**(table.schema.metadata or {}), FULLEST: str(fullest)})
+    with pq.ParquetWriter(file, schema) as writer:
+        writer.write_table(table.cast(schema))
         for start in range(0, len(searched), ROWS_AT_ONCE):
             rows = pd.DataFrame({**dict.fromkeys(LINK_COLUMNS, 0), "image": list_hex(searched[start:][:ROWS_AT_ONCE])})
             rows = rows.assign(other="").astype(links.dtypes)
-            writer.write_table(pa.Table.from_pandas(rows, schema=table.schema, preserve_index=False))
+            writer.write_table(pa.Table.from_pandas(rows, schema=schema, preserve_index=False))
 
 
 def _find_known(pictures: Pictures, before: Path) -> np.ndarray:

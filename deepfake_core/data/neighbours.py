@@ -7,12 +7,22 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 
-from deepfake_core.data.hash_tables import MAX_NEIGHBOURS, Found, choose_tables, compare_buckets
+from deepfake_core.data.hash_tables import (
+    MAX_NEIGHBOURS,
+    Found,
+    choose_tables,
+    compare_buckets,
+    count_fullest,
+    share_bucket,
+)
 from deepfake_core.data.hashes import HASH_BYTES
+from deepfake_core.storage.progress import Progress
 
 MAX_EXACT_COMPARISONS = 10**10
 """Up to this many pairs of hashes, all are compared; it takes seconds."""
 
+QUERIES_AT_ONCE = 1024
+MAX_ROWS_JOINED = 1_000_000
 MAX_PAIRS_WAITING = 10_000_000
 """Pairs found before they are merged with those of other tables; 80 MB."""
 
@@ -20,25 +30,25 @@ MAX_PAIRS_WAITING = 10_000_000
 class Neighbours(NamedTuple):
     """Pairs of images of which one, seen through a view, is near the other: positions, positions, views, bits.
 
-    `lasting`: whether a search among these images and others finds the same pairs of these.
+    `fullest`: whole pictures in the fullest bucket of the search's hash tables, or more; 0 if it had none.
     """
 
     images: np.ndarray
     viewed: np.ndarray
     views: np.ndarray
     distances: np.ndarray
-    lasting: bool
+    fullest: int
 
 
 class Pairs(NamedTuple):
     """What a part of a search found.
 
     `codes`: int64 of shape (n,), sorted: a pair, its distance and its view in one number. Each pair once.
-    `complete`: whether no pair was left out because a bucket was too full.
+    `fullest`: see `Neighbours`.
     """
 
     codes: np.ndarray
-    complete: bool
+    fullest: int
 
 
 def is_among_many(views: int, images: int) -> bool:
@@ -46,7 +56,7 @@ def is_among_many(views: int, images: int) -> bool:
     return views * images**2 > MAX_EXACT_COMPARISONS
 
 
-def find_neighbours(hashes: np.ndarray, radius: int, new: np.ndarray | None = None) -> Neighbours:
+def find_neighbours(hashes: np.ndarray, radius: int) -> Neighbours:
     """Find the pairs of images of which one, through some view, has a hash within `radius` bits of the other's.
 
     Where there are few, all are compared (faiss). Where there are many, only those are that agree on 20 bits, drawn at
@@ -54,14 +64,9 @@ def find_neighbours(hashes: np.ndarray, radius: int, new: np.ndarray | None = No
     faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 54 s instead of 5 s for
     20,000 pictures of 7 views (benchmarks/data_speed.py).
 
-    A bucket's pairs depend on no other picture, unless it is so full that not all of them are compared. Where none is,
-    and where none was in a search without the new images, the pairs of that search are found again, and no others
-    without a new image.
-
     Args:
         hashes: uint8 of shape (views, n, 32); the first view is the whole picture.
         radius: distance in bits, 0 to 255.
-        new: bool of shape (n,). Among many, only pairs with a new image are found. None: all are new.
 
     Returns:
         Each pair once, through the view that is nearest. The same from any number of threads.
@@ -69,38 +74,79 @@ def find_neighbours(hashes: np.ndarray, radius: int, new: np.ndarray | None = No
     views, count, _ = hashes.shape
     if is_among_many(views, count):
         tables, _ = choose_tables(count)
-        return join_pairs([compare_tables(hashes, radius, range(tables), new, os.cpu_count() or 1)], views, count)
-    found = join_pairs([_encode(_compare_all(np.ascontiguousarray(hashes), radius), views, count)], views, count)
-    return found._replace(lasting=False)
+        return join_pairs([compare_tables(hashes, radius, range(tables), os.cpu_count() or 1)], views, count)
+    rows = np.ascontiguousarray(hashes).reshape(-1, HASH_BYTES)
+    found = _compare_all(rows, np.arange(count), np.arange(len(rows)), radius, count)
+    return join_pairs([_encode((_keep_near(*some) for some in found), views, count)], views, count)
 
 
-def compare_tables(
-    hashes: np.ndarray, radius: int, tables: Sequence[int], new: np.ndarray | None, threads: int
-) -> Pairs:
+def find_new_neighbours(
+    hashes: np.ndarray, radius: int, new: np.ndarray, fullest: int, on_progress: Progress | None = None
+) -> Neighbours | None:
+    """Find the pairs with a new image that `find_neighbours` finds among many, after a search without the new images.
+
+    The new images are compared with all (faiss), and of what is near, those pairs count that share a bucket. A bucket's
+    pairs depend on no other picture unless it is too full, so the other pairs are those of the earlier search.
+
+    Args:
+        hashes, radius: see `find_neighbours`.
+        new: bool of shape (n,).
+        fullest: of the earlier search.
+
+    Returns:
+        None if a bucket may be too full now.
+    """
+    views, count, _ = hashes.shape
+    fullest += count_fullest(hashes[0, new].view(np.uint64), count)
+    if fullest > MAX_NEIGHBOURS:
+        return None
+    rows = np.ascontiguousarray(hashes).reshape(-1, HASH_BYTES)
+    is_new = np.tile(new, views)
+    searches = (np.arange(count), np.flatnonzero(is_new)), (np.flatnonzero(new), np.flatnonzero(~is_new))
+    total = sum(len(whole) * len(queries) for whole, queries in searches)
+
+    def search() -> Iterator[tuple[np.ndarray, ...]]:
+        done = 0
+        for whole, queries in searches:
+            for found in _compare_all(rows, whole, queries, radius, count):
+                yield found
+                done += len(whole) * QUERIES_AT_ONCE
+                if on_progress:
+                    on_progress(min(done, total), total)
+
+    def keep_sharing() -> Iterator[Found]:
+        for image, query, distances in _join_some(search()):
+            shares = share_bucket(rows[image].view(np.uint64), rows[query].view(np.uint64), radius, count)
+            yield image[shares], query[shares], distances[shares], 0
+
+    return join_pairs([_encode(keep_sharing(), views, count)], views, count)._replace(fullest=fullest)
+
+
+def compare_tables(hashes: np.ndarray, radius: int, tables: Sequence[int], threads: int) -> Pairs:
     """Return the part of `find_neighbours` among many that some hash tables find, by their numbers."""
     views, count, _ = hashes.shape
-    return _encode(compare_buckets(np.ascontiguousarray(hashes), radius, tables, new, threads), views, count)
+    return _encode(compare_buckets(np.ascontiguousarray(hashes), radius, tables, threads), views, count)
 
 
 def join_pairs(parts: Sequence[Pairs], views: int, count: int) -> Neighbours:
     """Return the pairs that the parts of a search among `count` images found."""
     nearest = _keep_nearest([part.codes for part in parts], views)
     pair = nearest // (256 * views)
-    lasting = all(part.complete for part in parts)
-    return Neighbours(pair // count, pair % count, nearest % views, nearest // views % 256, lasting)
+    fullest = max(part.fullest for part in parts)
+    return Neighbours(pair // count, pair % count, nearest % views, nearest // views % 256, fullest)
 
 
 def _encode(search: Iterable[Found], views: int, count: int) -> Pairs:
-    codes, waiting, complete = [np.empty(0, np.int64)], 0, True
-    for found, query, distances, is_complete in search:
-        complete &= is_complete
+    codes, waiting, fullest = [np.empty(0, np.int64)], 0, 0
+    for found, query, distances, in_bucket in search:
+        fullest = max(fullest, in_bucket)
         image, view = query % count, query // count
         pair = np.minimum(found, image) * count + np.maximum(found, image)
         codes.append((pair * 256 + distances) * views + view)
         waiting += len(pair)
         if waiting > MAX_PAIRS_WAITING:
             codes, waiting = [_keep_nearest(codes, views)], 0
-    return Pairs(_keep_nearest(codes, views), complete)
+    return Pairs(_keep_nearest(codes, views), fullest)
 
 
 def _keep_nearest(codes: list[np.ndarray], views: int) -> np.ndarray:
@@ -110,25 +156,44 @@ def _keep_nearest(codes: list[np.ndarray], views: int) -> np.ndarray:
     return ordered[np.diff(pair, prepend=-1) > 0]
 
 
-def _compare_all(hashes: np.ndarray, radius: int) -> Iterator[Found]:
-    count = hashes.shape[1]
+def _compare_all(
+    rows: np.ndarray, whole: np.ndarray, queries: np.ndarray, radius: int, count: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Compare hashes at some positions of `rows` with those of some whole pictures; yield what is near, as `Found`."""
     index = faiss.IndexBinaryFlat(8 * HASH_BYTES)
-    index.add(hashes[0])
-    queries = hashes.reshape(-1, HASH_BYTES)
-    for start in range(0, len(queries), 1024):
-        limits, distances, found = index.range_search(queries[start : start + 1024], radius + 1)
-        query = start + np.repeat(np.arange(len(limits) - 1), np.diff(limits.astype(np.int64)))
+    index.add(rows[whole])
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        some = queries[start : start + QUERIES_AT_ONCE]
+        limits, distances, found = index.range_search(rows[some], radius + 1)
+        found, query = whole[found], np.repeat(some, np.diff(limits.astype(np.int64)))
         pairs = np.flatnonzero(_counts_once(found, query, count))
-        found, query, distances = found[pairs], query[pairs], distances[pairs].astype(np.int64)
-        nearest = np.lexsort((found, distances, query))
-        _, first, inverse = np.unique(query, return_index=True, return_inverse=True)
-        nearest = nearest[np.arange(len(query)) - first[inverse] < MAX_NEIGHBOURS]
-        yield found[nearest], query[nearest], distances[nearest], len(nearest) == len(pairs)
+        yield found[pairs], query[pairs], distances[pairs].astype(np.int64)
+
+
+def _join_some(parts: Iterable[tuple[np.ndarray, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Join parts of columns until there are many rows."""
+    waiting: list[tuple[np.ndarray, ...]] = []
+    rows = 0
+    for part in parts:
+        waiting.append(part)
+        rows += len(part[0])
+        if rows > MAX_ROWS_JOINED:
+            yield tuple(map(np.concatenate, zip(*waiting, strict=True)))
+            waiting, rows = [], 0
+    if waiting:
+        yield tuple(map(np.concatenate, zip(*waiting, strict=True)))
+
+
+def _keep_near(found: np.ndarray, query: np.ndarray, distances: np.ndarray) -> Found:
+    """Keep the nearest of each query: so many that thousands of nearly equal hashes take bounded space."""
+    nearest = np.lexsort((found, distances, query))
+    _, first, inverse = np.unique(query, return_index=True, return_inverse=True)
+    nearest = nearest[np.arange(len(query)) - first[inverse] < MAX_NEIGHBOURS]
+    return found[nearest], query[nearest], distances[nearest], MAX_NEIGHBOURS + 1
 
 
 def _counts_once(found: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
-    """Whether `found` is a whole picture, and of another image; of two whole ones the first is taken as found."""
+    """Whether `found` is another image's than the query; of two whole pictures the first is taken as found."""
     once = found < query
-    once &= found < count
     once &= found != query % count
     return once

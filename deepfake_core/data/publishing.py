@@ -1,5 +1,6 @@
 """Kept images are published as a split folder: whole or not at all, under a name made from their content."""
 
+import contextlib
 import io
 import itertools
 import logging
@@ -7,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 
 from deepfake_core.config import CLASS_NAMES, SPLITS, DataParameters, Normalisation
 from deepfake_core.data.archive import Archive, ArchiveReader
-from deepfake_core.data.dataset import NORMAL_PIXELS, NORMAL_QUALITY, SUFFIXES, Dataset, hash_content
+from deepfake_core.data.dataset import NORMAL_PIXELS, NORMAL_QUALITY, SUFFIXES, Dataset, hash_content, list_datasets
 from deepfake_core.data.index import REPEATED
 from deepfake_core.data.split_memory import remember_splits
 from deepfake_core.data.splits import count_reasons
@@ -43,7 +43,7 @@ MANIFEST_COLUMNS = [
     "source", "member", "sha256", "label", "width", "height", "split", "kept", "reason", "group", "path",
     "copy_of", "bytes", "format", "jpeg_table",
 ]  # fmt: skip
-IMAGE_COLUMNS = ["source", "member", "sha256", "label", "split", "format"]
+IMAGE_COLUMNS = ["source", "member", "sha256", "label", "split", "format", "bytes"]
 """What an image is read and written by."""
 
 
@@ -154,6 +154,7 @@ def _copy_images(
     require_space(folder.parent, needed, f"The data set {folder}", "set `data.data_dir` to another disk")
     for split, label in rows.loc[rows["kept"], ["split", "label"]].drop_duplicates().itertuples(index=False):
         (folder / split / label).mkdir(parents=True)
+    earlier = _find_earlier(Store(folder.parent.parent), normalise)
     done, source = 0, rows["source"].to_numpy()
     for archive in archives:
         mine = np.flatnonzero(rows["kept"] & (source == archive.source.short_name))
@@ -164,10 +165,21 @@ def _copy_images(
                 (folder / row.path).write_bytes(data if normalise == "none" else _reencode(data))
 
             for some in _take_some(rows, mine, COPIED_AT_ONCE, normalise):
-                for _ in pool.map(copy, some):
-                    done += 1
-                    if on_progress and (done % 500 == 0 or done == total):
-                        on_progress(done, total)
+                images = list(some)
+                missing = [row for row in images if not (earlier and earlier.link(row.path, row.bytes, folder))]
+                for _ in pool.map(copy, missing):
+                    pass
+                done += len(images)
+                if on_progress:
+                    on_progress(done, total)
+
+
+def _find_earlier(store: Store, normalise: Normalisation) -> Dataset | None:
+    """Return the data set that was asked for last, of those whose images are files, encoded in the same way."""
+    for dataset in reversed(list_datasets(store)):
+        if dataset.has_files and dataset.description["parameters"]["normalise"] == normalise:
+            return dataset
+    return None
 
 
 def _pack_images(
@@ -184,7 +196,7 @@ def _pack_images(
     places: list[Place] = []
     order = pc.sort_indices(pa.array(rows["sha256"])).to_numpy()
     split = rows["split"].to_numpy()[order]
-    with ExitStack() as opened, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(os.cpu_count()) as pool:
         readers = {one.source.short_name: opened.enter_context(one.open()) for one in archives}
 
         def read(row: Any) -> tuple[str, bytes]:
@@ -228,7 +240,7 @@ def _reencode(data: bytes) -> bytes:
 
 
 def _write_manifest(folder: Path, rows: pd.DataFrame, description: dict[str, Any]) -> None:
-    with write_beside(folder / "manifest.parquet") as beside, ExitStack() as opened:
+    with write_beside(folder / "manifest.parquet") as beside, contextlib.ExitStack() as opened:
         writer: pq.ParquetWriter | None = None
         for part in _list_parts(rows, description["parameters"]["normalise"]):
             table = pa.Table.from_pandas(part, writer and writer.schema, preserve_index=False)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from PIL import Image
 
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES
 from deepfake_core.data.archive import Archive
@@ -75,7 +74,7 @@ def collect_report_values(dataset: Dataset, links: pd.DataFrame, archives: Seque
         pictures.loc[[pair.image, pair.other]].sort_values("label", ascending=False)  # the real one to the left
         for pair in pairs[:MAX_PAIRS].itertuples()
     ]
-    shown = _read_pictures([rows[:MAX_SHOWN_OF_GROUP] for rows in group_rows] + pair_rows, archives)
+    shown = _read_pictures([rows[:MAX_SHOWN_OF_GROUP] for rows in group_rows] + pair_rows, dataset, archives)
     return {
         "dataset": dataset,
         "counts": dataset.description["counts"],
@@ -105,9 +104,11 @@ def _list_groups(pictures: pd.DataFrame) -> pd.Series:
 
 def _list_pairs(pictures: pd.DataFrame, links: pd.DataFrame) -> pd.DataFrame:
     """Return the links between pictures of different labels, the most alike first."""
-    links = links[links["image"].isin(pictures.index) & links["other"].isin(pictures.index)]
-    labels = [pictures["label"].reindex(links[end]).to_numpy() for end in ("image", "other")]
-    return links[labels[0] != labels[1]].sort_values(["likeness", "image"], ascending=[False, True])
+    ends = [pictures.index.get_indexer(pd.Index(links[end])) for end in ("image", "other")]
+    labels = [pictures["label"].to_numpy()[end] for end in ends]
+    return links[(ends[0] >= 0) & (ends[1] >= 0) & (labels[0] != labels[1])].sort_values(
+        ["likeness", "image"], ascending=[False, True]
+    )
 
 
 def plot_file_facts(kept: pd.DataFrame) -> Figure:
@@ -148,25 +149,27 @@ def _list_reasons(reasons: dict[str, int]) -> list[str]:
     return ["kept", *sorted(set(reasons) - {"kept"})]
 
 
-def _read_pictures(rows: Sequence[pd.DataFrame], archives: Sequence[Archive]) -> dict[str, GalleryPicture]:
-    """Read pictures from the archives, as small JPEGs in data URLs, by SHA-256."""
+def _read_pictures(
+    rows: Sequence[pd.DataFrame], dataset: Dataset, archives: Sequence[Archive]
+) -> dict[str, GalleryPicture]:
+    """Read pictures, as small JPEGs in data URLs, by SHA-256: from the archives those that are not in the data set."""
     if not rows:
         return {}
     wanted = pd.concat(rows)
     wanted = wanted[~wanted.index.duplicated()]
-    shown = {}
+    is_here = wanted["kept"] & (dataset.description["parameters"]["normalise"] == "none")
+    shown = {str(row.Index): _show(row, dataset.read(str(row.path))) for row in wanted[is_here].itertuples()}
     for archive in archives:
-        mine = wanted[wanted["source"] == archive.source.short_name]
+        mine = wanted[~is_here & (wanted["source"] == archive.source.short_name)]
         if mine.empty:
             continue
         with archive.open() as reader:
             for row in mine.itertuples():
-                image = decode_image(reader.read_again(str(row.member), str(row.Index)))
-                shown[str(row.Index)] = _show(row, image)
+                shown[str(row.Index)] = _show(row, reader.read_again(str(row.member), str(row.Index)))
     return shown
 
 
-def _show(row: Any, image: Image.Image) -> GalleryPicture:
+def _show(row: Any, data: bytes) -> GalleryPicture:
     place = row.split if row.kept else row.reason.replace("_", " ")
     text = f"{row.label}, {place}, {row.width} x {row.height}, {row.bytes / 1000:,.0f}\N{NO-BREAK SPACE}kB"
-    return GalleryPicture(row.source, row.label, row.member, text, encode_picture(image, SHOWN_PIXELS))
+    return GalleryPicture(row.source, row.label, row.member, text, encode_picture(decode_image(data), SHOWN_PIXELS))

@@ -1,5 +1,8 @@
+import errno
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from deepfake_core.config import FEEDBACK, DataParameters, Source
-from deepfake_core.data.dataset import hash_content, open_dataset
+from deepfake_core.data.dataset import Dataset, hash_content, open_dataset
 from deepfake_core.data.index import build_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.publishing import publish_dataset
@@ -221,6 +224,55 @@ def test_a_new_copy_of_a_known_picture_keeps_the_version_and_is_listed(tmp_path)
     second = prepare(tmp_path / "data", tmp_path / "a.zip", again)
     assert second.version == first.version
     assert second.manifest.set_index("member").loc["real/again.jpg", "reason"] == "duplicate"
+
+
+def grow(folder: Path, **more: object) -> Dataset:
+    """Publish the data set of the first 20 faces of each class, and 4 more of each."""
+    return prepare(folder / "data", write_zip(folder / "b.zip", faces(24)), **more)
+
+
+@pytest.mark.parametrize("normalise", ["none", "reencode"])
+def test_images_of_an_earlier_version_are_linked_and_outlast_it(tmp_path, normalise):
+    earlier = prepare(tmp_path / "data", write_zip(tmp_path / "a.zip", faces(20)), normalise=normalise)
+    dataset = grow(tmp_path, normalise=normalise)
+    counts = [(dataset.path / path).stat().st_nlink for path in dataset.manifest.query("kept")["path"]]
+    assert sorted(counts) == [1] * 8 + [2] * 40
+    shutil.rmtree(earlier.path)
+    alone = grow(tmp_path / "other", normalise=normalise)
+    for path in dataset.manifest.query("kept")["path"]:
+        (copied,) = alone.path.glob(f"*/*/{Path(path).name}")
+        assert (dataset.path / path).read_bytes() == copied.read_bytes()
+
+
+def test_an_image_that_was_changed_in_an_earlier_version_is_copied_from_its_archive(tmp_path):
+    earlier = prepare(tmp_path / "data", write_zip(tmp_path / "a.zip", faces(20)))
+    edited, emptied, replaced = (earlier.path / path for path in earlier.manifest.query("kept")["path"][:3])
+    later = earlier.published_ns + 1_000_000_000
+    edited.write_bytes(edited.read_bytes()[::-1])
+    os.utime(edited, ns=(later, later))
+    emptied.write_bytes(b"")  # as a power cut leaves it
+    os.utime(emptied, ns=(0, 0))
+    replaced.unlink()
+    replaced.symlink_to(write_zip(tmp_path / "c.zip", {}))
+    dataset = grow(tmp_path)
+    for row in dataset.manifest.query("kept").itertuples():
+        assert hashlib.sha256((dataset.path / row.path).read_bytes()).hexdigest() == row.sha256
+
+
+@pytest.mark.parametrize("why", ["no_links", "reencoded", "tars"])
+def test_images_are_copied_where_they_can_not_be_linked(tmp_path, monkeypatch, why):
+    other = {"reencoded": {"normalise": "reencode"}, "tars": {"layout": "shards"}}.get(why, {})
+    prepare(tmp_path / "data", write_zip(tmp_path / "a.zip", faces(20)), **other)
+    if why == "no_links":
+        monkeypatch.setattr("os.link", refuse_links)
+    dataset = grow(tmp_path)
+    for row in dataset.manifest.query("kept").itertuples():
+        assert hashlib.sha256((dataset.path / row.path).read_bytes()).hexdigest() == row.sha256
+        assert (dataset.path / row.path).stat().st_nlink == 1
+
+
+def refuse_links(source: str, target: str) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted", source, None, target)
 
 
 def test_a_failure_while_copying_leaves_nothing(tmp_path):

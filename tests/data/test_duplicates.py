@@ -16,7 +16,8 @@ from deepfake_core.data.duplicates import mark_duplicates
 from deepfake_core.data.hashes import hash_thumbnails
 from deepfake_core.data.index import build_index, read_facts, write_index
 from deepfake_core.data.kaggle import fetch_archive
-from deepfake_core.data.links import LINK_COLUMNS, TableShard, find_links, find_or_read_links, search_shard
+from deepfake_core.data.links import LINK_COLUMNS, find_links, find_or_read_links
+from deepfake_core.data.table_shards import TableShard, search_shard
 from deepfake_core.storage.store import open_store
 from tests.builders import FACES, draw_image, encode, faces, forbid, jpeg, needs_faces, recode, write_zip
 
@@ -120,7 +121,7 @@ def test_pictures_that_were_searched_before_are_not_searched_again(tmp_path, mon
     first = find_or_read_links([whole], store)
     assert len(first) == 1
     with monkeypatch.context() as patch:
-        forbid(patch, "deepfake_core.data.links.find_neighbours")
+        forbid(patch, "deepfake_core.data.links.find_in_shards")
         pd.testing.assert_frame_equal(find_or_read_links([keep(index[::-1], tmp_path)], store), first)
         with pytest.raises(AssertionError):
             find_or_read_links([keep(index.iloc[1:], tmp_path)], store)
@@ -201,6 +202,7 @@ def test_a_search_of_other_pictures_removes_what_a_killed_one_left(tmp_path, mon
 def test_where_an_archive_grew_only_what_is_new_is_searched(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
     monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 100)
+    monkeypatch.setattr("deepfake_core.data.links.MAX_SHARE_NEW", 0.5)
     caplog.set_level("INFO")
     store = open_store(tmp_path / "data")
     copies = {f"fake/small{i}.jpg": encode(draw_image(i).resize((44, 44)), quality=85) for i in range(10)}
@@ -215,7 +217,10 @@ def test_where_an_archive_grew_only_what_is_new_is_searched(tmp_path, monkeypatc
         path = write_zip(tmp_path / "a.zip", members)
         index = write_index(fetch_archive(Source(name=str(path)), store), store)
         caplog.clear()
-        links = find_or_read_links([index], store)
+        with monkeypatch.context() as patch:
+            if new < 20:
+                forbid(patch, "deepfake_core.data.links.find_in_shards")
+            links = find_or_read_links([index], store)
         assert f"{new} of them new" in caplog.text
         pd.testing.assert_frame_equal(links, find_links(pd.read_parquet(index)))
         pd.testing.assert_frame_equal(links, find_or_read_links([index], store))
@@ -336,7 +341,9 @@ def test_a_search_that_goes_on_from_another_finds_what_a_search_anew_does(search
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
         patch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
         patch.setattr("deepfake_core.data.hash_tables.TABLES", 20)
-        patch.setattr("deepfake_core.data.hash_tables.MAX_NEIGHBOURS", 11)
+        patch.setattr("deepfake_core.data.links.MAX_SHARE_NEW", 1.0)
+        for module in ("hash_tables", "neighbours"):
+            patch.setattr(f"deepfake_core.data.{module}.MAX_NEIGHBOURS", 11)
         for missing, frames in searches:
             present = POOL[~POOL.index.isin(missing)].drop_duplicates("sha256")
             index = pd.concat([present, FILM.iloc[:frames]])

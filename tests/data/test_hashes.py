@@ -9,7 +9,7 @@ from PIL import Image
 
 from deepfake_core.data import hash_tables, neighbours
 from deepfake_core.data.hashes import VIEWS, View, hash_thumbnails, shrink_images
-from deepfake_core.data.neighbours import find_neighbours
+from deepfake_core.data.neighbours import find_neighbours, find_new_neighbours
 from tests.builders import CHANGES, draw_image
 
 MAX_HASH_DISTANCE_BITS = 60
@@ -170,7 +170,10 @@ def test_among_many_exactly_those_pairs_are_found_that_share_a_bucket(
         pair = (min(image, query % 120), max(image, query % 120))
         if pair[0] != pair[1] and (new is None or new[list(pair)].any()):
             wanted[pair] = min(wanted.get(pair, 256), int(distances[image, query]))
-    near = find_neighbours(views, MAX_HASH_DISTANCE_BITS, new)
+    if new is None:
+        near = find_neighbours(views, MAX_HASH_DISTANCE_BITS)
+    else:
+        near = find_new_neighbours(views, MAX_HASH_DISTANCE_BITS, new, 0)
     assert dict(zip(zip(near.images, near.viewed, strict=True), near.distances, strict=True)) == wanted
     assert len(near.images) == len(wanted) > 20
 
