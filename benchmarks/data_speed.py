@@ -196,8 +196,9 @@ def read_peak_memory() -> float:
 
 
 def measure_disk(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
-    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+    """Return the bytes of a file, or of all files in a folder; of one with several names once."""
+    found = [file.stat() for file in [path, *path.rglob("*")] if file.is_file()]
+    return sum({each.st_ino: each.st_size for each in found}.values())
 
 
 def search(count: int, exact: bool | None) -> dict:

@@ -51,6 +51,7 @@ from benchmarks.data_speed import each, measure_disk, read_images
 from deepfake_core.config import CLASS_NAMES, KAGGLE_SOURCES, DataParameters, TrainingParameters
 from deepfake_core.data.contents import MIN_DECODED_PIXELS
 from deepfake_core.data.dataset import open_dataset
+from deepfake_core.data.images import load_images
 from deepfake_core.detector import open_image
 from deepfake_core.storage.files import write_json
 
@@ -227,9 +228,8 @@ def run_flow(data: DataParameters, dataset: str = "") -> dict[str, Any]:
     spans = read_spans(state.state_details.flow_run_id)
     if dataset:
         (begun,) = lines.find("parameters, computed in")
-        decoded, epochs = lines.find("images decoded at"), lines.find(r"^cnn epoch \d")
-        # The train split is decoded for the figures that are logged, the validation split for training.
-        spans |= {"decode": (spans["log data"][0], decoded[1]), "epochs": (begun, epochs[-1])}
+        epochs = lines.find(r"^cnn epoch \d")
+        spans["epochs"] = (begun, epochs[-1])
         result["seconds_to_training"] = begun - spans["all"][0]
         result["memory_growth_gb"] = find_peak(looks, epochs[0], epochs[-1]) - find_peak(looks, begun, epochs[0])
     stages = {
@@ -357,11 +357,23 @@ def measure_copying(images: list[bytes], folder: Path) -> float:
             return time_once(lambda: list(pool.map(lambda file: shutil.copyfile(file, f"{other}/{file.name}"), files)))
 
 
-def add_floors(flows: dict[str, Any], rates: dict[str, float], folder: Path, counts: dict[str, int]) -> None:
+def measure_decoding(address: str) -> dict[str, float]:
+    """Decode the validation split anew for `cnn`, as before an accelerator is used, and keep the pixels."""
+    from deepfake_core.models import CANDIDATES
+
+    dataset, size = open_dataset(address), CANDIDATES["cnn"].RECIPE.image_size
+    shutil.rmtree(dataset.store.batches(dataset.version, size))
+    start = time.perf_counter()
+    images = load_images(dataset, "val", size)
+    return {"images": len(images), "seconds": time.perf_counter() - start}
+
+
+def add_floors(
+    flows: dict[str, Any], decoding: dict[str, float], rates: dict[str, float], folder: Path, counts: dict[str, int]
+) -> None:
     """Put beside the stages what their bytes and pictures take alone."""
     dataset = open_dataset(flows["prepare"]["value"])
     kept = dataset.manifest[dataset.manifest["kept"]]
-    learned = kept[kept["split"].isin(["train", "val"])]
 
     def count(rows: Any, kind: str) -> float:
         small = int((rows["width"] <= SMALL).sum())
@@ -375,7 +387,7 @@ def add_floors(flows: dict[str, Any], rates: dict[str, float], folder: Path, cou
     )
     new["index"]["floor_seconds"] = counts["new"] / rates[f"grey_{SMALL}"]
     first["merge"]["floor_seconds"] = new["merge"]["floor_seconds"] = count(kept, "copy")
-    training["decode"]["floor_seconds"] = count(learned, "decode")
+    decoding["floor_seconds"] = count(kept[kept["split"] == "val"], "decode")
     training["epochs"]["floor_seconds"] = EPOCHS * int((kept["split"] == "train").sum()) / rates["steps"]
 
 
@@ -431,7 +443,8 @@ def measure(archives: Path, folder: Path, pictures: int) -> dict[str, Any]:
                 raise ValueError(f"A cluster must make the same data set. Received: {there['value']}.")
             shutil.rmtree(folder / "there")
             print(f"{ON_CLUSTER}: {there}", flush=True)
-    add_floors(flows, rates, made, counts)
+    decoding = run_alone(measure_decoding, flows["prepare"]["value"])
+    add_floors(flows, decoding, rates, made, counts)
     for result in flows.values():
         del result["value"]
     return {
@@ -440,6 +453,7 @@ def measure(archives: Path, folder: Path, pictures: int) -> dict[str, Any]:
         "archives_gb": measure_disk(made) / 1e9,
         "rates": rates,
         "flows": flows,
+        "decoding": decoding,
     }
 
 

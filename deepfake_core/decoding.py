@@ -132,12 +132,13 @@ def _decode_pixels(image: Image.Image) -> Image.Image:
         if image.mode.startswith("I;16"):  # Pillow would clip its 65,536 greys to the lowest 256
             converted = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
         else:
-            converted = image.convert("RGB")
+            converted = image if image.mode == "RGB" else image.convert("RGB")
     except Exception as exc:
         raise UnreadableImageError("truncated", f"is truncated or damaged ({exc})") from exc
-    converted.format = image.format
-    converted.quantization = getattr(image, "quantization", {})  # type: ignore[attr-defined] # of a JPEG
-    image.close()
+    if converted is not image:
+        converted.format = image.format
+        converted.quantization = getattr(image, "quantization", {})  # type: ignore[attr-defined] # of a JPEG
+        image.close()
     return converted
 
 

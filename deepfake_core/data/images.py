@@ -1,16 +1,19 @@
 """A split as arrays: decoded and resized once, kept on disk, read as a memory map.
 
-Where the pixels would take too much of the disk, images are decoded as they are read.
+Before a training on CPUs, images are decoded as they are read for the first time. Where the pixels would take too much
+of the disk, they are decoded each time.
 """
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +28,11 @@ from deepfake_core.storage.files import hash_file, require_space, write_beside
 from deepfake_core.storage.progress import Progress
 
 log = logging.getLogger(__name__)
+
+Decode = Literal["now", "once", "never"]
+
+READ_AT_ONCE, DECODED_AT_ONCE = 1000, 16
+"""Images that are decoded before progress is reported, and those that a thread decodes in a row."""
 
 TIMED_IMAGES = 64
 """Decoded once more, to say how fast that is."""
@@ -100,23 +108,79 @@ class DecodedOnRead:
             return resize_image(image, self._size)
 
 
-def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress | None = None) -> Images:
+class DecodedOnce(DecodedOnRead):
+    """What is read is decoded, and kept in a file, which is in its place once all images were read.
+
+    The file's checksum (as `sha256sum` writes it) is in a file beside it.
+
+    Raises:
+        DiskError: if the pixels do not fit on the disk.
+    """
+
+    def __init__(self, dataset: Dataset, paths: Sequence[str], size: int, file: Path) -> None:
+        super().__init__(dataset, paths, size)
+        self._file, self._is_kept, self._finishing = file, np.zeros(len(paths), bool), threading.Lock()
+        with ExitStack() as writing:
+            self._beside = writing.enter_context(write_beside(file))
+            self._line = writing.enter_context(write_beside(place_checksum(file)))
+            remedy = "set `data.data_dir` to another disk, or `data.cache_gb` to less"
+            require_space(file.parent, self.nbytes, str(file), remedy)
+            self._pixels = np.lib.format.open_memmap(self._beside, mode="w+", dtype=np.uint8, shape=self.shape)
+            with self._beside.open("r+b") as reserved:  # what does not fit later would end the process by SIGBUS
+                os.posix_fallocate(reserved.fileno(), 0, self._beside.stat().st_size)
+            self._writing = writing.pop_all()  # if not all is read, the files go with this object
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        chosen = np.arange(len(self))[index].ravel()
+        missing = chosen[~self._is_kept[chosen]]
+        for some in self._pool.map(self._keep, np.array_split(missing, -(-len(missing) // DECODED_AT_ONCE) or 1)):
+            self._is_kept[some] = True
+        if len(missing):
+            self._finish_if_whole()
+        return self._pixels[index]
+
+    def _keep(self, positions: np.ndarray) -> np.ndarray:
+        for position in positions:
+            self._pixels[position] = self.decode(position)
+        return positions
+
+    def _finish_if_whole(self) -> None:
+        with self._finishing:
+            if not self._is_kept.all() or self._file.exists():
+                return
+            self._pixels.flush()
+            self._line.write_text(f"{hash_file(self._beside)}  {self._file.name}\n")
+            self._writing.close()
+        log.info("%s: %d images decoded at %d x %d", self._file.stem, len(self), self._size, self._size)
+
+
+def place_checksum(file: Path) -> Path:
+    return file.with_suffix(".sha256")
+
+
+def load_images(
+    dataset: Dataset, split: str, size: int, on_progress: Progress | None = None, decode: Decode = "now"
+) -> Images:
     """Return a split's images as a memory map; decode and resize them if no run has done so before.
 
-    Where those of the whole data set would take more than `data.cache_gb`, they are decoded as they are read.
-    The file's checksum (as `sha256sum` writes it) is in a file beside it and is compared at each load; a file that
-    differs is written again.
+    The file's checksum is compared at each load; a file that differs is written again. Where the pixels of the whole
+    data set would take more than `data.cache_gb`, images are decoded as they are read.
+
+    Args:
+        decode: `once`, as they are read, where they have to be decoded. `never`: none is kept, for a few of them.
     """
     rows = dataset.split(split)
     labels = rows["label"].map({name: label for label, name in enumerate(CLASS_NAMES)}).to_numpy(np.int8)
-    file = dataset.store.batches(dataset.version, size) / f"{split}.npy"
-    checksum = file.with_suffix(".sha256")
+    file, paths = dataset.store.batches(dataset.version, size) / f"{split}.npy", rows["path"].tolist()
+    checksum = place_checksum(file)
+    if decode == "never":
+        return Images(DecodedOnRead(dataset, paths, size), labels, rows)  # type: ignore[arg-type]
     if file.exists() and (not checksum.exists() or checksum.read_text().split()[:1] != [hash_file(file)]):
         log.warning("%s does not have the checksum in the file beside it: it is written again", file)
         file.unlink()
-    files = DecodedOnRead(dataset, rows["path"].tolist(), size)
     needed_gb = int(dataset.manifest["kept"].sum()) * size**2 * 3 / 1e9
     if not file.exists() and needed_gb > dataset.cache_gb:
+        files = DecodedOnRead(dataset, paths, size)
         start = time.perf_counter()
         timed = len(files[:TIMED_IMAGES])
         log.info(
@@ -130,28 +194,14 @@ def load_images(dataset: Dataset, split: str, size: int, on_progress: Progress |
         )
         return Images(files, labels, rows)  # type: ignore[arg-type]
     if not file.exists():
-        with write_beside(file) as beside, write_beside(checksum) as line:
-            _write_pixels(files, beside, on_progress)
-            line.write_text(f"{hash_file(beside)}  {file.name}\n")
-        log.info("%s: %d images decoded at %d x %d", split, len(rows), size, size)
+        once = DecodedOnce(dataset, paths, size, file)
+        if decode == "once":
+            return Images(once, labels, rows)  # type: ignore[arg-type]
+        for start in range(0, len(once), READ_AT_ONCE):
+            read = once[start : start + READ_AT_ONCE]
+            if on_progress:
+                on_progress(start + len(read), len(once))
     return Images(np.load(file, mmap_mode="r", allow_pickle=False), labels, rows)
-
-
-def _write_pixels(files: DecodedOnRead, file: Path, on_progress: Progress | None) -> None:
-    remedy = "set `data.data_dir` to another disk, or `data.cache_gb` to less"
-    require_space(file.parent, files.nbytes, str(file), remedy)
-    pixels = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=files.shape)
-    with file.open("r+b") as reserved:  # what does not fit later would end the process by SIGBUS
-        os.posix_fallocate(reserved.fileno(), 0, file.stat().st_size)
-
-    def fill(position: int) -> None:
-        pixels[position] = files.decode(position)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done, _ in enumerate(pool.map(fill, range(len(files))), start=1):
-            if on_progress and (done % 500 == 0 or done == len(files)):
-                on_progress(done, len(files))
-    pixels.flush()
 
 
 def measure_files(images: Images, dataset: Dataset) -> list[ImageQuality]:
@@ -165,14 +215,19 @@ def measure_files(images: Images, dataset: Dataset) -> list[ImageQuality]:
 
 
 def load_seen(
-    dataset: Dataset, split: str, size: int, holdout: Sequence[str], on_progress: Progress | None = None
+    dataset: Dataset,
+    split: str,
+    size: int,
+    holdout: Sequence[str],
+    on_progress: Progress | None = None,
+    decode: Decode = "now",
 ) -> Images:
     """Return a split without the sources that are held out.
 
     Raises:
         ConfigurationError: if a source to hold out is not in the data set, or no source is left.
     """
-    images = load_images(dataset, split, size, on_progress)
+    images = load_images(dataset, split, size, on_progress, "now" if holdout else decode)  # else none would be kept
     sources = set(dataset.manifest.loc[dataset.manifest["kept"], "source"])
     if not set(holdout) < sources:
         raise ConfigurationError(

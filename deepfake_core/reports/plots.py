@@ -156,7 +156,7 @@ def plot_measured(measured: Measured, robustness: pd.DataFrame) -> dict[str, Fig
 
 def plot_data(dataset: Dataset, training: Training) -> dict[str, Figure]:
     """Draw what a retrain is about to learn from: images per class and source, and an augmented batch."""
-    train = load_images(dataset, "train", training.recipe.image_size)
+    train = load_images(dataset, "train", training.recipe.image_size, decode="never")
     return {
         "classes_train": plot_class_histogram(dataset.split("train"), "train"),
         "classes_test": plot_class_histogram(dataset.split("test"), "test"),

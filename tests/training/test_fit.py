@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -99,6 +100,53 @@ def test_what_the_cache_may_not_hold_is_decoded_as_it_is_read(dataset, uncached,
     ours, theirs = (Batches(images, 16, AugmentationParameters(), seed=1) for images in (kept, read))
     for number in range(len(ours)):
         assert all(map(np.array_equal, ours[number], theirs[number]))
+
+
+@pytest.fixture
+def fresh(dataset, tmp_path):
+    """The same data set, of which nothing was decoded yet."""
+    return prepare(tmp_path / "fresh", dataset.store.folder.parent / "a.zip")
+
+
+def test_what_is_decoded_as_it_is_read_is_kept_once_all_was_read(dataset, fresh, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    expected = load_images(dataset, "train", SIZE).pixels
+    once = load_images(fresh, "train", SIZE, decode="once").pixels
+    order = np.random.default_rng(0).permutation(len(once))
+    with ThreadPoolExecutor(4) as pool:
+        parts = np.array_split(order, 7)
+        for part, pixels in zip(parts[1:], pool.map(once.__getitem__, parts[1:]), strict=True):
+            assert np.array_equal(pixels, expected[part])
+    assert np.array_equal(once[int(order[0])], expected[order[0]])
+    assert "images decoded at" not in caplog.text
+    assert np.array_equal(once[:], expected)
+    assert f"train: {len(once)} images decoded at {SIZE} x {SIZE}" in caplog.text
+    forbid(monkeypatch, "deepfake_core.data.images.DecodedOnRead.decode")
+    assert np.array_equal(once[::2], expected[::2])
+    kept = load_images(fresh, "train", SIZE, decode="once").pixels
+    assert isinstance(kept, np.memmap)
+    assert np.array_equal(kept, expected)
+    assert not list(fresh.store.batches().rglob(".*"))
+
+
+def test_where_not_all_was_read_nothing_is_left(fresh):
+    once = load_images(fresh, "train", SIZE, decode="once").pixels
+    assert len(once[:3]) == 3
+    del once
+    gc.collect()
+    assert not [path for path in fresh.store.batches().rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_training_that_decodes_as_it_reads_is_the_same_and_leaves_the_files(dataset, fresh, tmp_path):
+    histories = []
+    for one, decode in ((dataset, "now"), (fresh, "once")):
+        train, val = (load_images(one, split, SIZE, decode=decode) for split in ("train", "val"))
+        training = Training("cnn", RECIPE.model_copy(update={"epochs": 2}))
+        histories.append(train_candidate(training, train, val, tmp_path / decode, feeding="host").history)
+    losses = [history[["loss", "accuracy", "val_loss", "val_accuracy"]] for history in histories]
+    pd.testing.assert_frame_equal(*losses)
+    assert {file.name for file in fresh.store.batches().rglob("*.npy")} == {"train.npy", "val.npy"}
 
 
 @pytest.mark.slow
