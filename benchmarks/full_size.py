@@ -301,7 +301,7 @@ def read_spans(flow_run: UUID) -> dict[str, tuple[float, float]]:
         flow = client.read_flow_run(flow_run)
     spans = {"all": (flow.start_time.timestamp(), flow.end_time.timestamp())}
     for run in sorted(runs, key=lambda run: run.start_time):
-        name = re.sub(r"^(download|index|compare hashes|train) .+|-[0-9a-f]{3}$", r"\1", run.name)
+        name = re.sub(r"^(download|index|compare hash tables|compare pairs|train) .+|-[0-9a-f]{3}$", r"\1", run.name)
         begin, end = run.start_time.timestamp(), run.end_time.timestamp()
         first, last = spans.get(name, (begin, end))
         spans[name] = (min(first, begin), max(last, end))

@@ -40,7 +40,7 @@ from deepfake_core.config import DataParameters, Source
 from deepfake_core.data import duplicates, links, publishing, splits
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.hash_tables import choose_tables
+from deepfake_core.data.hash_tables import MAX_NEIGHBOURS, choose_tables
 from deepfake_core.data.hashes import HASH_BYTES, THUMBNAIL_SIZE, VIEWS, hash_thumbnails
 from deepfake_core.data.index import read_facts
 from deepfake_core.data.neighbours import compare_tables
@@ -221,9 +221,9 @@ def search_tables(file: Path, count: int) -> dict[str, Any]:
     tables, cores = range(TABLES_TIMED), os.cpu_count() or 1
     steps = Steps()
     with steps.step("pair search"):
-        found = compare_tables(hashes, links.MAX_HASH_DISTANCE_BITS, tables, None, cores)
+        found = compare_tables(hashes, links.MAX_HASH_DISTANCE_BITS, tables, cores)
     measured: dict[str, Any] = dict(steps.measured["pair search"])
-    measured |= {"tables": all_tables, "bits": bits, "all_pairs_of_buckets_compared": found.complete}
+    measured |= {"tables": all_tables, "bits": bits, "all_pairs_of_buckets_compared": found.fullest <= MAX_NEIGHBOURS}
     return measured | {"hours_of_all_tables": measured["seconds"] * all_tables / TABLES_TIMED / 3600}
 
 
@@ -257,15 +257,15 @@ def run_steps(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
     steps, kept = Steps(), dict[str, Any]()
     steps.watch(links, "list_pictures", "list the pictures", kept)
     steps.watch(links, "lay_out", "write thumbnails and hashes", kept)
-    steps.watch(links, "_find_near", "pair search", kept)
-    steps.watch(links, "measure_pairs", "second look", kept)
+    steps.watch(links, "find_in_shards", "pair search", kept)
+    steps.watch(links, "measure_in_shards", "second look", kept)
     start = time.perf_counter()
     near = links.find_or_read_links([file], store)
     searched = time.perf_counter() - start
     pictures, found = kept["list the pictures"], kept["pair search"]
     stands = pictures.stands
     candidates = set(zip(*(pictures.name(stands[each]) for each in (found.images, found.viewed)), strict=True))
-    rows_searched, complete = len(pictures), found.lasting
+    rows_searched, complete = len(pictures), found.fullest <= MAX_NEIGHBOURS
     del pictures, found, stands
     kept.clear()
     planted = pd.read_parquet(planted_file)
@@ -287,7 +287,7 @@ def run_steps(file: Path, planted_file: Path, data_dir: Path) -> dict[str, Any]:
         "links": len(near),
         "kept": dataset.description["counts"]["kept"],
         "version": dataset.version,
-        "all_pairs_of_buckets_compared": bool(complete),
+        "all_pairs_of_buckets_compared": complete,
         "start_gb": before,
         "start_resident_gb": before_whole,
         "seconds": seconds,

@@ -20,16 +20,16 @@ from deepfake_core.data import (
     kaggle,
     links,
     publishing,
+    search_shards,
     split_memory,
     splits,
-    table_shards,
 )
 from deepfake_core.data import dataset as datasets
 from deepfake_core.data.archive import Archive
 from deepfake_core.data.credentials import VARIABLES
 from deepfake_core.data.dataset import Dataset
+from deepfake_core.data.search_shards import SearchShard
 from deepfake_core.data.shards import Shard
-from deepfake_core.data.table_shards import TableShard
 from deepfake_core.housekeeping import Removal
 from deepfake_core.reports import data_report
 from deepfake_core.storage.store import Store
@@ -89,17 +89,17 @@ def index_shard(shard: Shard, threads: int) -> None:
     index.index_shard(shard, threads)
 
 
-@task(name="compare hashes", task_run_name="compare hashes of tables {shard}", **SHARD)
-def compare_hashes(shard: TableShard, threads: int) -> None:
-    """Write the pairs of pictures that some hash tables find, unless they are there."""
-    table_shards.search_shard(shard, threads)
+@task(name="compare pictures", task_run_name="compare {shard}", **SHARD)
+def compare_pictures(shard: SearchShard, threads: int) -> None:
+    """Write what some hash tables find, or how like some pairs of pictures are, unless it is there."""
+    search_shards.search_shard(shard, threads)
 
 
 @task(name="find near copies", **ONCE)
 def find_near_copies(indexes: Sequence[Path], store: Store, cluster: str) -> pd.DataFrame:
     """Find the pairs of pictures that are copies, edits or neighbours of each other."""
     cluster = "" if store.url else cluster  # a shard's nodes read the hashes from the data folder
-    run = partial(run_shards, compare_hashes, cluster=cluster, at_once=1)
+    run = partial(run_shards, compare_pictures, cluster=cluster, at_once=1)
     with report_progress("compare new pictures") as on_progress:
         return links.find_or_read_links(indexes, store, run, on_progress)
 

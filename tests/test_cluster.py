@@ -225,7 +225,9 @@ def test_two_nodes_find_the_near_copies_that_one_machine_finds(cluster, data, mo
     monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 400)
     alone = data.model_copy(update={"data_dir": str(tmp_path / "alone")})
     prepare(alone)
-    forbid(monkeypatch, "deepfake_core.data.table_shards.compare_tables")  # here; nodes have their own
+    monkeypatch.setattr("deepfake_core.data.search_shards.PAIRS_IN_SHARD", 5)
+    for step in ("compare_tables", "measure_pairs"):
+        forbid(monkeypatch, f"deepfake_core.data.search_shards.{step}")  # here; nodes have their own
     there = data.model_copy(update={"cluster": cluster.address})
     prepare(there)
     assert hash_results(there) == hash_results(alone)

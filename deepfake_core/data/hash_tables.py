@@ -29,7 +29,7 @@ such as a film's frames, are still linked, through these. Among 140,000 pictures
 half as many."""
 
 SLOT_BITS = 20
-"""Of a bucket's number: enough to see that most buckets hold no whole picture, or no new one."""
+"""Of a bucket's number: enough to see that most buckets hold no whole picture."""
 
 SLOT_SHIFT, BUCKET_MASK = np.uint64(64 - SLOT_BITS), np.uint64(0xFFFFFFFF << 32)
 
@@ -38,6 +38,9 @@ MEMBERS_AT_ONCE = 1 << 17
 
 MAX_TABLE_BYTES = 1_200_000_000
 """Of all tables that are in memory at once; a table takes 8 bytes a hash. Two of ten million pictures fit."""
+
+MAX_COPIED_BYTES = 200_000_000
+"""Of hashes that are copied into memory for a search; more are read where they are."""
 
 NOTHING = (np.empty(0, np.int64),) * 3
 
@@ -62,7 +65,7 @@ def compare_buckets(hashes: np.ndarray, radius: int, numbers: Sequence[int], thr
     _, count, _ = hashes.shape
     _, bits = choose_tables(count)
     rows = hashes.reshape(-1, HASH_BYTES).view(np.uint64)
-    words = np.ascontiguousarray(rows.T) if count < MANY_IMAGES else rows.T  # read faster, at 32 bytes a hash
+    words = np.ascontiguousarray(rows.T) if rows.nbytes < MAX_COPIED_BYTES else rows.T  # word by word is faster
 
     def search_table(number: int, table: np.ndarray) -> list[Found]:
         needed = np.zeros(1 << SLOT_BITS, bool)

@@ -148,7 +148,6 @@ class DecodedOnce(DecodedOnRead):
         with self._finishing:
             if not self._is_kept.all() or self._file.exists():
                 return
-            self._pixels.flush()
             self._line.write_text(f"{hash_file(self._beside)}  {self._file.name}\n")
             self._writing.close()
         log.info("%s: %d images decoded at %d x %d", self._file.stem, len(self), self._size, self._size)

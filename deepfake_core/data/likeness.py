@@ -27,8 +27,10 @@ PAIRS_AT_ONCE = 256
 PLACES = np.arange(THUMBNAIL_SIZE, dtype=np.float32) - (THUMBNAIL_SIZE - 1) / 2
 
 
-def measure_pairs(thumbnails: np.ndarray, first: np.ndarray, second: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Look at pairs of pictures, on all cores.
+def measure_pairs(
+    thumbnails: np.ndarray, first: np.ndarray, second: np.ndarray, mirrored: np.ndarray, threads: int | None = None
+) -> np.ndarray:
+    """Look at pairs of pictures, in so many threads, or one for each core.
 
     Args:
         thumbnails: uint8 of shape (n, 32, 32).
@@ -47,7 +49,7 @@ def measure_pairs(thumbnails: np.ndarray, first: np.ndarray, second: np.ndarray,
         other = np.where(mirrored[part, None, None], other[:, :, ::-1], other)
         return np.stack([measure_likeness(one, other), measure_difference(one, other)])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return np.concatenate(list(pool.map(measure, range(0, len(first), PAIRS_AT_ONCE))), axis=1)
 
 

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from deepfake_core.data.hash_tables import TABLE_BITS, choose_tables
 from deepfake_core.data.hashes import VIEWS
 from deepfake_core.data.index import find_newest_index
-from deepfake_core.data.likeness import measure_pairs
 from deepfake_core.data.neighbours import find_new_neighbours
 from deepfake_core.data.pictures import (
     ROWS_AT_ONCE,
@@ -27,7 +26,7 @@ from deepfake_core.data.pictures import (
     read_frame,
     sort_rows,
 )
-from deepfake_core.data.table_shards import Run, find_in_shards, run_here
+from deepfake_core.data.search_shards import Run, find_in_shards, measure_in_shards, run_here
 from deepfake_core.storage.files import remove_folder, translate_disk_errors, write_beside
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.store import Store
@@ -142,7 +141,7 @@ def _search(
     distance = np.zeros(len(image), int)
     distance[: len(near.distances)] = near.distances
 
-    likeness, difference = measure_pairs(looks.thumbnails, looks.place[image], looks.place[other], mirrored)
+    likeness, difference = measure_in_shards(folder, looks.place[image], looks.place[other], mirrored, run)
     same = ~mirrored & (difference <= MAX_COPY_DIFFERENCE)
     linked = np.flatnonzero(same | (likeness >= MIN_LIKENESS))
     names = (pd.Series(pictures.name(each[linked]), dtype="str") for each in (image, other))

@@ -22,7 +22,10 @@ MAX_EXACT_COMPARISONS = 10**10
 """Up to this many pairs of hashes, all are compared; it takes seconds."""
 
 QUERIES_AT_ONCE = 1024
+
 MAX_ROWS_JOINED = 1_000_000
+"""Near pairs of which it is asked at once whether they share a bucket."""
+
 MAX_PAIRS_WAITING = 10_000_000
 """Pairs found before they are merged with those of other tables; 80 MB."""
 
@@ -30,7 +33,8 @@ MAX_PAIRS_WAITING = 10_000_000
 class Neighbours(NamedTuple):
     """Pairs of images of which one, seen through a view, is near the other: positions, positions, views, bits.
 
-    `fullest`: whole pictures in the fullest bucket of the search's hash tables, or more; 0 if it had none.
+    `fullest`: whole pictures in the fullest bucket of the search's hash tables, or more. If it had no tables, more than
+    `MAX_NEIGHBOURS`.
     """
 
     images: np.ndarray
@@ -94,9 +98,11 @@ def find_new_neighbours(
         fullest: of the earlier search.
 
     Returns:
-        None if a bucket may be too full now.
+        None if a bucket may be too full now, or so few are left that all are compared.
     """
     views, count, _ = hashes.shape
+    if not is_among_many(views, count):
+        return None
     fullest += count_fullest(hashes[0, new].view(np.uint64), count)
     if fullest > MAX_NEIGHBOURS:
         return None

@@ -77,12 +77,10 @@ class Looks:
     """What pictures look like, mapped from files.
 
     Attributes:
-        thumbnails: uint8 of shape (n, 32, 32), in the order in which they were read.
-        place: of each picture's thumbnail, int of shape (n,).
+        place: of each picture among the folder's thumbnails, int of shape (n,).
         hashes: uint8 of shape (views, m, 32), of the pictures that stand for themselves.
     """
 
-    thumbnails: np.ndarray
     place: np.ndarray
     hashes: np.ndarray
 
@@ -147,8 +145,12 @@ def lay_out(pictures: Pictures, read: Read, folder: Path) -> Looks:
         folder.mkdir(parents=True)
         _write_looks(pictures, by_row, read, folder)
         whole.touch()
-    thumbnails = _map(folder / "thumbnails").reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
-    return Looks(thumbnails, place, map_hashes(folder))
+    return Looks(place, map_hashes(folder))
+
+
+def map_thumbnails(folder: Path) -> np.ndarray:
+    """Return the thumbnails that `lay_out` wrote, uint8 of shape (n, 32, 32)."""
+    return _map(folder / "thumbnails").reshape(-1, THUMBNAIL_SIZE, THUMBNAIL_SIZE)
 
 
 def map_hashes(folder: Path) -> np.ndarray:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 READ_AHEAD = 64
 """Images that are held while a tar is written."""
 
-COPIED_AT_ONCE = 1000
+COPIED_AT_ONCE = 5000
 ROWS_AT_ONCE = 100_000
 """Rows of the manifest that are made and written at once."""
 

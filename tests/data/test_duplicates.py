@@ -2,6 +2,7 @@ import itertools
 import tempfile
 import tracemalloc
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from deepfake_core.data.hashes import hash_thumbnails
 from deepfake_core.data.index import build_index, read_facts, write_index
 from deepfake_core.data.kaggle import fetch_archive
 from deepfake_core.data.links import LINK_COLUMNS, find_links, find_or_read_links
-from deepfake_core.data.table_shards import TableShard, search_shard
+from deepfake_core.data.search_shards import SearchShard, search_shard
 from deepfake_core.storage.store import open_store
 from tests.builders import FACES, draw_image, encode, faces, forbid, jpeg, needs_faces, recode, write_zip
 
@@ -166,7 +167,7 @@ def test_a_search_that_was_killed_goes_on_from_its_finished_shards(tmp_path, mon
     monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 350)
     file, store, begun = draw_many(60, tmp_path), open_store(tmp_path / "data"), list[str]()
 
-    def run(shards: Sequence[TableShard]) -> None:
+    def run(shards: Sequence[SearchShard]) -> None:
         for number, shard in enumerate(shards):
             begun.append(str(shard))
             if killed and number == 2:
@@ -180,8 +181,31 @@ def test_a_search_that_was_killed_goes_on_from_its_finished_shards(tmp_path, mon
     with monkeypatch.context() as patch:
         forbid(patch, "deepfake_core.data.pictures.hash_thumbnails")
         links = find_or_read_links([file], store, run)
-    assert begun == ["0-100", "100-200", "200-300", "200-300", "300-350"]
+    assert begun == [f"hash tables {part}" for part in ("0-100", "100-200", "200-300", "200-300", "300-350")]
     pd.testing.assert_frame_equal(links, find_links(pd.read_parquet(file)))
+    assert list(store.indexes().glob(".*")) == []
+
+
+def test_a_search_that_was_killed_while_pairs_were_compared_goes_on_from_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
+    monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 100)
+    store, begun = open_store(tmp_path / "data"), list[str]()
+    file = keep(POOL.drop_duplicates("sha256"), tmp_path)
+    expected = find_links(pd.read_parquet(file))
+    monkeypatch.setattr("deepfake_core.data.search_shards.PAIRS_IN_SHARD", 7)
+
+    def run(shards: Sequence[SearchShard]) -> None:
+        for shard in shards:
+            begun.append(str(shard))
+            if killed and str(shard) == "pairs 14-21":
+                raise KeyboardInterrupt
+            search_shard(shard, threads=1)
+
+    for killed in (True, False):
+        with pytest.raises(KeyboardInterrupt) if killed else nullcontext():
+            pd.testing.assert_frame_equal(find_or_read_links([file], store, run), expected)
+    assert begun[:5] == ["hash tables 0-100", "pairs 0-7", "pairs 7-14", "pairs 14-21", "pairs 14-21"]
+    assert len(set(begun[4:])) == len(begun[4:]) > 1
     assert list(store.indexes().glob(".*")) == []
 
 
@@ -189,7 +213,7 @@ def test_a_search_of_other_pictures_removes_what_a_killed_one_left(tmp_path, mon
     monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0)
     store = open_store(tmp_path / "data")
 
-    def run(shards: Sequence[TableShard]) -> None:
+    def run(shards: Sequence[SearchShard]) -> None:
         raise KeyboardInterrupt(shards[0])
 
     for count in (5, 6):
@@ -330,6 +354,23 @@ def draw_film() -> pd.DataFrame:
 
 
 POOL, FILM = draw_pool(), draw_film()
+
+
+@pytest.mark.parametrize("among_many_first", [True, False])
+def test_between_few_and_many_pictures_the_search_begins_anew(tmp_path, monkeypatch, among_many_first):
+    """Few are all compared, and many by tables, of which one alone misses most pairs."""
+    monkeypatch.setattr("deepfake_core.data.hash_tables.TABLES", 1)
+    monkeypatch.setattr("deepfake_core.data.links.MAX_SHARE_NEW", 1.0)
+    found = []
+    for among_many in (among_many_first, not among_many_first):
+        monkeypatch.setattr("deepfake_core.data.neighbours.MAX_EXACT_COMPARISONS", 0 if among_many else 10**10)
+        index = POOL.drop_duplicates("sha256").iloc[1 + len(found) :]  # the first is even
+        links = find_or_read_links([keep(index, tmp_path)], open_store(tmp_path / "data"))
+        pd.testing.assert_frame_equal(links, find_links(index))
+        found.append(len(links))
+    assert (found[0] < found[1]) == among_many_first
+
+
 MISSING = st.sets(st.sampled_from(range(len(POOL))), max_size=20)
 
 
