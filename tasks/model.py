@@ -9,7 +9,7 @@ from prefect.context import get_run_context
 
 from deepfake_core.config import Architecture, EvaluationParameters, PromotionParameters, TrainingParameters
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.images import Decode, load_seen, measure_files
+from deepfake_core.data.images import measure_files
 from deepfake_core.evaluation import test_split
 from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.evaluation.robustness import measure_robustness
@@ -68,12 +68,8 @@ def train_architecture(
     On a server that has the limit `gpu`, one training at a time.
     """
     training = Training.plan(architecture, parameters, evaluation.holdout_sources)
-    decode: Decode = "once" if devices.sees_only_cpus() else "now"  # an accelerator reads all before it begins
     with report_progress(f"decode for {architecture}") as on_progress:
-        train, val = (
-            load_seen(dataset, split, training.recipe.image_size, training.holdout, on_progress, decode)
-            for split in ("train", "val")
-        )
+        train, val = fit.load_splits(training, dataset, on_progress)
     with (
         hold_gpu(),
         runs.open_run(architecture, parent_run) as run_id,

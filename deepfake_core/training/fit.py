@@ -12,7 +12,7 @@ import pandas as pd
 
 from deepfake_core.config import Architecture, Precision, Recipe, TrainingParameters
 from deepfake_core.data.dataset import Dataset
-from deepfake_core.data.images import Images
+from deepfake_core.data.images import Decode, Images, load_seen
 from deepfake_core.detector import DESCRIPTION
 from deepfake_core.errors import ConfigurationError
 from deepfake_core.models import CANDIDATES
@@ -23,7 +23,7 @@ from deepfake_core.training import accelerator
 from deepfake_core.training.accelerator import Feeding, choose_feeding
 from deepfake_core.training.batches import Batches
 from deepfake_core.training.checkpoints import CHECKPOINT, HISTORY, Backup, EpochRecorder, EpochReport, Reseed
-from deepfake_core.training.devices import choose_precision, compute_in, spread_over
+from deepfake_core.training.devices import choose_precision, compute_in, sees_only_cpus, spread_over
 from deepfake_core.training.export import export_detector, load_network
 from deepfake_core.training.jax_layers import replace_layers
 from deepfake_core.training.kinds import choose_kinds, compile_kinds, number_kinds
@@ -91,6 +91,14 @@ class Training:
         same += sorted(self.holdout)
         name = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
         return dataset.store.training(dataset.version, f"{self.architecture}-{name}")
+
+
+def load_splits(training: Training, dataset: Dataset, on_progress: Progress | None = None) -> tuple[Images, Images]:
+    """Return what is trained on, and the validation split. An accelerator reads all before it begins, CPUs do not."""
+    decode: Decode = "once" if sees_only_cpus() else "now"
+    size = training.recipe.image_size
+    train, val = (load_seen(dataset, split, size, training.holdout, on_progress, decode) for split in ("train", "val"))
+    return train, val
 
 
 def train_candidate(
