@@ -129,9 +129,8 @@ def find_in_shards(folder: Path, radius: int, run: Run) -> Neighbours:
     tables, _ = choose_tables(count)
     starts = range(0, tables, TABLES_IN_SHARD)
     shards = [TableShard(folder, start, min(start + TABLES_IN_SHARD, tables), radius) for start in starts]
-    run([shard for shard in shards if not shard.file.exists()])
-    parts = [shard.read() for shard in shards]
-    return join_pairs([Pairs(part["codes"], int(part["fullest"])) for part in parts], views, count)
+    found = _search_and_read(shards, run)
+    return join_pairs([Pairs(part["codes"], int(part["fullest"])) for part in found], views, count)
 
 
 def measure_in_shards(
@@ -146,5 +145,10 @@ def measure_in_shards(
     _write(pairs, dict(zip(PAIR_COLUMNS, (first, second, mirrored), strict=True)))
     starts = range(0, count, PAIRS_IN_SHARD)
     shards = [PairShard(folder, start, min(start + PAIRS_IN_SHARD, count), pairs) for start in starts]
+    return np.concatenate([part["measured"] for part in _search_and_read(shards, run)], axis=1)
+
+
+def _search_and_read(shards: Sequence[SearchShard], run: Run) -> list[dict[str, np.ndarray]]:
+    """Return what each shard found; only those that are not finished run."""
     run([shard for shard in shards if not shard.file.exists()])
-    return np.concatenate([shard.read()["measured"] for shard in shards], axis=1)
+    return [shard.read() for shard in shards]
