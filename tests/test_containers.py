@@ -241,7 +241,7 @@ async def keep_known_fields(content: dict, kind: str = "V1Job") -> dict:
 
 
 def test_the_ray_cluster_has_the_fields_that_kuberay_knows_and_runs_the_image():
-    """Its pods are checked by Kubernetes' own classes; the rest by the names in KubeRay's schema."""
+    """Its pods are checked by Kubernetes' own classes; the rest by names from KubeRay's documentation."""
     cluster = yaml.safe_load((FOLDER / "ray-cluster.yaml").read_text())
     assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
     spec = cluster["spec"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepfake_core.commands.model import MODEL_HELP, load_named_model
-from deepfake_core.commands.predict import find_images
+from deepfake_core.commands.named_images import find_images
 from deepfake_core.commands.production import confirm as ask
 from deepfake_core.config import CLASS_NAMES, DEFAULT_FEEDBACK, PRODUCTION_URI
 from deepfake_core.detector import UnreadableImageError

@@ -2,9 +2,7 @@
 
 import argparse
 import csv
-import glob
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from deepfake_core.commands.model import OBSERVE_HELP, load_model, observe, resolve_version
+from deepfake_core.commands.named_images import NamedImage, find_images
 from deepfake_core.description import describe_rates
-from deepfake_core.detector import MAX_BYTES, Detector
+from deepfake_core.detector import Detector
 from deepfake_core.errors import ConfigurationError, ModelError
-from deepfake_core.serving.file_kinds import IMAGE_HEAD, find_files, is_clip, list_names
-from deepfake_core.serving.predictor import Encoded, Predictor
+from deepfake_core.serving.file_kinds import is_clip, list_names
+from deepfake_core.serving.predictor import Predictor
 from deepfake_core.serving.verdict import VERDICT_COLUMNS, Judged, Verdict
-from deepfake_core.storage.files import show_name
-
-STANDARD_INPUT = "standard input"
-
-NamedImage = tuple[str, Encoded]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +80,11 @@ def run(options: argparse.Namespace) -> int:
             "For --explain, a model must have heat maps. Received: one that was exported before there were any. "
             "Retrain, or name a newer version by --model."
         )
+    if "unsure" in options.fail_on and detector.description.get("bounds") is None:
+        raise ModelError(
+            "For --fail-on unsure, a model must say which verdicts are sure. Received: one that was registered before "
+            "there were bounds. Retrain, or name a newer version by --model."
+        )
     if options.explain:
         try:
             options.explain.mkdir(parents=True, exist_ok=True)
@@ -118,50 +117,13 @@ def run(options: argparse.Namespace) -> int:
                 print(f"deepfake: {first.image}: {first.error or first.warning}", file=sys.stderr)
     if not (options.json or options.csv):
         _print_table(verdicts, counts, unsure, detector)
+    elif options.threshold is not None:
+        print(_describe_threshold(detector), file=sys.stderr)
     if skipped:
         print(f"Skipped {len(skipped):,} that are neither image nor clip: {list_names(skipped)}", file=sys.stderr)
     if any({"fake": counts["fake"], "unsure": unsure}[one] for one in options.fail_on):
         return 1
     return 2 if incomplete else 0
-
-
-def find_images(arguments: Sequence[str]) -> tuple[list[NamedImage], list[Path]]:
-    """Return what was named, each with its name, and the files in folders that are neither image nor clip.
-
-    Raises:
-        ConfigurationError: if a name is empty, a glob or a folder yields nothing, or no image is named.
-    """
-    named: list[NamedImage] = []
-    skipped: list[Path] = []
-    for argument in arguments:
-        path = Path(argument)
-        if not argument:  # as a path, this is the current folder
-            raise ConfigurationError("An image must have a name. Received: an empty one. Pass files, folders or globs.")
-        if argument == "-":
-            named += _read_standard_input()
-        elif path.is_dir():
-            known, others = find_files(path)
-            skipped += others
-            named += [(str(file), file) for file in known]
-        elif not path.exists() and glob.has_magic(argument):
-            found = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207 - absolute patterns too
-            if not found:
-                raise ConfigurationError(f"A glob must match files. Received: {argument}, which matches none.")
-            named += [(file, Path(file)) for file in found if not Path(file).is_dir()]
-            if "**" not in argument:  # which opens folders, as others don't
-                skipped += [Path(file) for file in found if Path(file).is_dir()]
-        else:
-            named.append((argument, path))
-    if not named:
-        raise ConfigurationError(f"No images given. Received: {' '.join(arguments)}. Pass files, folders or globs.")
-    return [(show_name(name), image) for name, image in named], skipped
-
-
-def _read_standard_input() -> list[NamedImage]:
-    data = sys.stdin.buffer.read(MAX_BYTES + 1)
-    if b"\0" in data or IMAGE_HEAD.match(data):  # no name holds a zero byte
-        return [(STANDARD_INPUT, data)]
-    return [(name, Path(name)) for name in map(os.fsdecode, data.splitlines()) if name.strip()]
 
 
 def _judge(
@@ -221,7 +183,12 @@ def _print_table(verdicts: Sequence[Verdict], counts: Counter[str], unsure: int,
     Console().print(table)
     found = ", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common())
     print(f"{found}; {unsure:,} of the verdicts are not sure, marked by ?." if unsure else f"{found}.")
-    print(f"Fake from {detector.threshold:g} up. {describe_rates(detector.description, detector.threshold)}".rstrip())
+    print(_describe_threshold(detector))
+
+
+def _describe_threshold(detector: Detector) -> str:
+    rates = describe_rates(detector.description, detector.threshold)
+    return f"Fake from {detector.threshold:g} up. {rates or 'What this meant on test images is not known.'}"
 
 
 def _write_pictures(judged: Judged, folder: Path, names: set[str], threshold: float) -> None:

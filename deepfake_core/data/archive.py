@@ -3,12 +3,10 @@
 import contextlib
 import hashlib
 import io
-import json
 import os
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +15,8 @@ from typing import Any, Self
 from deepfake_core.config import Source
 from deepfake_core.data.members import Member, list_folder, list_zip
 from deepfake_core.decoding import MAX_BYTES
-from deepfake_core.errors import ArchiveError, SourceError
-from deepfake_core.storage.files import hash_file, write_json
+from deepfake_core.errors import ArchiveError
 from deepfake_core.storage.ranges import RangeFile
-from deepfake_core.storage.store import Store
 
 MAX_EXPANSION_FACTOR = 100
 """Members may add up to this many times the zip's size; images hardly compress, so more is a bomb."""
@@ -37,7 +33,9 @@ READ_AHEAD = 1 << 16
 class Archive:
     """A source's files on this disk, and where they come from.
 
-    `sha256` is the zip's; of a folder, that of its listing (names, sizes, modification times).
+    Attributes:
+        sha256: the zip's; of a folder, that of its listing (names, sizes, modification times).
+        modified: of a local zip, when it was before it was hashed, in nanoseconds.
     """
 
     source: Source
@@ -47,6 +45,15 @@ class Archive:
     version: int | None = None
     licence: str | None = None
     downloaded_at: str | None = None
+    modified: int | None = None
+
+    def require_unchanged(self) -> None:
+        """Raise an ArchiveError if a local zip was replaced since it was hashed."""
+        if self.modified is not None and self.path.stat().st_mtime_ns != self.modified:
+            raise ArchiveError(
+                f"An archive must not change during a run. {self.path} has been written to since it was hashed. Run "
+                "again: it is indexed anew."
+            )
 
     def open(self) -> "ArchiveReader":
         return ArchiveReader(self.path, self.source.follow_links)
@@ -62,50 +69,6 @@ class Archive:
             "archive_bytes": self.bytes,
             "downloaded_at": self.downloaded_at,
         }
-
-
-def open_local(source: Source, store: Store) -> Archive:
-    """Return the archive of a source that is a zip, which is verified, or a folder on this disk.
-
-    Raises:
-        SourceError: if it does not exist.
-        ArchiveError: if it is a zip and damaged.
-    """
-    path = Path(source.name).expanduser()
-    if path.is_dir():
-        members = list_folder(path, source.follow_links)
-        listing = [f"{member.name}\0{member.size}\0{member.modified}" for member in members]
-        digest = hashlib.sha256("\n".join(listing).encode()).hexdigest()
-        return Archive(source, path.absolute(), digest, sum(member.size for member in members))
-    if not path.is_file():
-        raise SourceError(
-            f"A local source must be an existing zip or folder. Received: {source.name!r} "
-            f"(looked at {path.absolute()}). Correct `data.sources`."
-        )
-    return Archive(source, path.absolute(), hash_zip(path, store), path.stat().st_size)
-
-
-def hash_zip(path: Path, store: Store) -> str:
-    """Return the SHA-256 of a zip on this disk, which is verified.
-
-    It is read whole once; after that, only if its size, its time of modification or its inode has changed.
-
-    Raises:
-        ArchiveError: if it is damaged.
-    """
-    found = path.stat()
-    state = {"size": found.st_size, "modified_ns": found.st_mtime_ns, "inode": found.st_ino}
-    known = store.local_archive(path)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(known.read_text())
-        if kept["state"] == state:
-            return str(kept["sha256"])
-    with ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(hash_file, path)
-        verify_zip(path)
-    digest = hashed.result()
-    write_json(known, {"path": str(path.absolute()), "state": state, "sha256": digest})
-    return digest
 
 
 def verify_zip(path: Path) -> None:

@@ -32,6 +32,7 @@ from deepfake_core.data.labels import check_csv_files, check_labels, name_label
 from deepfake_core.data.members import UNREADABLE, Member
 from deepfake_core.data.shards import Shard, cut_shards, is_whole, join_shards, open_members, remove_shards
 from deepfake_core.decoding import MAX_BYTES, MemoryBudget
+from deepfake_core.errors import ArchiveError
 from deepfake_core.storage.files import write_beside
 from deepfake_core.storage.progress import Progress
 from deepfake_core.storage.ranges import RangeFile
@@ -98,6 +99,7 @@ def write_index(archive: Archive, store: Store, on_progress: Progress | None = N
 
     Raises:
         DatasetError: if no image has a label, or a csv file and the folders disagree on one.
+        ArchiveError: if the archive was replaced meanwhile.
     """
     source, name = archive.source, name_index(archive)
     if is_whole(file := _place_index(name, store)):
@@ -108,6 +110,11 @@ def write_index(archive: Archive, store: Store, on_progress: Progress | None = N
         shards = cut_shards(archive, store, name, SHARD_SIZE)
         for shard in shards:
             index_shard(shard, os.cpu_count() or 1, on_progress)
+        try:
+            archive.require_unchanged()
+        except ArchiveError:
+            remove_shards(store, name)  # they may hold other images than those that the name stands for
+            raise
         index = read_facts([shard.file for shard in shards])
         reader, members = open_members(archive, store)
         check_labels(source, index, members)

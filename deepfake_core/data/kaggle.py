@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from deepfake_core.config import Source
-from deepfake_core.data.archive import Archive, hash_zip, open_local
+from deepfake_core.data.archive import Archive
 from deepfake_core.data.credentials import CREDENTIALS_HELP, check, check_file, clean_variables
 from deepfake_core.data.download import download
 from deepfake_core.data.kaggle_errors import ask_kaggle
+from deepfake_core.data.local import hash_zip, open_local
 from deepfake_core.errors import ArchiveError, CredentialsError, SourceError
 from deepfake_core.storage.files import translate_disk_errors, write_json
 from deepfake_core.storage.progress import Progress
@@ -23,7 +24,7 @@ from deepfake_core.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-PROVENANCE = tuple(field.name for field in fields(Archive) if field.name not in ("source", "path"))
+PROVENANCE = tuple(field.name for field in fields(Archive) if field.name not in ("source", "path", "modified"))
 """What the JSON file beside a downloaded zip holds."""
 
 

@@ -107,9 +107,12 @@ def measure_robustness(
 
     Returns:
         One row per change and strength: `change`, `strength`, `images`, `auc`, `auc_lost` against the same images
-        unchanged, `false_alarm_rate`, `recall`, `precision`.
+        unchanged, `false_alarm_rate`, `false_alarms_added` to those of the same images unchanged, `recall`,
+        `precision`.
     """
-    columns = ["change", "strength", "images", "auc", "auc_lost", "false_alarm_rate", "recall", "precision"]
+    measures = ["auc", "false_alarm_rate", "recall", "precision"]
+    columns = ["change", "strength", "images", "auc", "auc_lost", "false_alarm_rate", "false_alarms_added"]
+    columns += measures[2:]
     chosen = np.sort(np.random.default_rng(0).permutation(len(measured.images))[:max_images])
     labels, rows = measured.images.labels[chosen], measured.images.rows.iloc[chosen]
     if len(np.unique(labels)) < 2:
@@ -118,7 +121,7 @@ def measure_robustness(
 
     def measure(scores: np.ndarray) -> dict[str, float]:
         metrics = compute_metrics(labels, scores, measured.threshold)
-        return {name: metrics[name] for name in columns[3:] if name != "auc_lost"}
+        return {name: metrics[name] for name in measures}
 
     clean = measure(measured.scores[chosen])
     table = pd.DataFrame(
@@ -127,4 +130,5 @@ def measure_robustness(
             for (change, strength), scores in changed.items()
         ]
     )
-    return table.assign(auc_lost=clean["auc"] - table["auc"])[columns]
+    added = table["false_alarm_rate"] - clean["false_alarm_rate"]
+    return table.assign(auc_lost=clean["auc"] - table["auc"], false_alarms_added=added)[columns]

@@ -61,7 +61,7 @@ def tabulate_rates(measured: Measured, drawn: bool) -> dict[str, Any]:
         has its number of `reals` and `fakes`, and a `table` of rows: threshold, false alarm rate, recall.
     """
     labels, sources = measured.images.labels, measured.images.rows["source"].to_numpy()
-    thresholds = sorted({*np.round(np.arange(0.01, 1, 0.01), 2).tolist(), measured.threshold})
+    thresholds = sorted({*np.round(np.arange(0, 1.005, 0.01), 2).tolist(), measured.threshold})
     names = sorted(set(sources)) if len(set(sources)) > 1 else []
     parts = []
     for name in ("", *names):

@@ -63,8 +63,10 @@ def log_measured(best: TrainedCandidate, parent_run: str, measured: Measured) ->
 
 
 def log_robustness(best: TrainedCandidate, table: pd.DataFrame) -> None:
-    """Log what changes of the images cost: the table of `measure_robustness`, and the most that each change cost."""
+    """Log what changes of the images cost: the table of `measure_robustness`, and the most that each change cost in AUC
+    and in false alarms."""
     log_text(best.run_id, table.to_csv(index=False), names.ROBUSTNESS)
     for change, rows in table.groupby("change", sort=False):
         name = str(change).split(",")[0].replace(" ", "_")
-        log_metrics(best.run_id, {f"robustness/{name}_auc_lost": float(rows["auc_lost"].max())})
+        worst = {column: float(rows[column].max()) for column in ("auc_lost", "false_alarms_added")}
+        log_metrics(best.run_id, {f"robustness/{name}_{column}": value for column, value in worst.items()})

@@ -6,11 +6,13 @@ from typing import Any
 
 import pandas as pd
 
+from deepfake_core.config import CLASS_NAMES, FEEDBACK
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.evaluation.evaluation import Evaluation, per_100
 from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.evaluation.promotion import Cost, PromotionDecision
 from deepfake_core.evaluation.test_split import Measured
+from deepfake_core.training.calibration import MIN_SOURCE_REALS
 
 MIN_CLASS_IMAGES = 100
 """Below so many test images of a class, the report warns of chance."""
@@ -49,11 +51,18 @@ def write_model_card(
     )
     sources = "\n".join(
         f"| {name} | {part.confusion.total} | {_show_rate(part, 'false_alarm_rate')} | {_show_rate(part, 'recall')} | "
+        f"{_show_rate(part, 'sure_share')} | {_show_rate(part, 'error_when_sure')} | "
         f"{part.metrics.get('auc', 'one class')} |"
         for name, part in [*measured.evaluation.sources.items(), *_name_unseen(measured)]
     )
     worst = robustness.sort_values("auc_lost", ascending=False)[:3].itertuples()
     weak = "; ".join(f"{row.change} {row.strength:g}: AUC {row.auc:.3f}" for row in worst)
+    after = 100 * robustness["false_alarm_rate"]
+    counts = robustness.assign(after=after, before=after - 100 * robustness["false_alarms_added"])
+    alarming = counts.sort_values("after", ascending=False)[:3].itertuples()
+    alarms = "; ".join(
+        f"{row.change} {row.strength:g}: {row.after:.0f} instead of {row.before:.0f}" for row in alarming
+    )
     warnings = "\n".join(f"- {warning}" for warning in list_warnings(dataset, measured)) or "- none found"
     return (
         f"**{facts.architecture}**, distinguishes fake faces (1) from real ones (0). Input: one face, resized to "
@@ -63,9 +72,12 @@ def write_model_card(
         f"**Decision**: {decision.name}. {decision.text}\n\n"
         f"**Trained on** data set {dataset.version}: {', '.join(dataset.source_names)}.\n\n"
         f"**On the {len(measured.images)} test images**, with 95 % intervals:\n\n| metric | value |\n|---|---|\n"
-        f"{metrics}\n\n| source | images | of 100 reals called fake | of 100 fakes found | AUC |\n"
-        f"|---|---|---|---|---|\n{sources}\n\n"
-        f"**Changes of the image that cost most**: {weak or 'not measured'}.\n\n**Warnings**\n\n{warnings}\n\n"
+        f"{metrics}\n\n| source | images | of 100 reals called fake | of 100 fakes found | "
+        f"of 100 verdicts sure | of 100 sure ones wrong | AUC |\n"
+        f"|---|---|---|---|---|---|---|\n{sources}\n\n"
+        f"**Changes of the image that cost most**: {weak or 'not measured'}.\n\n"
+        f"**Changes after which most of 100 reals are called fake**: {alarms or 'not measured'}.\n\n"
+        f"**Warnings**\n\n{warnings}\n\n"
         "**Not for**: deciding about a person without a person's review; faces, edits and generators of other kinds "
         "than the sources hold.\n\n"
         f"**Made** by run {facts.run}, commit {facts.commit}, seed {facts.seed}.\n"
@@ -77,7 +89,7 @@ def _name_unseen(measured: Measured) -> list[tuple[str, Evaluation]]:
 
 
 def _show_rate(evaluation: Evaluation, name: str) -> str:
-    return per_100(evaluation.metrics[name]) if name in evaluation.metrics else "no image"
+    return per_100(evaluation.metrics[name]) if name in evaluation.metrics else "none to count"
 
 
 def _describe_sure(measured: Measured) -> str:
@@ -99,6 +111,15 @@ def list_warnings(dataset: Dataset, measured: Measured) -> list[str]:
             f"{measured.file_facts.metrics['auc']} on the test images, the model {measured.evaluation.metrics['auc']}: "
             "it may have learned how the files were made, not how faces were forged."
         )
+    val = dataset.split("val")
+    val = val[~val["source"].isin(measured.unseen)]
+    for name in sorted(set(val["source"]) - {FEEDBACK}):
+        reals = int(((val["source"] == name) & (val["label"] == CLASS_NAMES[0])).sum())
+        if reals < MIN_SOURCE_REALS:
+            warnings.append(
+                f"{name} has {reals} real validation images, fewer than {MIN_SOURCE_REALS}: the threshold keeps a rate "
+                "of false alarms on all sources together, and none on this one alone."
+            )
     confusion = measured.evaluation.confusion
     if min(confusion.fakes, confusion.reals) < MIN_CLASS_IMAGES:
         warnings.append(

@@ -59,7 +59,7 @@ class ScoredTable:
 
     Attributes:
         digest: a hash of the images' bytes, whatever their names and order.
-        outcomes: rows by `real`, `fake`, `no face` and `unreadable`.
+        outcomes: rows by `real`, `fake`, `no face` and `unreadable`; and of all, those `marked as not sure`.
     """
 
     images: int
@@ -190,7 +190,7 @@ def join_shards(shards: Sequence[ScoreShard], output: Path, observer: Observer |
         for shard in shards:
             with parquet.ParquetFile(shard.file) as file:
                 rows = file.read()
-            counts += _count_outcomes(rows)
+            counts.update(_count_outcomes(rows))
             first = compute.less_equal(compute.fill_null(rows["face"], 1), 1)  # an image's rows follow each other
             digests += (digest.encode() for digest in rows["sha256"].filter(first).to_pylist())
             waiting.append(rows)
@@ -206,7 +206,10 @@ def join_shards(shards: Sequence[ScoreShard], output: Path, observer: Observer |
 
 def _count_outcomes(rows: pyarrow.Table) -> Counter[str]:
     outcomes = zip(rows["label"].to_pylist(), rows["error"].to_pylist(), strict=True)
-    return Counter(label or ("no face" if error == NO_FACE else "unreadable") for label, error in outcomes)
+    counts = Counter(label or ("no face" if error == NO_FACE else "unreadable") for label, error in outcomes)
+    if len(known := rows["sure"].drop_null()):  # of a version without bounds none is
+        counts["marked as not sure"] = compute.sum(compute.invert(known)).as_py()
+    return counts
 
 
 def _observe(shards: Sequence[ScoreShard], observer: Observer) -> None:

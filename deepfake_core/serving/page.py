@@ -118,11 +118,13 @@ def judge_upload(keeper: ModelKeeper, file: Path) -> tuple[str, Image.Image | No
             shown = judged.sha256, pick_verdict(judged.verdicts, version)
     if keeper.observer:
         keeper.observer.add(judged)
-    return _write_verdict(judged.verdicts, version, predictor.detector), judged.picture, timeline, shown
+    return write_verdict(judged.verdicts, version, predictor.detector), judged.picture, timeline, shown
 
 
-def _write_verdict(verdicts: list[Verdict], version: str, detector: Detector) -> str:
+def write_verdict(verdicts: list[Verdict], version: str, detector: Detector) -> str:
+    """Return what is said of an image or a clip as HTML: how many faces are judged fake, and how sure that is."""
     fakes = sum(verdict.label == "fake" for verdict in verdicts)
+    unsure = sum(verdict.sure is False for verdict in verdicts)
     if verdicts[0].label is None:
         headline = f"No verdict: {verdicts[0].describe()}"
     elif len(verdicts) == 1:
@@ -131,6 +133,7 @@ def _write_verdict(verdicts: list[Verdict], version: str, detector: Detector) ->
         headline = headline[0].upper() + headline[1:]
     else:
         headline = f"{fakes or 'None'} of {len(verdicts)} faces {'is' if fakes == 1 else 'are'} judged fake"
+        headline += f"; {unsure} of the verdicts {'is' if unsure == 1 else 'are'} not sure" if unsure else ""
     listed = [one for one in verdicts if len(verdicts) > 1 or one.clip or one.reason]
     lines = "".join(f"<li>{html.escape(one.describe())}</li>" for one in listed if one.label)
     answered = html.escape(

@@ -440,6 +440,24 @@ def test_an_archive_whose_index_is_there_is_not_opened_for_shards(make_zip, monk
     assert list_shards([archive], store) == []
 
 
+def test_an_archive_that_was_replaced_by_one_as_large_is_refused_and_nothing_of_it_is_kept(make_zip, monkeypatch):
+    monkeypatch.setattr("deepfake_core.data.index.SHARD_SIZE", 3)
+    first, second = (make_zip(faces(3, start=start), name) for start, name in ((0, "faces.zip"), (10, "others.zip")))
+    size = max(path.stat().st_size for path in (first, second))
+    for path in (first, second):
+        with zipfile.ZipFile(path, "a") as opened:  # a comment fills the smaller one up
+            opened.comment = b" " * (size + 10 - path.stat().st_size)
+    assert first.stat().st_size == second.stat().st_size
+    store = open_store(first.parent / "data")
+    archive = fetch_archive(Source(name=str(first)), store)
+    index_shard(list_shards([archive], store)[0], 1)
+    second.replace(first)
+    with pytest.raises(ArchiveError, match=r"must not change during a run.*written to since it was hashed"):
+        build_index(archive, store)
+    assert not list(store.indexes().rglob("*.parquet"))
+    build_index(fetch_archive(Source(name=str(first)), store), store)
+
+
 def test_an_archive_that_was_replaced_while_shards_read_it_is_refused(make_zip):
     path = make_zip(faces(3))
     store = open_store(path.parent / "data")

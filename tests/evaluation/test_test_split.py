@@ -128,6 +128,9 @@ def test_robustness_compares_with_the_same_images_unchanged(two_sources, candida
     assert progress[-1] == (10, 10)
     clean = table["auc"] + table["auc_lost"]
     assert clean.max() == pytest.approx(clean.min())
+    unchanged = np.sort(np.random.default_rng(0).permutation(len(result.images))[:10])
+    alarms = (result.scores[unchanged] >= result.threshold)[result.images.labels[unchanged] == 0].mean()
+    assert (table["false_alarm_rate"] - table["false_alarms_added"]).tolist() == pytest.approx([alarms] * len(table))
     assert measure_robustness(candidate.folder, two_sources, result, 0).empty
 
 
@@ -338,6 +341,11 @@ def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
     assert "auc" not in result.evaluation.sources["real"].metrics
     assert "<td>real</td><td>\N{EN DASH}</td><td>\N{EN DASH}</td>" in page
     assert "one class" in card
+    reals = (dataset.split("val")["source"] == "real").sum()
+    assert (
+        f"- real has {reals} real validation images, fewer than 50: the threshold keeps a rate of false alarms" in card
+    )
+    assert card.index("Changes after which most of 100 reals are called fake") < card.index("Warnings")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,12 +54,25 @@ def write_table(path, **columns):
     return path
 
 
+def test_the_table_says_which_verdicts_are_sure_and_counts_those_that_are_not(candidate, folder, tmp_path):
+    model = Path(shutil.copytree(candidate.folder, tmp_path / "bounded"))
+    description = json.loads((model / "detector.json").read_text())
+    description |= {"bounds": {"lower": 1.0, "upper": 0.0, "max_error": 0.05}, "limits": {"side": 10_000}}
+    (model / "detector.json").write_text(json.dumps(description))
+    found = score_images(Judge(model, detect=False), folder, tmp_path / "scores.parquet")
+    assert found.outcomes["marked as not sure"] == 2
+    rows = pd.read_parquet(tmp_path / "scores.parquet")
+    assert rows["sure"].tolist() == [False, False, None]
+    assert ["shorter side" in reason for reason in rows["reason"].dropna()] == [True, True]
+
+
 def test_a_folder_and_a_table_of_the_same_images_give_the_same_scores(candidate, judge, folder, tmp_path):
     table = write_table(tmp_path / "in.parquet", image=list(IMAGES.values()), name=list(IMAGES))
     by_folder = score_images(judge, folder, tmp_path / "one.parquet")
     assert score_images(judge, table, tmp_path / "two.parquet") == by_folder
     assert by_folder.images == 3
     assert by_folder.outcomes["unreadable"] == 1
+    assert "marked as not sure" not in by_folder.outcomes  # a model without bounds does not say
     rows = [
         pd.read_parquet(tmp_path / name).sort_values("image", ignore_index=True)
         for name in ("one.parquet", "two.parquet")

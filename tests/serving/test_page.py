@@ -20,12 +20,14 @@ from PIL import Image
 from pyarrow import parquet
 
 from deepfake_core.cli import main
+from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError
 from deepfake_core.monitoring.observations import read_window
 from deepfake_core.monitoring.observer import open_observer
 from deepfake_core.registry import connection, detectors, production, runs, versions
 from deepfake_core.serving import page as page_server
 from deepfake_core.serving import uploads
+from deepfake_core.serving.verdict import Verdict
 from tests.builders import NAME, ROOT, draw_portrait, draw_scene, free_port, jpeg, needs_gradio, wait_until, write_clip
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -73,6 +75,26 @@ def page(chromium, served):
 def drop(page, file):
     page.locator("input[type=file]").first.set_input_files(file)
     return page
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "headline"),
+    [
+        ([("fake", True)], "Fake, P(fake) = 0.80"),
+        ([("fake", None)], "Fake, P(fake) = 0.80"),
+        ([("fake", False)], "Not sure: perhaps fake, P(fake) = 0.80"),
+        ([("fake", True), ("real", True)], "1 of 2 faces is judged fake"),
+        (
+            [("fake", False), ("fake", False), ("real", True)],
+            "2 of 3 faces are judged fake; 2 of the verdicts are not sure",
+        ),
+        ([("real", False), ("real", None)], "None of 2 faces are judged fake; 1 of the verdicts is not sure"),
+    ],
+)
+def test_the_headline_says_what_is_not_sure(candidate, verdicts, headline):
+    found = [Verdict("a.jpg", number, None, label, 0.8, 0.5, sure) for number, (label, sure) in enumerate(verdicts, 1)]
+    text = page_server.write_verdict(found, f"{NAME} version 1", Detector(candidate.folder))
+    assert re.findall("<h2>(.*)</h2>", text) == [headline]
 
 
 @pytest.mark.slow

@@ -249,6 +249,11 @@ def test_what_is_not_sure_says_why(bounded, folder, capsys, monkeypatch):
     assert main(["predict", files[0], *options, "--fail-on", "unsure", "--fail-on", "fake"]) == 0
 
 
+def test_a_model_that_can_not_say_whether_it_is_sure_is_no_gate(candidate, folder, capsys):
+    assert main(["predict", str(folder / "scene.png"), "--fail-on", "unsure", "--model", str(candidate.folder)]) == 2
+    assert "For --fail-on unsure, a model must say which verdicts are sure." in capsys.readouterr().err
+
+
 def test_another_threshold_says_what_it_meant(bounded, folder, capsys):
     options = ["--model", str(bounded), "--no-detect", str(folder / "scene.png")]
     assert main(["predict", *options, "--threshold", "0"]) == 0
@@ -256,7 +261,11 @@ def test_another_threshold_says_what_it_meant(bounded, folder, capsys):
     assert main(["predict", *options, "--threshold", "0.95"]) == 0
     assert "of 100 real ones about 1 (0 to 5) were called fake, and of 100 fakes about 30 (" in capsys.readouterr().out
     assert main(["predict", *options, "--threshold", "0.95", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["threshold"] == 0.95
+    said = capsys.readouterr()
+    assert json.loads(said.out)["threshold"] == 0.95
+    assert "Fake from 0.95 up. On test images, with fake from 0.9 up, of 100 real ones about 1 (0 to 5)" in said.err
+    assert main(["predict", *options, "--threshold", "0.005"]) == 0
+    assert "Fake from 0.005 up. What this meant on test images is not known." in capsys.readouterr().out
     assert main(["predict", *options, "--threshold", "1.5"]) == 2
     assert "--threshold must be a number from 0 to 1. Received: 1.5" in capsys.readouterr().err
 
