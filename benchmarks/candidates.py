@@ -1,9 +1,10 @@
 """What each candidate reaches on real images, over several seeds: AUC, accuracy, precision, recall per source.
 
-    python benchmarks/candidates.py ARCHIVES [--seeds 3] [--only NAME ...]
+    python benchmarks/candidates.py ARCHIVES [--seeds 0 1 2] [--only NAME ...]
 
 ARCHIVES holds the three zips. Every candidate trains on the same split by its own recipe. The checkpoint is chosen on
-val; the metrics are the test split's, at threshold 0.5. `cnn` is trained in float32, in bfloat16, and in float32 in
+val; the metrics are the test split's, at threshold 0.5. `calibrated` is what a retrain would say of the same scores: at
+the threshold from val, with the verdicts that are sure. `cnn` is trained in float32, in bfloat16, and in float32 in
 batches of 256 with the learning rate that goes with them, to show what these cost in AUC. `auc_lost` is what changes of
 the test images cost: deepfake_core/evaluation/robustness.py. On the 140k images, whose traces of a generator these
 changes remove, one variant trains without forensic augmentation, in which a share of training images is recompressed,
@@ -24,19 +25,21 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 from matplotlib.figure import Figure
 
-from deepfake_core.config import Architecture, DataParameters, Recipe, TrainingParameters
+from deepfake_core.config import Architecture, DataParameters, EvaluationParameters, Recipe, TrainingParameters
 from deepfake_core.data.dataset import Dataset, open_dataset
-from deepfake_core.data.images import load_seen
-from deepfake_core.detector import Detector
-from deepfake_core.evaluation.evaluation import Evaluation, evaluate_detector
+from deepfake_core.data.images import load_seen, measure_files
+from deepfake_core.detector import Detector, apply_temperature
+from deepfake_core.evaluation.evaluation import Evaluation, evaluate_detector, evaluate_scores, find_sure
 from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.models import CANDIDATES
 from deepfake_core.storage.files import write_json
+from deepfake_core.training.calibration import calibrate_detector
 from deepfake_core.training.fit import Training, train_candidate
 from flows.prepare import prepare
 
 RESULTS = Path(__file__).parent / "results"
+CALIBRATED = ("false_alarm_rate", "recall", "sure_share", "error_when_sure", "reals_surely_fake", "fakes_surely_real")
 FACES_140K, CIPLAB = "140k-real-and-fake-faces", "real-and-fake-face-detection"
 
 
@@ -101,6 +104,11 @@ def measure(dataset: Dataset, variant: Variant, seed: int) -> dict[str, Any]:
         validation, _ = evaluate_detector(detector, val)
         test = evaluate_on_test(candidate.folder, dataset, left_out)
         changed = measure_robustness(candidate.folder, dataset, test, len(test.images))
+        calibrate_detector(candidate.folder, val, EvaluationParameters(), measure_files(val, dataset))
+        calibrated = Detector(candidate.folder)
+        scores = apply_temperature(test.scores, calibrated.temperature)
+        sure = find_sure(calibrated, scores, measure_files(test.images, dataset))
+        judged = evaluate_scores(test.images.labels, scores, calibrated.threshold, test.images.rows, sure=sure)
     epochs = candidate.history["seconds"].iloc[1:] if len(candidate.history) > 1 else candidate.history["seconds"]
     return {
         "trained_in": detector.description["trained_in"],
@@ -111,6 +119,10 @@ def measure(dataset: Dataset, variant: Variant, seed: int) -> dict[str, Any]:
         "auc_lost": changed.groupby("change", sort=False)["auc_lost"].max().to_dict(),
         "val": describe(validation),
         "test": describe(test.evaluation),
+        "calibrated": {
+            source: {name: one.metrics[name].value for name in CALIBRATED if name in one.metrics}
+            for source, one in {**judged.sources, "all": judged}.items()
+        },
     }
 
 
@@ -150,7 +162,7 @@ def plot_aucs(variants: dict[str, Any]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archives", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="what to train, by the names in the results")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s")
@@ -168,13 +180,14 @@ def main() -> None:
         parameters = {
             name: CANDIDATES[one.architecture].build(one.recipe).count_params() for name, one in chosen.items()
         }
-        for seed in map(str, range(options.seeds)):
+        for seed in map(str, options.seeds):
             for name, variant in chosen.items():
                 row = variants.get(name)
                 if row is None or row["parameters"] != parameters[name] or Recipe(**row["recipe"]) != variant.recipe:
                     description = variant.recipe.model_dump(mode="json")
                     variants[name] = {"parameters": parameters[name], "recipe": description, "seeds": {}}
-                if "auc_lost" not in variants[name]["seeds"].get(seed, {}):  # which older results lack
+                known_seed = variants[name]["seeds"].get(seed, {})
+                if not {"auc_lost", "calibrated"} <= known_seed.keys():  # older results lack some
                     variants[name]["seeds"][seed] = measure(dataset, variant, int(seed))
                     print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)
                     ordered = {one: variants[one] for one in list_variants() if one in variants}

@@ -1,6 +1,6 @@
 """What could help the default network tell fakes: each lever beside one head for all fakes, on validation images.
 
-    python benchmarks/levers.py ARCHIVES [--seeds 3] [--only NAME ...]
+    python benchmarks/levers.py ARCHIVES [--seeds 0 1 2] [--only NAME ...]
 
 ARCHIVES holds the three zips. Every training is `efficientnet_lite0` by its recipe but for its heads, and is scored
 after its last epoch, so that no checkpoint is chosen. The test split is not touched.
@@ -417,7 +417,7 @@ def choose_epochs(epochs: list[np.ndarray], labels: np.ndarray, sources: np.ndar
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("archives", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(LEVERS), help="which levers, by their names in the results")
     options = parser.parse_args()
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
@@ -429,7 +429,7 @@ def main() -> None:
         dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=folder)))
         trained: dict[str, Any] = known.get("levers", {}) if known.get("dataset") == dataset.version else {}
         train_images, val = (load_images(dataset, split, RECIPE.image_size) for split in ("train", "val"))
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             for name in options.only:
                 if str(seed) in trained.setdefault(name, {}):
                     continue
