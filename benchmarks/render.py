@@ -450,7 +450,7 @@ def render_full_size(results: Results) -> str:
         f"`prepare` took {ratio:.2f} times as long, and made the same data set. Images are decoded in the first epoch. "
         f"Alone, as before an accelerator is used, {decoding['images']:,} images were decoded, resized and written in "
         f"{decoding['seconds']:.0f} s; to decode them takes {decoding['floor_seconds']:.0f} s, and to "
-        f"decode and resize them, as serving does, {decoding.get('resized_floor_seconds', 0):.0f} s."
+        f"decode and resize them, as serving does, {decoding['resized_floor_seconds']:.0f} s."
     )
     table = draw_table("lrrrr", ["", "s", "floor, s", "memory, GB", "disk, GB"], rows)
     return "\n\n".join([wrap(caption), table, wrap(text)])
