@@ -419,7 +419,7 @@ def plot_stages(flows: dict[str, Any]) -> Figure:
     axes.barh(places - 0.2, floors, 0.4, color="#969696", label="floor")
     axes.set(yticks=places, yticklabels=names, xlabel="seconds", xscale="log")
     axes.grid(axis="x", alpha=0.25)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     return figure
 
 

@@ -440,8 +440,8 @@ def render_full_size(results: Results) -> str:
         f"{measured['archives_gb']:.1f} GB of archives. With 1 % new: {counts['new']:,} more. On "
         f"{measured['machine']}. Memory is the process's own, without Prefect's server and pages of files. Floors: "
         "reading the archives once, hashing the grown archive's members, decoding JPEGs that are new, copying files "
-        "that are new, bare training steps without validation; measured in the same run, with a thread per core. `merge` "
-        "reads images from the zips instead of small files, so it can take less than copying."
+        "that are new, bare training steps without validation; measured in the same run, with a thread per core. "
+        "`merge` reads images from the zips instead of small files, so it can take less than copying."
     )
     rows = [row for name, flow in flows.items() for row in list_stages(name, flow)]
     ratio = flows["prepare on a cluster"]["seconds"] / flows["prepare"]["seconds"]
