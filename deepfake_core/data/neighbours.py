@@ -65,7 +65,7 @@ def find_neighbours(hashes: np.ndarray, radius: int) -> Neighbours:
 
     Where there are few, all are compared (faiss). Where there are many, only those are that agree on 20 bits, drawn at
     random for each of 1,600 hash tables, and from 2 million images on, on 22 bits for each of 2,700.
-    faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 54 s instead of 5 s for
+    faiss.IndexBinaryMultiHash finds as many only with 16 tables of 16 bits and 2 flips, in 11 s instead of 4 s for
     20,000 pictures of 7 views (benchmarks/data_speed.py).
 
     Args:
