@@ -345,7 +345,7 @@ def score(model: keras.Model, pixels: np.ndarray) -> np.ndarray:
 
 
 def select_trained(lever: Lever, images: Images) -> Images:
-    kept = (images.rows["source"] != lever.left_out).to_numpy()
+    kept = (images.rows["source"] != lever.left_out).to_numpy(copy=True)
     if lever.half:  # near copies are one group; an image without any is one of its own
         groups = np.where(images.rows["group"] == "", images.rows["sha256"], images.rows["group"])
         names, numbers = np.unique(groups, return_inverse=True)

@@ -44,6 +44,7 @@ MAX_SHORT_NAME = 150
 DEFAULT_MODEL = "deepfake-detector"
 """Name in MLflow's model registry."""
 
+PRODUCTION = "production"
 PROMOTED, NOT_PROMOTED, WAITS = "promoted", "not promoted", "waits for approval"
 """What can be decided about a version; a person decides about the last."""
 
@@ -374,7 +375,8 @@ class Recipe(Parameters):
     weight_decay: float = Field(default=0, ge=0, lt=1, description="AdamW's decay of kernels per step; 0 is Adam.")
     weights: str = Field(
         default="none",
-        description="Where a backbone's first weights come from: imagenet, a .weights.h5 file, or none.",
+        description="Where a backbone's first weights come from: imagenet, a .weights.h5 file, none, or production: "
+        "the network in production, if it is of this architecture and knows no image that is not trained on now.",
     )
     head_epochs: int = Field(
         default=0, ge=0, description="Epochs, of all, in which only the layers behind a pretrained backbone learn."

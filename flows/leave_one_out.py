@@ -54,8 +54,9 @@ def leave_one_out(
         for source in sorted(set(dataset.list_sources()) - {FEEDBACK}):
             testing = evaluation.model_copy(update={"holdout_sources": (source,)})
             with open_retrain(f"{flow_run.name} without {source}", flow_run.id, hardware, dataset) as run_id:
-                log_data(run_id, dataset, training, testing, PromotionParameters())
-                trained = [train_architecture(name, dataset, training, testing, run_id) for name in training.candidates]
+                given = (training, testing, PromotionParameters())
+                log_data(run_id, dataset, *given)
+                trained = [train_architecture(one, dataset, *given, run_id) for one in training.candidates]
                 measured = evaluate(choose_best(trained), dataset, testing, run_id)
             discard_trainings(dataset, training, testing)
             found[source] = (measured.evaluation, measured.unseen[source])

@@ -46,23 +46,21 @@ def train(
     """
     hardware = state_hardware()
     published = fetch_dataset(dataset)
-    name, flow_run = promotion.model_name, runtime.flow_run
-    fingerprint = fingerprint_training(published.version, training, evaluation, promotion)
+    name, run, given = promotion.model_name, runtime.flow_run, (training, evaluation, promotion)
+    fingerprint = fingerprint_training(published.version, *given)
     begun = find_unfinished(name, fingerprint)
-    opened = (
-        reopen_retrain(begun, flow_run.id) if begun else open_retrain(flow_run.name, flow_run.id, hardware, published)
-    )
+    opened = reopen_retrain(begun, run.id) if begun else open_retrain(run.name, run.id, hardware, published)
     with opened as run_id:
         if begun:
             trained = recall(begun, published, training, evaluation)
         else:
-            log_data(run_id, published, training, evaluation, promotion)
-            trained = [train_architecture(one, published, training, evaluation, run_id) for one in training.candidates]
+            log_data(run_id, published, *given)
+            trained = [train_architecture(one, published, *given, run_id) for one in training.candidates]
         best = choose_best(trained)
         measured = evaluate(best, published, evaluation, run_id)
         record_reference(best, measured, published)
         robustness = evaluate_robustness(best, published, measured, evaluation)
-        version = begun.version if begun else register(best, measured, published, name, fingerprint, flow_run.id)
+        version = begun.version if begun else register(best, measured, published, name, fingerprint, run.id)
         outcome = promote(version, best, measured, published, promotion)
         report_on_model(version, trained, best, published, measured, robustness, outcome, name)
         if outcome.decision.waits:

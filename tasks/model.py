@@ -14,7 +14,7 @@ from deepfake_core.evaluation import test_split
 from deepfake_core.evaluation.promotion import REASON_SEPARATOR
 from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import Measured
-from deepfake_core.registry import candidates, challenge, names, runs, unfinished, versions
+from deepfake_core.registry import candidates, challenge, names, runs, unfinished, versions, warm_start
 from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.challenge import Outcome
 from deepfake_core.registry.fingerprint import read_git_commit
@@ -61,6 +61,7 @@ def train_architecture(
     dataset: Dataset,
     parameters: TrainingParameters,
     evaluation: EvaluationParameters,
+    promotion: PromotionParameters,
     parent_run: str,
 ) -> TrainedCandidate:
     """Train one architecture, from where a killed run left it, and calibrate it; its curves grow in MLflow.
@@ -78,7 +79,7 @@ def train_architecture(
     ):
         runs.log_training(run_id, training)
         candidate = fit.train_candidate(
-            training,
+            warm_start.begin(training, dataset, promotion.model_name, run_id),
             train,
             val,
             training.folder(dataset),

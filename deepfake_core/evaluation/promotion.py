@@ -249,6 +249,6 @@ def _check_comparison(comparison: Comparison, parameters: PromotionParameters) -
                 )
             )
             continue
-        lowest = other["recall"].low - parameters.max_recall_drop
+        lowest = max(0.0, other["recall"].low - parameters.max_recall_drop)
         checks.append(Check(recall >= lowest, f"recall on {source} {recall:.4f}, at least {lowest:.4f} is needed"))
     return checks

@@ -27,7 +27,7 @@ from deepfake_core.evaluation.promotion import (
     measure_cost,
 )
 from deepfake_core.evaluation.regression import Regression, add_production, score_regression
-from deepfake_core.evaluation.test_split import Measured, find_trained_on, tabulate_rates
+from deepfake_core.evaluation.test_split import Measured, tabulate_rates
 from deepfake_core.registry import names
 from deepfake_core.registry.candidates import TrainedCandidate
 from deepfake_core.registry.detectors import pull_detector, register_detector
@@ -39,8 +39,9 @@ from deepfake_core.registry.production import (
     move_production,
     name_challenger,
 )
-from deepfake_core.registry.runs import log_metrics, log_text, read_manifest
+from deepfake_core.registry.runs import log_metrics, log_text
 from deepfake_core.registry.versions import ModelVersion, read_version, tag_version
+from deepfake_core.registry.warm_start import find_learned, list_learned
 from deepfake_core.storage.files import write_json
 from deepfake_core.training.export import check_parity
 
@@ -191,12 +192,11 @@ def _compare_with(
     version = read_version(name, current)
     asked = (images.rows, dataset.split(REGRESSION))
     learned = [np.zeros(len(rows), bool) for rows in asked]
-    if version.dataset_version != dataset.version:
-        manifest = read_manifest(version)
-        if manifest is None:
-            blockers.append("which images production was trained on is unknown, as its run holds no manifest")
-        else:
-            learned = [find_trained_on(rows, dataset.manifest, manifest) for rows in asked]
+    manifests = list_learned(version, known=dataset.version)
+    if manifests is None:
+        blockers.append("which images production was trained on is unknown, as its run holds no manifest")
+    else:
+        learned = [find_learned(rows, dataset, [one for _, one in manifests]) for rows in asked]
     if dataset.is_drawn and not version.is_drawn:
         blockers.append("drawn images never replace a model trained on photographs")
     challenger = Scored(measured.scores, measured.threshold)

@@ -1,13 +1,13 @@
 """The names that this project uses in MLflow."""
 
 from deepfake_core.config import NOT_PROMOTED as NOT_PROMOTED
+from deepfake_core.config import PRODUCTION as PRODUCTION
 from deepfake_core.config import PROMOTED as PROMOTED
 from deepfake_core.config import WAITS as WAITS
 
 EXPERIMENT = "deepfake-detection"
 
 # Aliases of versions
-PRODUCTION = "production"
 PREVIOUS = "previous"
 CHALLENGER = "challenger"
 """The newest version that was not promoted, which may run beside production (`--shadow`); a person may move it."""
@@ -44,6 +44,8 @@ DATA_FOLDER = "data_folder"
 PARENT = "mlflow.parentRunId"
 PREFECT_FLOW_RUN_ID = "prefect.flow_run_id"
 HARDWARE = "hardware"
+BEGAN_FROM = "began_from"
+"""Of a candidate's run: run and data set of the version from whose network its training began."""
 SCORED_BY = "model_version"
 """Of a run of the flow `score`: name/number of the version that scored."""
 

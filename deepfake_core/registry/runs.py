@@ -226,12 +226,6 @@ def log_file(run_id: str, file: Path, folder: str) -> None:
     mlflow.MlflowClient().log_artifact(run_id, str(file), folder)
 
 
-def read_manifest(version: ModelVersion) -> "pd.DataFrame | None":
-    """Return the manifest of the data set that a version was trained on; None if its run holds none."""
-    run = find_run(version.run_id)
-    return run and read_table(run.data.tags.get(names.PARENT, version.run_id), names.MANIFEST)
-
-
 def read_table(run_id: str, artifact: str) -> "pd.DataFrame | None":
     """Return a Parquet artifact of a run; None if there is none."""
     import pandas as pd

@@ -22,7 +22,7 @@ from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.evaluation.test_split import evaluate_on_test
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
-from deepfake_core.registry import candidates, challenge, names, production, runs
+from deepfake_core.registry import candidates, challenge, names, production, runs, warm_start
 from deepfake_core.registry.candidates import TrainedCandidate, choose_best, log_measured
 from deepfake_core.registry.challenge import promote_challenger, register_challenger
 from deepfake_core.registry.connection import connect
@@ -190,11 +190,30 @@ def test_images_that_production_learned_are_left_out_of_the_comparison(challenge
 
 
 @pytest.mark.slow
+def test_images_that_production_learned_before_a_warm_start_are_left_out_too(challenge_with, dataset, tmp_path):
+    """Its training, on other images, began from the network of a version that was trained on `dataset`."""
+    _, first = challenge_with(dataset)
+    other = prepare(tmp_path / "other", write_zip(tmp_path / "other.zip", faces(20, start=300)))
+    other.report.write_text("")
+    _, second = challenge_with(other)
+    mlflow.MlflowClient().set_tag(second.run_id, names.BEGAN_FROM, f"{first.run_id} {first.dataset_version}")
+    production.move_production(NAME, "2", expected="1", reason="test")
+    members = faces(20) | {f"real/n{i}.jpg": jpeg(700 + i) for i in range(30)}
+    grown = prepare(tmp_path / "fresh", write_zip(tmp_path / "grown.zip", members), test_fraction=0.5)
+    grown.report.write_text("")
+    outcome, _ = challenge_with(grown)
+    test, manifest = grown.split("test"), dataset.manifest
+    learned = set(manifest.loc[manifest["split"].isin(("train", "val")), "sha256"])
+    assert outcome.production == "2"
+    assert outcome.comparison.left_out == test["sha256"].isin(learned).sum() > 0
+
+
+@pytest.mark.slow
 def test_production_without_a_manifest_is_never_replaced(challenge_with, dataset, tmp_path, monkeypatch):
     challenge_with(dataset)
     other = prepare(tmp_path / "other", write_zip(tmp_path / "other.zip", faces(20, start=300)))
     other.report.write_text("")
-    monkeypatch.setattr(challenge, "read_manifest", lambda _: None)
+    monkeypatch.setattr(warm_start, "read_table", lambda *_: None)
     _, version = challenge_with(other, NO_FLOORS.model_copy(update={"min_probability": 0.500001, "max_recall_drop": 1}))
     assert any("unknown, as its run holds no manifest" in reason for reason in version.reasons)
     assert production.find_production(NAME) == "1"

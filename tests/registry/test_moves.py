@@ -20,6 +20,7 @@ from deepfake_core.errors import ModelError
 from deepfake_core.housekeeping import clean
 from deepfake_core.registry import connection, model_files, names, production, runs, versions
 from deepfake_core.registry.versions import read_version
+from deepfake_core.registry.warm_start import list_learned
 from deepfake_core.storage.store import open_store
 from tests.builders import NAME
 
@@ -407,7 +408,7 @@ def test_a_version_whose_run_is_gone_is_listed_without_figures_and_harms_no_comm
     assert listed.count("0.8765") == 2
     assert versions.find_version(NAME, gone[2].run_id) == "4"
     assert versions.find_version(NAME, read_version(NAME, "5").run_id) == "5"
-    assert runs.read_manifest(gone[0]) is None
+    assert list_learned(gone[0]) is None
     assert runs.find_local_artifact(gone[0].run_id, names.REPORT) is None
     assert main(["promote", "5", "--reason", "better", "--yes"]) == 0
     assert main(["promote", "4", "--reason", "its run is gone", "--yes"]) == 0

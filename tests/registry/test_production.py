@@ -21,6 +21,7 @@ from deepfake_core.detector import Detector
 from deepfake_core.errors import ModelError, ProductionMovedError
 from deepfake_core.registry import approval, connection, detectors, names, probe, production, runs
 from deepfake_core.registry.versions import ModelVersion, list_versions, read_version, tag_version
+from deepfake_core.registry.warm_start import list_learned
 from deepfake_core.serving.load_versions import find_shadow
 from deepfake_core.training.calibration import calibrate_detector
 from tests.builders import find_events, jpeg, stripes, wait_until
@@ -432,5 +433,5 @@ def test_an_older_version_without_a_probe_is_said():
     old = ModelVersion(NAME, "1", run_id, (), {}, {}, "")
     with pytest.raises(ModelError, match="needs probe images"):
         probe.check_probe(old)
-    assert runs.read_manifest(old) is None
+    assert list_learned(old) is None
     assert runs.read_text(run_id, names.SCORES) is None
