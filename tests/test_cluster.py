@@ -475,6 +475,16 @@ def test_a_node_that_lacks_a_package_is_named_with_it(data, tmp_path):
         prepare(data.model_copy(update={"cluster": head.address}))
 
 
+def test_a_node_without_memory_is_said_and_what_to_do(data):
+    """Ray ends a task on a node whose memory is nearly used up; here any use of it is too much."""
+    limits = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100"}
+    with (
+        start_node("--head", "--num-cpus=1", **limits) as head,
+        pytest.raises(ServiceError, match=r"must have memory for a shard.*in index shard a 0-6.*fewer cores"),
+    ):
+        prepare(data.model_copy(update={"cluster": head.address}))
+
+
 def test_a_cluster_that_is_not_there_is_refused_at_once(data):
     there = data.model_copy(update={"cluster": f"127.0.0.1:{free_port()}"})
     with pytest.raises(ServiceError, match=r"must name a running Ray cluster.*Connection refused"):

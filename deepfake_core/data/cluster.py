@@ -23,7 +23,8 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
 
     Raises:
         ConfigurationError: if Ray is not installed.
-        ServiceError: if there is no cluster, it has another version of Ray or Python, or a node failed for good.
+        ServiceError: if there is no cluster, it has another version of Ray or Python, or a node failed for good or has
+            too little memory.
     """
     try:
         import prefect_ray  # noqa: F401
@@ -41,6 +42,7 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "1")  # attempts to connect, of 40 s each; else 20
+        os.environ.setdefault("RAY_task_oom_retries", "3")  # else for ever
         ray.init(address, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ray.exceptions.RayError) as exc:
         raise ServiceError(f"{rule}. Received: {address} ({_list_lines(exc)[-1]}). {remedy}") from exc
@@ -49,6 +51,12 @@ def connect_cluster(address: str, packages: Sequence[Path]) -> Iterator[int]:
         if not cores:
             raise ServiceError(f"{rule}, with at least one core. Received: {address}, which has none. {remedy}")
         yield cores
+    except ray.exceptions.OutOfMemoryError as exc:
+        where = " ".join([_list_lines(exc)[0], *getattr(exc, "__notes__", ())])
+        raise ServiceError(
+            f"Each node of `cluster` must have memory for a shard on each of its cores. Received: {where}. What was "
+            "finished is kept: give the nodes more memory, or fewer cores (`ray start --num-cpus`), and run again."
+        ) from exc
     except ray.exceptions.RayError as exc:
         lines = _list_lines(exc)
         where = " ".join([lines[0], *getattr(exc, "__notes__", ())])
