@@ -95,7 +95,8 @@ def describe_rates(description: dict[str, Any], threshold: float) -> str:
         near = max((row for row in part["table"] if row[0] <= threshold), default=None)
         if near is None:
             continue
-        at = f", with fake from {near[0]:g} up" if near[0] < threshold else ""
+        if not texts and near[0] < threshold:
+            at = f", with fake from {near[0]:g} up"
         alarms, found = (
             _show_of_100(rate, part[images]) for rate, images in zip(near[1:], ("reals", "fakes"), strict=True)
         )
