@@ -39,7 +39,8 @@ def remember_splits(rows: pd.DataFrame, store: Store) -> None:
     left_out = ~rows["kept"] & (rows["group"] != "")
     held = rows.loc[rows["kept"] & rows["group"].isin(rows.loc[left_out, "group"])].drop_duplicates("group")
     splits = rows["split"].where(rows["kept"])
-    splits[left_out] = rows.loc[left_out, "group"].map(held.set_index("group")["split"])
+    of_groups = rows.loc[left_out, "group"].map(held.set_index("group")["split"])
+    splits[left_out] = of_groups.astype(splits.dtype)  # of none, pandas would make numbers
     now = pa.array(splits.astype("str"))
     reported = (rows["source"] == FEEDBACK).to_numpy()
     sent = pa.array(name_pictures(rows[reported]).astype("str"))
