@@ -90,7 +90,8 @@ def describe_rates(description: dict[str, Any], threshold: float) -> str:
     rates = description.get("rates")
     if not rates:
         return ""
-    texts, at = [], ""
+    texts: list[str] = []
+    at = ""
     for part in rates["parts"]:
         near = max((row for row in part["table"] if row[0] <= threshold), default=None)
         if near is None:
