@@ -131,7 +131,7 @@ def render_measured_limits(results: Results) -> str:
     alarms = (
         "The threshold keeps the rate of false alarms on the validation images that it was chosen on, at most 10 of "
         "100 of each source. With few of them, test images can have many more: of "
-        f"{len(calibrated)} trainings of `{DEFAULT}` on these images that were measured so, the worst called "
+        f"{len(calibrated)} training(s) of `{DEFAULT}` that were measured so on these images, the worst called "
         f"{100 * worst:.0f} of 100 real test images of {SHORT_NAMES[source]} fake. The report of a version, and "
         "`promotion.max_false_alarm_rate`, go by its test images."
     )
