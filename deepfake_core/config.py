@@ -453,17 +453,17 @@ class EvaluationParameters(Parameters):
     threshold: Annotated[ThresholdRule, WithJsonSchema({"type": "string", "enum": list(get_args(ThresholdRule))})] = (
         Field(
             default="false_alarm_rate",
-            description="How the threshold is chosen on validation. false_alarm_rate: no source has more of its real "
-            "images called fake than the rate below allows; of such thresholds, the one of the highest balanced "
-            "accuracy. Or the highest balanced_accuracy or best_f1 of all.",
+            description="How the threshold is chosen on validation. false_alarm_rate: of each source's real images, so "
+            "few are called fake that the rate below holds for images to come with a confidence of 0.9; of such "
+            "thresholds, the one of the highest balanced accuracy. Or the highest balanced_accuracy or best_f1 of all.",
         )
     )
     false_alarm_rate: float = Field(
         default=0.10,
         ge=0,
         le=1,
-        description="Share of each source's real validation images that may be called fake, for the "
-        "rule false_alarm_rate.",
+        description="Share of each source's real images that may be called fake, for the rule false_alarm_rate. The "
+        "fewer validation images there are, the more fakes it costs.",
     )
     max_error: float = Field(
         default=0.05,
@@ -497,7 +497,9 @@ class PromotionParameters(Parameters):
     min_precision: float = Field(
         default=0.6, ge=0, le=1, description="Lowest precision on the test split, at the threshold."
     )
-    min_recall: float = Field(default=0.5, ge=0, le=1, description="Lowest recall on the test split, at the threshold.")
+    min_recall: float = Field(
+        default=0.25, ge=0, le=1, description="Lowest recall on the test split, at the threshold."
+    )
     max_false_alarm_rate: float = Field(
         default=0.12,
         ge=0,

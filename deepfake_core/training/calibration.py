@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.stats import binom
 
 from deepfake_core.config import FEEDBACK, EvaluationParameters, ThresholdRule
 from deepfake_core.data.images import Images
@@ -22,6 +23,9 @@ TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 MIN_SOURCE_REALS = 50
 """Real validation images from which on a source's own share of false alarms is kept; below, chance decides it."""
+
+CONFIDENCE = 0.9
+"""With which a threshold keeps its rate of false alarms on images to come, and not on validation alone."""
 
 
 def calibrate_detector(
@@ -90,9 +94,9 @@ def choose_threshold(
         scores: float array of shape (n,): P(fake).
         sources: name of the source of each image, shape (n,).
         rule: `best_f1`, `balanced_accuracy`, or `false_alarm_rate`: the highest balanced accuracy at which no source
-            has more of its reals called fake than the rate allows. One real image to come counts as called fake, so
-            that the rate holds for it too (see `fit_bounds`). Sources of fewer than `MIN_SOURCE_REALS` are taken
-            together with all others. On confirmed reports no rate is kept: false alarms are what they were chosen for.
+            has more of its reals called fake than `count_allowed` says. Sources of fewer than `MIN_SOURCE_REALS` are
+            taken together with all others. On confirmed reports no rate is kept: false alarms are what they were
+            chosen for.
     """
     order = np.argsort(-scores, kind="stable")
     labels, scores, sources = np.asarray(labels)[order] == 1, np.asarray(scores, np.float64)[order], sources[order]
@@ -102,8 +106,10 @@ def choose_threshold(
     allowed = np.ones(len(hits), bool)
     if rule == "false_alarm_rate":
         for name, group in group_reals(~labels, sources).items():
-            allowed &= np.append(0, group.cumsum()[ends]) <= count_allowed(group.sum(), false_alarm_rate)
-            log.info("false alarms are held to %g on the %d reals of %s", false_alarm_rate, group.sum(), name)
+            images = int(group.sum())
+            most = count_allowed(images, false_alarm_rate)
+            allowed &= np.append(0, group.cumsum()[ends]) <= most
+            log.info("at most %d of the %d reals of %s may be called fake", most, images, name)
     value = 2 * hits / (hits + alarms + fakes) if rule == "best_f1" else hits / fakes - alarms / reals
     best = int(np.argmax(np.where(allowed, value, -2)))
     if best == 0:
@@ -130,8 +136,15 @@ def group_reals(real: np.ndarray, sources: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def count_allowed(images: int, rate: float) -> int:
-    """Return how many of n images may be wrong so that one more, as likely to be as they, is with at most this rate."""
-    return max(0, math.floor(rate * (images + 1) + 1e-9) - 1)
+    """Return how many of n images may be wrong so that, with `CONFIDENCE`, at most this share of all images is.
+
+    The most at which the upper end of Clopper and Pearson's interval ("The Use of Confidence or Fiducial Limits",
+    Biometrika 26, 1934) is at most the rate. False alarms only become fewer as a threshold rises, so the confidence
+    holds for whichever of the allowed thresholds is chosen: Angelopoulos et al., "Learn then Test", Annals of Applied
+    Statistics 19 (2), 2025. Of few images none may be wrong, and the confidence is lower: of less than 22 at a rate of
+    0.1.
+    """
+    return images if rate == 1 else max(0, int(binom.ppf(1 - CONFIDENCE, images, rate)) - 1)
 
 
 def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tuple[float, float]:
