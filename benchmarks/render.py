@@ -123,7 +123,7 @@ def render_key_results(results: Results) -> str:
 
 
 def render_measured_limits(results: Results) -> str:
-    """Write what the rate of false alarms costs and how far it is broken on test images, what forensic augmentation costs and
+    """Write what the rate of false alarms costs and how far test images break it, what forensic augmentation costs and
     gains, and in how many images no face is found."""
     trained = results["candidates"]["variants"]
     calibrated = [run["calibrated"] for run in trained[DEFAULT]["seeds"].values() if "calibrated" in run]
