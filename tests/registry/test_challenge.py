@@ -73,6 +73,16 @@ def with_report(dataset):
     dataset.report.write_text("<html></html>")
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """The next data set: it holds the first one's images under a fresh memory, so that they change their split."""
+    folder = tmp_path_factory.mktemp("grown")
+    members = faces(20) | {f"real/n{i}.jpg": jpeg(700 + i) for i in range(30)}
+    grown = prepare(folder / "data", write_zip(folder / "grown.zip", members), test_fraction=0.5)
+    grown.report.write_text("")
+    return grown
+
+
 def test_the_candidate_with_the_best_auc_on_validation_is_chosen():
     found = [
         TrainedCandidate(SimpleNamespace(), name, evaluate_scores(*draw_scores(100, 1, gain), 0.5))
@@ -174,12 +184,8 @@ def test_production_that_never_rests_fails_the_promotion(challenge_with, dataset
 
 
 @pytest.mark.slow
-def test_images_that_production_learned_are_left_out_of_the_comparison(challenge_with, dataset, tmp_path):
-    """The next data set holds production's training images under a fresh memory, so that they change their split."""
+def test_images_that_production_learned_are_left_out_of_the_comparison(challenge_with, dataset, grown):
     challenge_with(dataset)
-    members = faces(20) | {f"real/n{i}.jpg": jpeg(700 + i) for i in range(30)}
-    grown = prepare(tmp_path / "fresh", write_zip(tmp_path / "grown.zip", members), test_fraction=0.5)
-    grown.report.write_text("")
     outcome, version = challenge_with(grown)
     test, first = grown.split("test"), dataset.manifest
     learned = set(first.loc[first["split"].isin(("train", "val")), "sha256"])
@@ -190,7 +196,7 @@ def test_images_that_production_learned_are_left_out_of_the_comparison(challenge
 
 
 @pytest.mark.slow
-def test_images_that_production_learned_before_a_warm_start_are_left_out_too(challenge_with, dataset, tmp_path):
+def test_images_that_production_learned_before_a_warm_start_are_left_out_too(challenge_with, dataset, grown, tmp_path):
     """Its training, on other images, began from the network of a version that was trained on `dataset`."""
     _, first = challenge_with(dataset)
     other = prepare(tmp_path / "other", write_zip(tmp_path / "other.zip", faces(20, start=300)))
@@ -198,9 +204,6 @@ def test_images_that_production_learned_before_a_warm_start_are_left_out_too(cha
     _, second = challenge_with(other)
     mlflow.MlflowClient().set_tag(second.run_id, names.BEGAN_FROM, f"{first.run_id} {first.dataset_version}")
     production.move_production(NAME, "2", expected="1", reason="test")
-    members = faces(20) | {f"real/n{i}.jpg": jpeg(700 + i) for i in range(30)}
-    grown = prepare(tmp_path / "fresh", write_zip(tmp_path / "grown.zip", members), test_fraction=0.5)
-    grown.report.write_text("")
     outcome, _ = challenge_with(grown)
     test, manifest = grown.split("test"), dataset.manifest
     learned = set(manifest.loc[manifest["split"].isin(("train", "val")), "sha256"])
