@@ -12,7 +12,7 @@ from deepfake_core.evaluation.evaluation import Evaluation, per_100
 from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.evaluation.promotion import Cost, PromotionDecision
 from deepfake_core.evaluation.test_split import Measured
-from deepfake_core.training.calibration import MIN_SOURCE_REALS
+from deepfake_core.training.calibration import CONFIDENCE, ENOUGH_SOURCE_REALS, MIN_SOURCE_REALS
 
 MIN_CLASS_IMAGES = 100
 """Below so many test images of a class, the report warns of chance."""
@@ -119,6 +119,12 @@ def list_warnings(dataset: Dataset, measured: Measured) -> list[str]:
             warnings.append(
                 f"{name} has {reals} real validation images, fewer than {MIN_SOURCE_REALS}: the threshold keeps a rate "
                 "of false alarms on all sources together, and none on this one alone."
+            )
+        elif reals < ENOUGH_SOURCE_REALS:
+            warnings.append(
+                f"{name} has {reals} real validation images. To keep a rate of false alarms with a confidence of "
+                f"{CONFIDENCE} on so few, the threshold is high, and fewer fakes are found. From {ENOUGH_SOURCE_REALS} "
+                "on this costs little."
             )
     confusion = measured.evaluation.confusion
     if min(confusion.fakes, confusion.reals) < MIN_CLASS_IMAGES:

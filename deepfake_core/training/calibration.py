@@ -24,6 +24,9 @@ TEMPERATURE_BOUNDS = (0.05, 20.0)
 MIN_SOURCE_REALS = 50
 """Real validation images from which on a source's own share of false alarms is kept; below, chance decides it."""
 
+ENOUGH_SOURCE_REALS = 200
+"""Real validation images from which on the confidence costs little: of 200, 14 may be called fake for a rate of 0.1."""
+
 CONFIDENCE = 0.9
 """With which a threshold keeps its rate of false alarms on images to come, and not on validation alone."""
 

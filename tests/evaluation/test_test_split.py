@@ -23,7 +23,7 @@ from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import evaluate_on_test, find_trained_on
 from deepfake_core.models import CANDIDATES
 from deepfake_core.registry.challenge import Outcome
-from deepfake_core.reports import plots
+from deepfake_core.reports import model_card, plots
 from deepfake_core.reports.model_report import ModelFacts, list_warnings, render_report, write_model_card
 from deepfake_core.training.export import check_parity, load_network
 from deepfake_core.training.heat_map import ExplainedNetwork
@@ -334,7 +334,7 @@ def test_the_report_shows_each_confirmed_report_before_and_after(two_sources, ca
 
 
 @pytest.mark.slow
-def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
+def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate, monkeypatch):
     reals = {name: data for name, data in faces(40, start=700).items() if name.startswith("real")}
     dataset = prepare(tmp_path, write_zip(tmp_path / "both.zip", faces(40)), write_zip(tmp_path / "real.zip", reals))
     page, card, result, _ = make_report(dataset, candidate.folder)
@@ -346,6 +346,11 @@ def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
         f"- real has {reals} real validation images, fewer than 50: the threshold keeps a rate of false alarms" in card
     )
     assert card.index("Changes after which most of 100 reals are called fake") < card.index("Warnings")
+    monkeypatch.setattr(model_card, "MIN_SOURCE_REALS", reals)
+    few = f"real has {reals} real validation images. To keep a rate of false alarms with a confidence of 0.9"
+    assert any(one.startswith(few) for one in list_warnings(dataset, result))
+    monkeypatch.setattr(model_card, "ENOUGH_SOURCE_REALS", reals)
+    assert not any(one.startswith("real has") for one in list_warnings(dataset, result))
 
 
 @pytest.mark.slow
