@@ -289,7 +289,7 @@ def render_levers(results: Results) -> str:
         f"AUC on the {images['val']} validation images after the last epoch, mean over the seeds, with the lowest and "
         f"the highest; {images['train']:,} training images. Where a row names an epoch, it was chosen on half of the "
         "validation images, and all its figures are of the other half. No test image was used. "
-        f"Minutes of training on {measured['machine']}, with other jobs."
+        f"Minutes of training on {measured['machine']}, most beside other jobs."
     )
     rows = []
     for name, seeds in levers.items():
