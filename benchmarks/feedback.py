@@ -35,7 +35,7 @@ from deepfake_core.config import (
     TrainingParameters,
 )
 from deepfake_core.data.dataset import Dataset, open_dataset
-from deepfake_core.detector import Detector, open_image, resize_image
+from deepfake_core.detector import Detector, call_fake, open_image, resize_image
 from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.feedback.records import GivenVerdict
 from deepfake_core.feedback.reports import open_feedback
@@ -92,8 +92,9 @@ def measure(detector: Detector, dataset: Dataset, fakes: pd.DataFrame, reals: pd
 def report_mistakes(detector: Detector, dataset: Dataset, shown: pd.DataFrame, address: str) -> int:
     """Report and confirm each fake that a version calls real; return how many."""
     feedback, scores = open_feedback(address), detector.score(load(dataset, shown, detector.image_size))
-    wrong = shown[scores < detector.threshold]
-    for row, score in zip(wrong.itertuples(), scores[scores < detector.threshold], strict=True):
+    missed = ~call_fake(scores, detector.threshold)
+    wrong = shown[missed]
+    for row, score in zip(wrong.itertuples(), scores[missed], strict=True):
         verdict = GivenVerdict(label="real", probability=float(score), sure=None, version=f"{DEFAULT_MODEL} version 1")
         sent = feedback.add(dataset.read(str(row.path)), verdict, "fake")
         feedback.confirm(sent.sha256, "fake", by="the benchmark", why="the set says so")

@@ -25,6 +25,9 @@ from .description import InvalidModelError as InvalidModelError
 from .description import read_description, require
 from .input_gate import ImageQuality, find_reason, read_jpeg_quality
 
+HIGHEST_SCORE = np.nextafter(np.float32(1), np.float32(0))
+"""Of an image: below 1, so that a threshold of 1 calls none fake."""
+
 BATCH_SIZE = 8
 """Images scored at a time: larger batches take longer on CPUs, and more memory."""
 
@@ -47,13 +50,28 @@ def apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
         scores: float array of shape (n,), 0 to 1.
 
     Returns:
-        float32 array of shape (n,), 0 to 1.
+        float32 array of shape (n,), from 0 to `HIGHEST_SCORE`.
     """
     if temperature == 1:
-        return np.asarray(scores, np.float32)
+        return np.minimum(np.asarray(scores, np.float32), HIGHEST_SCORE)
     probability = np.clip(np.asarray(scores, np.float64), 1e-9, 1 - 1e-9)
     logits = np.log(probability) - np.log1p(-probability)
-    return (1 / (1 + np.exp(-logits / temperature))).astype(np.float32)
+    return np.minimum((1 / (1 + np.exp(-logits / temperature))).astype(np.float32), HIGHEST_SCORE)
+
+
+def call_fake(scores: np.ndarray, threshold: float) -> np.ndarray:
+    """Return which scores are called fake: those at or above the threshold.
+
+    This is the only place where the two are compared. numpy would round the threshold to the scores' float32, and call
+    a score just below it fake.
+
+    Args:
+        scores: float array of any shape: P(fake).
+
+    Returns:
+        bool array of the same shape.
+    """
+    return np.asarray(scores, np.float64) >= threshold
 
 
 @dataclass(frozen=True)
@@ -175,14 +193,14 @@ class Detector:
             batch = images[start : start + BATCH_SIZE].astype(np.float32)
             found, signed = self._session.run([self._scores, *self._heat], {self._input: batch})
             scores[start : start + BATCH_SIZE] = apply_temperature(found[:, 0], self.temperature)
-            fake = scores[start : start + BATCH_SIZE] >= self.threshold
+            fake = call_fake(scores[start : start + BATCH_SIZE], self.threshold)
             heat.append(np.maximum(signed * np.where(fake, 1, -1).astype(np.float32)[:, None, None], 0))
         maps = np.concatenate(heat)
         return scores, maps / np.maximum(maps.max(axis=(1, 2), keepdims=True), 1e-12)
 
     def label(self, score: float) -> str:
         """Return the class of a P(fake)."""
-        return CLASS_NAMES[float(score) >= self.threshold]
+        return CLASS_NAMES[int(call_fake(np.asarray(score), self.threshold))]
 
     def judge(
         self, score: float, quality: ImageQuality | None = None, low: float | None = None, high: float | None = None

@@ -194,7 +194,7 @@ def stripes(count: int, seed: int) -> Images:
     labels = np.arange(count) % 2
     pixels = random.integers(0, 120, (count, SIZE, SIZE, 3), dtype=np.uint8)
     pixels[labels == 1, :, : SIZE // 2] += 100
-    return Images(pixels, labels.astype(np.int8), pd.DataFrame({"source": ["drawn"] * count}))
+    return Images(pixels, labels.astype(np.int8), pd.DataFrame({"source": ["drawn"] * count, "group": range(count)}))
 
 
 def prepare(

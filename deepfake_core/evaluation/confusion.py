@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepfake_core.detector import call_fake
+
 
 @dataclass(frozen=True)
 class Confusion:
@@ -17,7 +19,7 @@ class Confusion:
     @classmethod
     def count(cls, labels: np.ndarray, scores: np.ndarray, threshold: float) -> "Confusion":
         """Count; a score at or above the threshold means fake."""
-        fake, called_fake = np.asarray(labels) == 1, np.asarray(scores) >= threshold
+        fake, called_fake = np.asarray(labels) == 1, call_fake(scores, threshold)
         return cls(
             true_positives=int((fake & called_fake).sum()),
             false_positives=int((~fake & called_fake).sum()),

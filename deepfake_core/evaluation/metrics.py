@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from deepfake_core.detector import call_fake
+
 METRIC_TITLES = {
     "false_alarm_rate": "false alarms",
     "recall": "recall",
@@ -60,7 +62,8 @@ def compute_weighted_metrics(
     fake, real = weights * labels, weights * ~labels
     fakes, reals = fake.sum(1), real.sum(1)
     total = fakes + reals
-    called_fake = int((scores >= threshold).sum())
+    is_called_fake = call_fake(scores, threshold)
+    called_fake = int(is_called_fake.sum())
     hits, alarms = fake[:, :called_fake].sum(1), real[:, :called_fake].sum(1)
 
     # One column per distinct score, from the highest down: what is called fake at that threshold.
@@ -91,7 +94,7 @@ def compute_weighted_metrics(
         if sure is None:
             return metrics | dict.fromkeys(SURE_METRICS, np.full(len(weights), np.nan))
         known = np.asarray(sure, bool)[order]
-        surely_fake, surely_real = known & (scores >= threshold), known & (scores < threshold)
+        surely_fake, surely_real = known & is_called_fake, known & ~is_called_fake
         accused, missed, all_sure = real @ surely_fake, fake @ surely_real, weights @ known
         metrics |= {"sure_share": all_sure / total, "error_when_sure": (accused + missed) / all_sure}
         metrics |= {"reals_surely_fake": accused / reals, "fakes_surely_real": missed / fakes}

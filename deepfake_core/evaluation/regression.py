@@ -10,7 +10,7 @@ import numpy as np
 from deepfake_core.config import FEEDBACK, REGRESSION
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import load_images
-from deepfake_core.detector import Detector
+from deepfake_core.detector import Detector, call_fake
 
 MAX_REGRESSION_P = 0.05
 """Probability, at most, that a challenger which is as good as production is refused for the regression set."""
@@ -145,5 +145,5 @@ def _judge(detector: Detector, dataset: Dataset) -> list[tuple[float, bool]]:
         return []
     images = load_images(dataset, REGRESSION, detector.image_size)
     scores = detector.score(images.pixels)
-    wrong = (scores >= detector.threshold) != (images.labels == 1)
+    wrong = call_fake(scores, detector.threshold) != (images.labels == 1)
     return list(zip(scores.tolist(), wrong.tolist(), strict=True))

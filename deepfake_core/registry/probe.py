@@ -12,6 +12,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 
 from deepfake_core.config import CLASS_NAMES, FEEDBACK
+from deepfake_core.detector import call_fake
 from deepfake_core.errors import ModelError
 from deepfake_core.registry import names
 from deepfake_core.registry.aliases import read_production
@@ -122,7 +123,7 @@ def check_probe(version: ModelVersion) -> ProbeResult:
         model = mlflow.pyfunc.load_model(str(stored))
     answers = model.predict(pd.DataFrame({"image": images}))
     scores = answers["fake_probability"].astype(float)
-    labels = [CLASS_NAMES[score >= threshold] for score in scores]
+    labels = [CLASS_NAMES[fake] for fake in call_fake(scores, threshold).astype(int)]
     return ProbeResult(
         version,
         [abs(score - before) for score, before in zip(scores, recorded, strict=True)],

@@ -31,7 +31,8 @@ def compare_logged_scores(first: ModelVersion, second: ModelVersion) -> Comparis
     labels = np.array([CLASS_NAMES.index(image["label"]) for image in images])
     rows = {name: [image[name] for image in images] for name in ("source", "member", "group")}
     ours, theirs = (
-        Scored(np.array([float(table[sha256]["score"]) for sha256 in common]), threshold) for table, threshold in tables
+        Scored(np.array([table[sha256]["score"] for sha256 in common], np.float32), threshold)
+        for table, threshold in tables
     )
     return compare_scores(labels, rows, ours, theirs)
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-from deepfake_core.config import CLASS_NAMES, FEEDBACK
+from deepfake_core.config import CLASS_NAMES, EvaluationParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.evaluation.evaluation import Evaluation, per_100
 from deepfake_core.evaluation.metrics import METRIC_TITLES
 from deepfake_core.evaluation.promotion import Cost, PromotionDecision
 from deepfake_core.evaluation.test_split import Measured
-from deepfake_core.training.calibration import CONFIDENCE, ENOUGH_SOURCE_REALS, MIN_SOURCE_REALS
+from deepfake_core.training.calibration import warn_of_few_reals
 
 MIN_CLASS_IMAGES = 100
 """Below so many test images of a class, the report warns of chance."""
@@ -24,6 +24,7 @@ class ModelFacts:
 
     Attributes:
         bounds: `lower`, `upper` and `max_error`, as `detector.json` has them; None if it has none.
+        evaluation: how the threshold was chosen.
         candidates: one row per candidate trained, as `tabulate_candidates` makes it.
         settings: dotted names and values of the winner's parameters.
     """
@@ -37,6 +38,7 @@ class ModelFacts:
     temperature: float
     bounds: Mapping[str, float] | None
     cost: Cost
+    evaluation: EvaluationParameters
     candidates: pd.DataFrame
     settings: Mapping[str, Any]
 
@@ -63,7 +65,9 @@ def write_model_card(
     alarms = "; ".join(
         f"{row.change} {row.strength:g}: {row.after:.0f} instead of {row.before:.0f}" for row in alarming
     )
-    warnings = "\n".join(f"- {warning}" for warning in list_warnings(dataset, measured)) or "- none found"
+    warnings = (
+        "\n".join(f"- {warning}" for warning in list_warnings(dataset, measured, facts.evaluation)) or "- none found"
+    )
     return (
         f"**{facts.architecture}**, distinguishes fake faces (1) from real ones (0). Input: one face, resized to "
         f"{measured.images.pixels.shape[1]} x {measured.images.pixels.shape[1]} pixels. Fake from P(fake) = "
@@ -100,7 +104,7 @@ def _describe_sure(measured: Measured) -> str:
     return f" Of 100 verdicts {per_100(metrics['sure_share'])} are sure{wrong}."
 
 
-def list_warnings(dataset: Dataset, measured: Measured) -> list[str]:
+def list_warnings(dataset: Dataset, measured: Measured, evaluation: EvaluationParameters) -> list[str]:
     """Return what a reader must know before any metric."""
     warnings = []
     if dataset.is_drawn:
@@ -111,21 +115,10 @@ def list_warnings(dataset: Dataset, measured: Measured) -> list[str]:
             f"{measured.file_facts.metrics['auc']} on the test images, the model {measured.evaluation.metrics['auc']}: "
             "it may have learned how the files were made, not how faces were forged."
         )
-    val = dataset.split("val")
-    val = val[~val["source"].isin(measured.unseen)]
-    for name in sorted(set(val["source"]) - {FEEDBACK}):
-        reals = int(((val["source"] == name) & (val["label"] == CLASS_NAMES[0])).sum())
-        if reals < MIN_SOURCE_REALS:
-            warnings.append(
-                f"{name} has {reals} real validation images, fewer than {MIN_SOURCE_REALS}: the threshold keeps a rate "
-                "of false alarms on all sources together, and none on this one alone."
-            )
-        elif reals < ENOUGH_SOURCE_REALS:
-            warnings.append(
-                f"{name} has {reals} real validation images. To keep a rate of false alarms with a confidence of "
-                f"{CONFIDENCE} on so few, the threshold is high, and fewer fakes are found. From {ENOUGH_SOURCE_REALS} "
-                "on this costs little."
-            )
+    if evaluation.threshold == "false_alarm_rate":
+        val = dataset.split("val")
+        val = val[~val["source"].isin(measured.unseen)]
+        warnings += warn_of_few_reals((val["label"] == CLASS_NAMES[0]).to_numpy(), val, evaluation.false_alarm_rate)
     confusion = measured.evaluation.confusion
     if min(confusion.fakes, confusion.reals) < MIN_CLASS_IMAGES:
         warnings.append(

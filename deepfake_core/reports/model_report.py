@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from deepfake_core.config import CLASS_NAMES
+from deepfake_core.config import CLASS_NAMES, EvaluationParameters
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.decoding import decode_image
-from deepfake_core.detector import Detector
+from deepfake_core.detector import Detector, call_fake
 from deepfake_core.evaluation.evaluation import per_100
 from deepfake_core.evaluation.metrics import METRIC_TITLES, SURE_METRICS
 from deepfake_core.evaluation.promotion import Comparison
@@ -80,6 +80,9 @@ def build_report(
         temperature=detector.temperature,
         bounds=detector.description.get("bounds"),
         cost=outcome.cost,
+        evaluation=EvaluationParameters.model_validate(
+            {name: settings[f"evaluation.{name}"] for name in ("threshold", "false_alarm_rate")}
+        ),
         candidates=tabulate_candidates(trained),
         settings=settings,
     )
@@ -123,7 +126,7 @@ def tabulate_candidates(trained: Sequence[TrainedCandidate]) -> pd.DataFrame:
 def explain_images(detector: Detector, measured: Measured) -> dict[str, Figure]:
     """Draw the worst mistakes and typical test images, each with the heat map of its verdict."""
     labels, scores, threshold = measured.images.labels, measured.scores, measured.threshold
-    wrong = int(((scores >= threshold) != (labels == 1)).sum())
+    wrong = int((call_fake(scores, threshold) != (labels == 1)).sum())
     mistakes = plots.choose_worst_mistakes(labels, scores, threshold)
     typical = plots.choose_typical(labels, scores)
     chosen_by_name = {
@@ -163,7 +166,7 @@ def render_report(
         splits=dataset.splits,
         class_names=CLASS_NAMES,
         measured=measured,
-        warnings=list_warnings(dataset, measured),
+        warnings=list_warnings(dataset, measured, facts.evaluation),
         rows=_list_parts(measured),
         metric_titles={name: title for name, title in METRIC_TITLES.items() if name not in SURE_METRICS},
         sure_titles={name: METRIC_TITLES[name] for name in SURE_METRICS},

@@ -13,6 +13,7 @@ from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay, average_pre
 from deepfake_core.config import CLASS_COLOURS, CLASS_NAMES, Recipe
 from deepfake_core.data.dataset import Dataset
 from deepfake_core.data.images import Images, load_images
+from deepfake_core.detector import call_fake
 from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.evaluation.test_split import Measured
 from deepfake_core.training.batches import Batches
@@ -63,7 +64,7 @@ def plot_training_batch(images: Images, recipe: Recipe, seed: int) -> Figure:
 def choose_worst_mistakes(labels: np.ndarray, scores: np.ndarray, threshold: float) -> np.ndarray:
     """Return the positions of the 16 images whose scores are furthest on the wrong side of the threshold."""
     error = np.where(labels == 1, threshold - scores, scores - threshold)
-    wrong = np.flatnonzero((scores >= threshold) != (labels == 1))
+    wrong = np.flatnonzero(call_fake(scores, threshold) != (labels == 1))
     return wrong[np.argsort(-error[wrong], kind="stable")][:16]
 
 

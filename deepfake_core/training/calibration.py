@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom
 
@@ -24,8 +25,8 @@ TEMPERATURE_BOUNDS = (0.05, 20.0)
 MIN_SOURCE_REALS = 50
 """Real validation images from which on a source's own share of false alarms is kept; below, chance decides it."""
 
-ENOUGH_SOURCE_REALS = 200
-"""Real validation images from which on the confidence costs little: of 200, 14 may be called fake for a rate of 0.1."""
+LOW_ALLOWED_SHARE = 0.7
+"""Of a rate. A warning is due where a smaller share of the images may be called fake: below 200 for a rate of 0.1."""
 
 CONFIDENCE = 0.9
 """With which a threshold keeps its rate of false alarms on images to come, and not on validation alone."""
@@ -46,9 +47,10 @@ def calibrate_detector(
     raw = Detector(folder).score(val.pixels)
     temperature = fit_temperature(val.labels, raw)
     scores = apply_temperature(raw, temperature)
-    threshold = choose_threshold(
-        val.labels, scores, val.rows["source"].to_numpy(), parameters.threshold, parameters.false_alarm_rate
-    )
+    threshold = choose_threshold(val.labels, scores, val.rows, parameters.threshold, parameters.false_alarm_rate)
+    if parameters.threshold == "false_alarm_rate":
+        for warning in warn_of_few_reals(val.labels == 0, val.rows, parameters.false_alarm_rate):
+            log.warning("%s", warning)
     lower, upper = fit_bounds(val.labels, scores, parameters.max_error)
     write_json(
         file,
@@ -88,27 +90,27 @@ def fit_temperature(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def choose_threshold(
-    labels: np.ndarray, scores: np.ndarray, sources: np.ndarray, rule: ThresholdRule, false_alarm_rate: float
+    labels: np.ndarray, scores: np.ndarray, rows: pd.DataFrame, rule: ThresholdRule, false_alarm_rate: float
 ) -> float:
     """Choose the threshold between two neighbouring scores that serves the rule best.
 
     Args:
         labels: int array of shape (n,): 0 real, 1 fake.
-        scores: float array of shape (n,): P(fake).
-        sources: name of the source of each image, shape (n,).
+        scores: float array of shape (n,): P(fake), each below 1.
+        rows: columns `source` and `group` of the manifest, n long.
         rule: `best_f1`, `balanced_accuracy`, or `false_alarm_rate`: the highest balanced accuracy at which no source
             has more of its reals called fake than `count_allowed` says. Sources of fewer than `MIN_SOURCE_REALS` are
-            taken together with all others. On confirmed reports no rate is kept: false alarms are what they were
-            chosen for.
+            taken together with all others. Near copies count once, by their highest score. On confirmed reports no
+            rate is kept: false alarms are what they were chosen for.
     """
     order = np.argsort(-scores, kind="stable")
-    labels, scores, sources = np.asarray(labels)[order] == 1, np.asarray(scores, np.float64)[order], sources[order]
+    labels, scores = np.asarray(labels)[order] == 1, np.asarray(scores, np.float64)[order]
     ends = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)  # of each run of equal scores
     hits, alarms = (np.append(0, one.cumsum()[ends]) for one in (labels, ~labels))  # from none called fake to all
     fakes, reals = max(1, labels.sum()), max(1, (~labels).sum())
     allowed = np.ones(len(hits), bool)
     if rule == "false_alarm_rate":
-        for name, group in group_reals(~labels, sources).items():
+        for name, group in group_reals(~labels, rows.iloc[order]).items():
             images = int(group.sum())
             most = count_allowed(images, false_alarm_rate)
             allowed &= np.append(0, group.cumsum()[ends]) <= most
@@ -116,26 +118,67 @@ def choose_threshold(
     value = 2 * hits / (hits + alarms + fakes) if rule == "best_f1" else hits / fakes - alarms / reals
     best = int(np.argmax(np.where(allowed, value, -2)))
     if best == 0:
-        return float(np.nextafter(scores[0], 1.0)) if scores[0] < 1 else 1.0
+        return float(np.nextafter(scores[0], 1.0))
     lower = scores[ends[best - 1] + 1] if best < len(ends) else 0.0
     return float((scores[ends[best - 1]] + lower) / 2)
 
 
-def group_reals(real: np.ndarray, sources: np.ndarray) -> dict[str, np.ndarray]:
+def group_reals(real: np.ndarray, rows: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return the reals on which false alarms are held down: each source's, and all together where one has too few.
+
+    Of near copies the first alone is taken, as they say no more than one image.
 
     Args:
         real: mask of shape (n,).
+        rows: columns `source` and `group` of the manifest, n long.
 
     Returns:
         By name, masks of shape (n,).
     """
-    real = real & (sources != FEEDBACK)
-    by_source = {str(name): real & (sources == name) for name in np.unique(sources) if name != FEEDBACK}
+    real = real & (rows["source"] != FEEDBACK).to_numpy()
+    names = sorted(set(rows["source"]) - {FEEDBACK})
+    by_source = {name: _keep_first(real & (rows["source"] == name).to_numpy(), rows) for name in names}
     enough = {name: group for name, group in by_source.items() if group.sum() >= MIN_SOURCE_REALS}
     few = [name for name in by_source if name not in enough]
     have = f"{' and '.join(few)} {'has' if len(few) == 1 else 'have'}"
-    return enough | ({f"all sources, as {have} fewer than {MIN_SOURCE_REALS}": real} if few else {})
+    together = f"all sources, as {have} fewer than {MIN_SOURCE_REALS}"
+    return enough | ({together: _keep_first(real, rows)} if few else {})
+
+
+def _keep_first(chosen: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
+    """Return the mask without the chosen rows that follow a near copy of theirs."""
+    return chosen & ~rows["group"].where(chosen).duplicated().to_numpy()
+
+
+def warn_of_few_reals(real: np.ndarray, rows: pd.DataFrame, rate: float) -> list[str]:
+    """Return what few validation images cost the rule `false_alarm_rate`: the confidence, or fakes found.
+
+    Args:
+        real: mask of shape (n,).
+        rows: columns `source` and `group` of the manifest, n long.
+    """
+    groups = group_reals(real, rows)
+    warnings = [
+        f"{name} has {(real & (rows['source'] == name)).sum()} real validation images, fewer than {MIN_SOURCE_REALS}: "
+        "the threshold keeps a rate of false alarms on all sources together, and none on this one alone."
+        for name in sorted(set(rows["source"]) - {FEEDBACK} - set(groups))
+    ]
+    for name, group in groups.items():
+        images = int(group.sum())
+        most = count_allowed(images, rate)
+        if (1 - rate) ** max(1, images) > 1 - CONFIDENCE:
+            needed = f"{math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-rate))} are" if rate else "no number is"
+            warnings.append(
+                f"No real validation image of {name} is called fake, but there are only {images}: {needed} enough to "
+                f"say with a confidence of {CONFIDENCE} that a rate of {rate:g} holds for new images."
+            )
+        elif most < LOW_ALLOWED_SHARE * rate * images:
+            warnings.append(
+                f"Only {most} of the {images} real validation images of {name} may be called fake, so that the rate of "
+                f"{rate:g} holds for new images with a confidence of {CONFIDENCE}. With more of them, more fakes would "
+                "be found."
+            )
+    return warnings
 
 
 def count_allowed(images: int, rate: float) -> int:
@@ -144,8 +187,8 @@ def count_allowed(images: int, rate: float) -> int:
     The most at which the upper end of Clopper and Pearson's interval ("The Use of Confidence or Fiducial Limits",
     Biometrika 26, 1934) is at most the rate. False alarms only become fewer as a threshold rises, so the confidence
     holds for whichever of the allowed thresholds is chosen: Angelopoulos et al., "Learn then Test", Annals of Applied
-    Statistics 19 (2), 2025. Of few images none may be wrong, and the confidence is lower: of less than 22 at a rate of
-    0.1.
+    Statistics 19 (2), 2025. The images must be independent of each other, which near copies are not. Of few images none
+    may be wrong, and the confidence is lower: of fewer than 22 at a rate of 0.1.
     """
     return images if rate == 1 else max(0, int(binom.ppf(1 - CONFIDENCE, images, rate)) - 1)
 

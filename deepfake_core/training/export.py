@@ -12,7 +12,7 @@ import numpy as np
 
 from deepfake_core.config import CLASS_NAMES
 from deepfake_core.data.images import Images
-from deepfake_core.detector import BATCH_SIZE, DESCRIPTION, Detector, apply_temperature
+from deepfake_core.detector import BATCH_SIZE, DESCRIPTION, Detector, apply_temperature, call_fake
 from deepfake_core.errors import ModelError
 from deepfake_core.storage.files import write_json
 from deepfake_core.training.checkpoints import CHECKPOINT
@@ -68,7 +68,7 @@ def check_parity(folder: Path, images: Images) -> float:
     found = [keras.ops.convert_to_numpy(network(batch.astype(np.float32), training=False))[:, 0] for batch in batches]
     trained = apply_temperature(np.concatenate(found), detector.temperature)
     difference = float(np.abs(served - trained).max())
-    changed = int(((served >= detector.threshold) != (trained >= detector.threshold)).sum())
+    changed = int((call_fake(served, detector.threshold) != call_fake(trained, detector.threshold)).sum())
     if not difference < MAX_PARITY_DIFFERENCE or changed:  # also true for NaN
         raise ModelError(
             f"What is served must score like what was trained: less than {MAX_PARITY_DIFFERENCE:g} apart, every label "

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from deepfake_core.config import PromotionParameters
+from deepfake_core.config import EvaluationParameters, PromotionParameters
 from deepfake_core.data.images import Images, load_same, load_seen
 from deepfake_core.data.shortcuts import score_file_facts
 from deepfake_core.detector import Detector
@@ -23,7 +23,7 @@ from deepfake_core.evaluation.robustness import measure_robustness
 from deepfake_core.evaluation.test_split import evaluate_on_test, find_trained_on
 from deepfake_core.models import CANDIDATES
 from deepfake_core.registry.challenge import Outcome
-from deepfake_core.reports import model_card, plots
+from deepfake_core.reports import plots
 from deepfake_core.reports.model_report import ModelFacts, list_warnings, render_report, write_model_card
 from deepfake_core.training.export import check_parity, load_network
 from deepfake_core.training.heat_map import ExplainedNetwork
@@ -278,6 +278,7 @@ def make_report(dataset, folder, regression=None, bounds=None):
         temperature=1.5,
         bounds=bounds,
         cost=cost,
+        evaluation=EvaluationParameters(),
         candidates=pd.DataFrame([{"candidate": "cnn", "AUC": "0.9"}]),
         settings={"training.epochs": "<script>alert(1)</script>"},
     )
@@ -334,7 +335,7 @@ def test_the_report_shows_each_confirmed_report_before_and_after(two_sources, ca
 
 
 @pytest.mark.slow
-def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate, monkeypatch):
+def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate):
     reals = {name: data for name, data in faces(40, start=700).items() if name.startswith("real")}
     dataset = prepare(tmp_path, write_zip(tmp_path / "both.zip", faces(40)), write_zip(tmp_path / "real.zip", reals))
     page, card, result, _ = make_report(dataset, candidate.folder)
@@ -342,15 +343,12 @@ def test_a_source_of_one_class_has_no_auc_and_does_no_harm(tmp_path, candidate, 
     assert "<td>real</td><td>\N{EN DASH}</td><td>\N{EN DASH}</td>" in page
     assert "one class" in card
     reals = (dataset.split("val")["source"] == "real").sum()
-    assert (
-        f"- real has {reals} real validation images, fewer than 50: the threshold keeps a rate of false alarms" in card
-    )
+    few = f"real has {reals} real validation images, fewer than 50: the threshold keeps a rate of false alarms"
+    assert f"- {few}" in card
     assert card.index("Changes after which most of 100 reals are called fake") < card.index("Warnings")
-    monkeypatch.setattr(model_card, "MIN_SOURCE_REALS", reals)
-    few = f"real has {reals} real validation images. To keep a rate of false alarms with a confidence of 0.9"
-    assert any(one.startswith(few) for one in list_warnings(dataset, result))
-    monkeypatch.setattr(model_card, "ENOUGH_SOURCE_REALS", reals)
-    assert not any(one.startswith("real has") for one in list_warnings(dataset, result))
+    assert any(one.startswith(few) for one in list_warnings(dataset, result, EvaluationParameters()))
+    best_f1 = EvaluationParameters(threshold="best_f1")
+    assert not any("real validation image" in one for one in list_warnings(dataset, result, best_f1))
 
 
 @pytest.mark.slow
@@ -362,6 +360,8 @@ def test_strong_file_facts_are_said_in_the_first_lines(tmp_path, candidate):
     dataset = prepare(tmp_path, write_zip(tmp_path / "told.zip", members))
     page, card, result, _ = make_report(dataset, candidate.folder)
     assert result.file_facts.auc > 0.95
-    (warning,) = [one for one in list_warnings(dataset, result) if one.startswith("File facts alone")]
+    (warning,) = [
+        one for one in list_warnings(dataset, result, EvaluationParameters()) if one.startswith("File facts alone")
+    ]
     assert page.index("File facts alone") < page.index("<h2>")
     assert warning in card

@@ -2,13 +2,14 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
 from deepfake_core.config import EvaluationParameters
-from deepfake_core.detector import Detector, apply_temperature
+from deepfake_core.detector import HIGHEST_SCORE, Detector, apply_temperature, call_fake
 from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.evaluation.evaluation import evaluate_scores
 from deepfake_core.input_gate import ImageQuality
@@ -18,6 +19,7 @@ from deepfake_core.training.calibration import (
     count_allowed,
     fit_bounds,
     fit_temperature,
+    warn_of_few_reals,
 )
 from tests.builders import draw_scores, stripes
 
@@ -52,8 +54,13 @@ def test_a_temperature_keeps_the_order_and_the_half(scores, temperature):
     assert apply_temperature(np.array([0.5], np.float32), temperature)[0] == 0.5
 
 
-ONE = np.full(1000, "one")
-"""Names of a single source."""
+def make_rows(sources, groups=None):
+    """Return the columns of a manifest that a threshold asks for; without groups, no image has a near copy."""
+    return pd.DataFrame({"source": sources, "group": np.arange(len(sources)) if groups is None else groups})
+
+
+ONE = make_rows(["one"] * 1000)
+"""A single source."""
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -90,7 +97,7 @@ def test_the_false_alarm_rate_is_kept_on_every_source_at_the_best_balanced_accur
         whole = Confusion.count(labels, scores, threshold)
         return kept, whole.recall - whole.false_alarm_rate
 
-    chosen = choose_threshold(labels, scores, sources, "false_alarm_rate", rate)
+    chosen = choose_threshold(labels, scores, make_rows(sources), "false_alarm_rate", rate)
     kept, reached = count(chosen)
     assert kept
     assert reached == pytest.approx(max(value for kept, value in map(count, [*np.unique(scores), 1.01]) if kept))
@@ -100,14 +107,14 @@ def test_the_worst_source_decides_and_one_of_few_reals_is_taken_with_the_others(
     scores = np.concatenate([np.linspace(0, 0.4, 100), np.linspace(0, 0.8, 60), np.linspace(0.9, 1, 50)])
     labels, sources = np.repeat([0, 1], [160, 50]), np.repeat(["easy", "hard", "easy"], [100, 60, 50])
     caplog.set_level("INFO")
-    assert 0.7 < choose_threshold(labels, scores, sources, "false_alarm_rate", 0.1) <= 0.9
+    assert 0.7 < choose_threshold(labels, scores, make_rows(sources), "false_alarm_rate", 0.1) <= 0.9
     fakes_lower = np.where(labels == 1, scores - 0.15, scores)
-    strict = choose_threshold(labels, fakes_lower, sources, "false_alarm_rate", 0.1)
+    strict = choose_threshold(labels, fakes_lower, make_rows(sources), "false_alarm_rate", 0.1)
     assert Confusion.count(labels[sources == "hard"], fakes_lower[sources == "hard"], strict).false_positives == 2
     assert "at most 2 of the 60 reals of hard may be called fake" in caplog.text
     few = np.where(np.arange(210) < 120, "easy", sources)  # 40 are left of the hard one
     caplog.clear()
-    choose_threshold(labels, fakes_lower, few, "false_alarm_rate", 0.1)
+    choose_threshold(labels, fakes_lower, make_rows(few), "false_alarm_rate", 0.1)
     assert "the 160 reals of all sources, as hard has fewer than 50" in caplog.text
 
 
@@ -119,31 +126,105 @@ def test_of_few_images_fewer_may_be_wrong_than_the_rate_says(images, rate, allow
     assert count_allowed(images, rate) == allowed
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0.0, 0.3, 0.7, 1.0]), st.booleans()), min_size=1),
+    st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    st.sampled_from(["false_alarm_rate", "balanced_accuracy", "best_f1"]),
+)
+def test_scores_that_are_equal_or_one_float32_apart_break_no_limit(images, rate, rule):
+    scores = np.array([base for _, base, _ in images], np.float32)
+    for step in range(5):
+        further = np.array([steps > step for steps, _, _ in images])
+        scores = np.where(further, np.nextafter(scores, np.float32(0.5)), scores)
+    scores = apply_temperature(scores, 1)
+    labels = np.array([int(fake) for _, _, fake in images])
+    chosen = choose_threshold(labels, scores, ONE[: len(images)], rule, rate)
+    found = Confusion.count(labels, scores, chosen)
+    reals = int((labels == 0).sum())
+    assert rule != "false_alarm_rate" or found.false_positives <= count_allowed(reals, rate)
+    others = [Confusion.count(labels, scores, threshold) for threshold in [*np.unique(scores).tolist(), 1.0]]
+    measure = (lambda one: one.f1) if rule == "best_f1" else (lambda one: one.recall - one.false_alarm_rate)
+    kept = [one for one in others if rule != "false_alarm_rate" or one.false_positives <= count_allowed(reals, rate)]
+    assert measure(found) == pytest.approx(max(map(measure, kept)))
+    assert found == Confusion.count(labels, scores.astype(np.float64), chosen)
+
+
+def test_a_threshold_of_1_calls_no_image_fake():
+    saturated = np.ones(2, np.float32)
+    for temperature in (0.05, 1, 2):
+        scores = apply_temperature(saturated, temperature)
+        assert (scores <= HIGHEST_SCORE).all()
+        assert not call_fake(scores, 1).any()
+
+
+def test_near_copies_count_once_by_the_highest_score():
+    scores = np.append(np.arange(60) / 100, np.repeat(np.arange(50, 60) / 100 + 0.005, 4))
+    labels = np.repeat([0, 1], [60, 40])
+    alone = choose_threshold(labels, scores, ONE[:100], "false_alarm_rate", 0.1)
+    assert Confusion.count(labels, scores, alone).false_positives == count_allowed(60, 0.1) == 2
+    groups = np.arange(100)
+    groups[55:60] = 55
+    copies = choose_threshold(labels, scores, make_rows(["one"] * 100, groups), "false_alarm_rate", 0.1)
+    assert Confusion.count(labels, scores, copies).false_positives == 6  # one group of five, and one image
+    assert count_allowed(56, 0.1) == 2
+
+
+REAL = np.ones(1000, bool)
+
+
+@pytest.mark.parametrize(
+    ("images", "rate", "warning"),
+    [
+        (200, 0.1, None),
+        (60, 1.0, None),
+        (51, 0.1, "Only 1 of the 51 real validation images of one may be called fake, so that the rate of 0.1 holds"),
+        (200, 0.02, "Only 1 of the 200 real validation images of one may be called fake, so that the rate of 0.02"),
+        (60, 0.02, "No real validation image of one is called fake, but there are only 60: 114 are enough to say"),
+        (60, 0.0, "No real validation image of one is called fake, but there are only 60: no number is enough to say"),
+    ],
+)
+def test_what_few_real_images_cost_is_said(images, rate, warning):
+    found = warn_of_few_reals(REAL[:images], ONE[:images], rate)
+    assert [one.startswith(warning) for one in found] == [True] if warning else found == []
+
+
+def test_a_source_of_few_real_images_keeps_no_rate_of_its_own():
+    rows = make_rows(np.repeat(["many", "few", "feedback"], [250, 30, 99]))
+    (warning,) = warn_of_few_reals(REAL[:379], rows, 0.1)
+    assert warning.startswith("few has 30 real validation images, fewer than 50: the threshold keeps a rate of false")
+    fewer = warn_of_few_reals(REAL[:190], rows[90:280], 0.1)
+    assert [one.split(", ")[0] for one in fewer] == [
+        "few has 30 real validation images",
+        "Only 10 of the 160 real validation images of many may be called fake",
+        "Only 13 of the 190 real validation images of all sources",
+    ]
+
+
 def test_confirmed_reports_set_no_false_alarm_rate(caplog):
     scores = np.concatenate([np.linspace(0, 0.6, 100), np.linspace(0.6, 1, 60), np.linspace(0.5, 1, 100)])
     labels = np.repeat([0, 1], [160, 100])
     sources = np.repeat(["usual", "feedback", "usual"], [100, 60, 100])
     caplog.set_level("INFO")
-    chosen = choose_threshold(labels, scores, sources, "false_alarm_rate", 0.1)
+    chosen = choose_threshold(labels, scores, make_rows(sources), "false_alarm_rate", 0.1)
     assert Confusion.count(labels[sources == "usual"], scores[sources == "usual"], chosen).recall > 0.8
     assert "the 100 reals of usual" in caplog.text
     assert "feedback" not in caplog.text
     another = np.where(sources == "feedback", "another", sources)
-    strict = choose_threshold(labels, scores, another, "false_alarm_rate", 0.1)
+    strict = choose_threshold(labels, scores, make_rows(another), "false_alarm_rate", 0.1)
     assert Confusion.count(labels, scores, strict).recall < 0.2
 
 
 @pytest.mark.slow
 def test_in_1000_draws_the_next_image_keeps_every_stated_rate():
-    """Images to come are as likely wrong as stated, whatever the scores' distribution: sure ones on average over draws,
-    reals at the threshold in nine of ten draws."""
+    """Images to come are as likely wrong as stated: sure ones on average over draws, reals at the threshold in nine of
+    ten draws. Among these shapes of the scores' distribution, the rate decides which threshold is chosen."""
     random, wrong, alarms = np.random.default_rng(0), [], []
     labels, new_labels = (np.repeat([0, 1], count) for count in (79, 200))
     for _ in range(1000):
-        shape = random.uniform(0.5, 4)
+        shape = random.uniform(1.5, 3)
         draw = lambda count, shape=shape: np.concatenate([random.beta(1, shape, count), random.beta(shape, 1, count)])  # noqa: E731
         scores, new = draw(79), draw(200)
-        threshold = choose_threshold(labels, scores, np.full(158, "one"), "false_alarm_rate", 0.1)
+        threshold = choose_threshold(labels, scores, ONE[:158], "false_alarm_rate", 0.1)
         lower, upper = fit_bounds(labels, scores, 0.05)
         alarms.append((1 - threshold) ** shape)  # the chance that a real one, of Beta(1, shape), is called fake
         fakes, reals = new[new_labels == 1], new[new_labels == 0]
