@@ -454,7 +454,7 @@ class EvaluationParameters(Parameters):
         Field(
             default="false_alarm_rate",
             description="How the threshold is chosen on validation. false_alarm_rate: of each source's real images, so "
-            "few are called fake that the rate below holds for images to come with a confidence of 0.9; of such "
+            "few are called fake that, with a confidence of 0.9, the rate below holds for new images too; of such "
             "thresholds, the one of the highest balanced accuracy. Or the highest balanced_accuracy or best_f1 of all.",
         )
     )
@@ -463,7 +463,7 @@ class EvaluationParameters(Parameters):
         ge=0,
         le=1,
         description="Share of each source's real images that may be called fake, for the rule false_alarm_rate. The "
-        "fewer validation images there are, the more fakes it costs.",
+        "fewer validation images there are, the more fakes are missed.",
     )
     max_error: float = Field(
         default=0.05,
