@@ -131,8 +131,8 @@ def render_measured_limits(results: Results) -> str:
     worst, source = max((run[name]["false_alarm_rate"], name) for run in calibrated for name in SHORT_NAMES)
     alarms = (
         "The threshold is chosen so that, with a confidence of 0.9, at most 10 of 100 real images of each source are "
-        "called fake. Where validation images are few, that costs recall, and the rate can "
-        f"still be broken: {len(calibrated)} trainings of `{DEFAULT}` on these images found {100 * min(recalls):.0f} to "
+        "called fake. Where validation images are few, that costs recall, and the rate "
+        f"can be broken: {len(calibrated)} trainings of `{DEFAULT}` on these images found {100 * min(recalls):.0f} to "
         f"{100 * max(recalls):.0f} of 100 fakes of the test split. The worst called {100 * worst:.0f} of 100 real test "
         f"images of {SHORT_NAMES[source]} fake. The report of a version, and `promotion.max_false_alarm_rate`, go by "
         "its test images."
