@@ -8,8 +8,10 @@ the threshold from val, with the verdicts that are sure. `cnn` is trained in flo
 batches of 256 with the learning rate that goes with them, to show what these cost in AUC. `auc_lost` is what changes of
 the test images cost: deepfake_core/evaluation/robustness.py. On the 140k images, whose traces of a generator these
 changes remove, one variant trains without forensic augmentation, in which a share of training images is recompressed,
-blurred and scaled. Results are written to benchmarks/results/candidates.json after each training. A training whose data
-set, recipe and number of parameters are in that file already is not repeated, so a run that was stopped continues.
+blurred and scaled. With `splits dealt anew`, each seed also divides the same images into train, val and test in another
+way: it shows what depends on which images are in val. Results are written to benchmarks/results/candidates.json after
+each training. A training whose data set, recipe and number of parameters are in that file already is not repeated, so a
+run that was stopped continues.
 """
 
 import argparse
@@ -21,11 +23,14 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
+from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from deepfake_core.config import Architecture, DataParameters, EvaluationParameters, Recipe, TrainingParameters
+from deepfake_core.data import splits
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.data.images import load_seen, measure_files
 from deepfake_core.detector import Detector, apply_temperature
@@ -49,18 +54,20 @@ class Variant(NamedTuple):
     Attributes:
         left_out: sources of which no image is used.
         share: of the training images that is used.
+        deals_anew: whether each seed has splits of its own.
     """
 
     architecture: Architecture
     recipe: Recipe
     left_out: tuple[str, ...] = ()
     share: float = 1.0
+    deals_anew: bool = False
 
 
 def list_variants() -> dict[str, Variant]:
-    """Name what is trained: each candidate by its recipe, `cnn` in both precisions; the pretrained one with one head,
-    on all and a part of the images, and on each source alone: 140k also without forensic augmentation, ciplab on crops
-    of a larger input."""
+    """Name what is trained: each candidate by its recipe, `cnn` in both precisions; the pretrained one on other splits,
+    with one head, on all and a part of the images, and on each source alone: 140k also without forensic augmentation,
+    ciplab on crops of a larger input."""
     variants: dict[str, Variant] = {}
     for architecture in get_args(Architecture):
         recipe = CANDIDATES[architecture].RECIPE
@@ -72,7 +79,9 @@ def list_variants() -> dict[str, Variant]:
             variants[name] = Variant(architecture, recipe.model_copy(update={"precision": precision}))
     larger = TrainingParameters(batch_size=256, precision="float32").adjust(CANDIDATES["cnn"].RECIPE)
     variants["cnn, float32, batches of 256"] = Variant("cnn", larger)
-    recipe = CANDIDATES["efficientnet_lite0"].RECIPE.model_copy(update={"head_per_source": False})
+    recipe = CANDIDATES["efficientnet_lite0"].RECIPE
+    variants["efficientnet_lite0, splits dealt anew"] = Variant("efficientnet_lite0", recipe, deals_anew=True)
+    recipe = recipe.model_copy(update={"head_per_source": False})
     variants["efficientnet_lite0, one head"] = Variant("efficientnet_lite0", recipe)
     for name, share in (("a quarter", 0.25), ("half", 0.5)):
         variants[f"efficientnet_lite0, one head, {name} of the images"] = Variant(
@@ -92,8 +101,19 @@ def list_variants() -> dict[str, Variant]:
     return variants
 
 
+def deal_anew(data: DataParameters, seed: int) -> Dataset:
+    """Return a data set of the same images, whose groups are divided in another way."""
+
+    def draw_others(rows: pd.DataFrame, *fractions: float) -> pd.Series:
+        return draw_splits(rows.assign(group=f"deal {seed}: " + rows["group"]), *fractions)
+
+    draw_splits = splits._draw_splits
+    with patch.object(splits, "_draw_splits", draw_others):
+        return open_dataset(prepare(data))
+
+
 def measure(dataset: Dataset, variant: Variant, seed: int) -> dict[str, Any]:
-    architecture, recipe, left_out, share = variant
+    architecture, recipe, left_out, share, _ = variant
     train, val = (load_seen(dataset, split, recipe.image_size, left_out) for split in ("train", "val"))
     train = train.select(np.random.default_rng(seed).permutation(len(train)) < share * len(train))
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +194,8 @@ def main() -> None:
             source.model_copy(update={"name": f"{options.archives.absolute()}/{source.short_name}.zip"})
             for source in DataParameters().sources
         )
-        dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=folder)))
+        data = DataParameters(sources=sources, data_dir=f"{folder}/data")
+        dataset = open_dataset(prepare(data))
         variants: dict[str, Any] = known.get("variants", {}) if known.get("dataset") == dataset.version else {}
         chosen = {name: one for name, one in list_variants().items() if not options.only or name in options.only}
         parameters = {
@@ -188,13 +209,15 @@ def main() -> None:
                     variants[name] = {"parameters": parameters[name], "recipe": description, "seeds": {}}
                 known_seed = variants[name]["seeds"].get(seed, {})
                 if not {"auc_lost", "calibrated"} <= known_seed.keys():  # older results lack some
-                    variants[name]["seeds"][seed] = measure(dataset, variant, int(seed))
+                    other = data.model_copy(update={"data_dir": f"{folder}/deal-{seed}"})
+                    used = deal_anew(other, int(seed)) if variant.deals_anew else dataset
+                    variants[name]["seeds"][seed] = measure(used, variant, int(seed))
                     print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)
                     ordered = {one: variants[one] for one in list_variants() if one in variants}
                     machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
-                    splits = dataset.description["counts"]["splits"]
+                    counts = dataset.description["counts"]["splits"]
                     write_json(
-                        file, {"machine": machine, "dataset": dataset.version, "splits": splits, "variants": ordered}
+                        file, {"machine": machine, "dataset": dataset.version, "splits": counts, "variants": ordered}
                     )
                     plot_aucs(ordered).savefig(RESULTS / "candidates.png", dpi=110)
     print(f"written: {file} and candidates.png")

@@ -25,6 +25,9 @@ TEMPERATURE_BOUNDS = (0.05, 20.0)
 MIN_SOURCE_REALS = 50
 """Real validation images from which on a source's own share of false alarms is kept; below, chance decides it."""
 
+ALL_SOURCES = "all sources together"
+"""Name of the group of reals that is held down where a source has too few."""
+
 LOW_ALLOWED_SHARE = 0.7
 """Of a rate. A warning is due where a smaller share of the images may be called fake: below 200 for a rate of 0.1."""
 
@@ -139,10 +142,7 @@ def group_reals(real: np.ndarray, rows: pd.DataFrame) -> dict[str, np.ndarray]:
     names = sorted(set(rows["source"]) - {FEEDBACK})
     by_source = {name: _keep_first(real & (rows["source"] == name).to_numpy(), rows) for name in names}
     enough = {name: group for name, group in by_source.items() if group.sum() >= MIN_SOURCE_REALS}
-    few = [name for name in by_source if name not in enough]
-    have = f"{' and '.join(few)} {'has' if len(few) == 1 else 'have'}"
-    together = f"all sources, as {have} fewer than {MIN_SOURCE_REALS}"
-    return enough | ({together: _keep_first(real, rows)} if few else {})
+    return enough if len(enough) == len(by_source) else enough | {ALL_SOURCES: _keep_first(real, rows)}
 
 
 def _keep_first(chosen: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
@@ -175,8 +175,8 @@ def warn_of_few_reals(real: np.ndarray, rows: pd.DataFrame, rate: float) -> list
         elif most < LOW_ALLOWED_SHARE * rate * images:
             warnings.append(
                 f"Only {most} of the {images} real validation images of {name} may be called fake, so that the rate of "
-                f"{rate:g} holds for new images with a confidence of {CONFIDENCE}. With more of them, more fakes would "
-                "be found."
+                f"{rate:g} holds for new images with a confidence of {CONFIDENCE}. With more such images, more fakes "
+                "would be found."
             )
     return warnings
 
