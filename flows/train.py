@@ -62,7 +62,7 @@ def train(
         robustness = evaluate_robustness(best, published, measured, evaluation)
         version = begun.version if begun else register(best, measured, published, name, fingerprint, run.id)
         outcome = promote(version, best, measured, published, promotion)
-        report_on_model(version, trained, best, published, measured, robustness, outcome, name)
+        report_on_model(version, trained, best, published, measured, robustness, outcome, name, evaluation)
         if outcome.decision.waits:
             ask_for_approval(name, version)
     discard_trainings(published, training, evaluation)

@@ -161,6 +161,7 @@ def report_on_model(
     robustness: pd.DataFrame,
     found: Outcome,
     model_name: str,
+    evaluation: EvaluationParameters,
 ) -> None:
     """Log figures and `report.html` to the candidate's run, and describe the version by its model card."""
     settings = runs.read_parameters(best.run_id)
@@ -173,6 +174,7 @@ def report_on_model(
         measured=measured,
         robustness=robustness,
         outcome=found,
+        evaluation=evaluation,
         commit=read_git_commit(),
         settings=settings,
     )

@@ -59,6 +59,7 @@ def build_report(
     measured: Measured,
     robustness: pd.DataFrame,
     outcome: Outcome,
+    evaluation: EvaluationParameters,
     commit: str,
     settings: Mapping[str, str],
 ) -> ModelReport:
@@ -80,9 +81,7 @@ def build_report(
         temperature=detector.temperature,
         bounds=detector.description.get("bounds"),
         cost=outcome.cost,
-        evaluation=EvaluationParameters.model_validate(
-            {name: settings[f"evaluation.{name}"] for name in ("threshold", "false_alarm_rate")}
-        ),
+        evaluation=evaluation,
         candidates=tabulate_candidates(trained),
         settings=settings,
     )
