@@ -158,11 +158,13 @@ def warn_of_few_reals(real: np.ndarray, rows: pd.DataFrame, rate: float) -> list
         rows: columns `source` and `group` of the manifest, n long.
     """
     groups = group_reals(real, rows)
-    warnings = [
-        f"{name} has {(real & (rows['source'] == name)).sum()} real validation images, fewer than {MIN_SOURCE_REALS}: "
-        "the threshold keeps a rate of false alarms on all sources together, and none on this one alone."
-        for name in sorted(set(rows["source"]) - {FEEDBACK} - set(groups))
-    ]
+    warnings = []
+    if few := sorted(set(rows["source"]) - {FEEDBACK} - set(groups)):
+        counts = ", ".join(f"{(real & (rows['source'] == name)).sum()} of {name}" for name in few)
+        warnings.append(
+            f"Fewer than {MIN_SOURCE_REALS} real validation images: {counts}. The threshold keeps a rate of false "
+            f"alarms on all sources together, and none on {'this one' if len(few) == 1 else 'these'} alone."
+        )
     for name, group in groups.items():
         images = int(group.sum())
         most = count_allowed(images, rate)

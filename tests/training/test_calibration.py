@@ -191,10 +191,10 @@ def test_what_few_real_images_cost_is_said(images, rate, warning):
 def test_a_source_of_few_real_images_keeps_no_rate_of_its_own():
     rows = make_rows(np.repeat(["many", "few", "feedback"], [250, 30, 99]))
     (warning,) = warn_of_few_reals(REAL[:379], rows, 0.1)
-    assert warning.startswith("few has 30 real validation images, fewer than 50: the threshold keeps a rate of false")
+    assert warning.startswith("Fewer than 50 real validation images: 30 of few. The threshold keeps a rate of false ")
     fewer = warn_of_few_reals(REAL[:190], rows[90:280], 0.1)
     assert [one.split(", ")[0] for one in fewer] == [
-        "few has 30 real validation images",
+        warning.split(", ")[0],
         "Only 10 of the 160 real validation images of many may be called fake",
         "Only 13 of the 190 real validation images of all sources together may be called fake",
     ]
