@@ -8,7 +8,7 @@ the threshold from val, with the verdicts that are sure. `cnn` is trained in flo
 batches of 256 with the learning rate that goes with them, to show what these cost in AUC. `auc_lost` is what changes of
 the test images cost: deepfake_core/evaluation/robustness.py. On the 140k images, whose traces of a generator these
 changes remove, one variant trains without forensic augmentation, in which a share of training images is recompressed,
-blurred and scaled. With `splits dealt anew`, each seed also divides the same images into train, val and test in another
+blurred and scaled. With `other splits`, each seed also divides the same images into train, val and test in another
 way: it shows what depends on which images are in val. Results are written to benchmarks/results/candidates.json after
 each training. A training whose data set, recipe and number of parameters are in that file already is not repeated, so a
 run that was stopped continues.
@@ -54,14 +54,14 @@ class Variant(NamedTuple):
     Attributes:
         left_out: sources of which no image is used.
         share: of the training images that is used.
-        deals_anew: whether each seed has splits of its own.
+        other_splits: whether each seed has splits of its own.
     """
 
     architecture: Architecture
     recipe: Recipe
     left_out: tuple[str, ...] = ()
     share: float = 1.0
-    deals_anew: bool = False
+    other_splits: bool = False
 
 
 def list_variants() -> dict[str, Variant]:
@@ -80,7 +80,7 @@ def list_variants() -> dict[str, Variant]:
     larger = TrainingParameters(batch_size=256, precision="float32").adjust(CANDIDATES["cnn"].RECIPE)
     variants["cnn, float32, batches of 256"] = Variant("cnn", larger)
     recipe = CANDIDATES["efficientnet_lite0"].RECIPE
-    variants["efficientnet_lite0, splits dealt anew"] = Variant("efficientnet_lite0", recipe, deals_anew=True)
+    variants["efficientnet_lite0, other splits"] = Variant("efficientnet_lite0", recipe, other_splits=True)
     recipe = recipe.model_copy(update={"head_per_source": False})
     variants["efficientnet_lite0, one head"] = Variant("efficientnet_lite0", recipe)
     for name, share in (("a quarter", 0.25), ("half", 0.5)):
@@ -101,11 +101,11 @@ def list_variants() -> dict[str, Variant]:
     return variants
 
 
-def deal_anew(data: DataParameters, seed: int) -> Dataset:
+def prepare_other_splits(data: DataParameters, seed: int) -> Dataset:
     """Return a data set of the same images, whose groups are divided in another way."""
 
     def draw_others(rows: pd.DataFrame, *fractions: float) -> pd.Series:
-        return draw_splits(rows.assign(group=f"deal {seed}: " + rows["group"]), *fractions)
+        return draw_splits(rows.assign(group=f"splits {seed}: " + rows["group"]), *fractions)
 
     draw_splits = splits._draw_splits
     with patch.object(splits, "_draw_splits", draw_others):
@@ -209,8 +209,8 @@ def main() -> None:
                     variants[name] = {"parameters": parameters[name], "recipe": description, "seeds": {}}
                 known_seed = variants[name]["seeds"].get(seed, {})
                 if not {"auc_lost", "calibrated"} <= known_seed.keys():  # older results lack some
-                    other = data.model_copy(update={"data_dir": f"{folder}/deal-{seed}"})
-                    used = deal_anew(other, int(seed)) if variant.deals_anew else dataset
+                    other = data.model_copy(update={"data_dir": f"{folder}/splits-{seed}"})
+                    used = prepare_other_splits(other, int(seed)) if variant.other_splits else dataset
                     variants[name]["seeds"][seed] = measure(used, variant, int(seed))
                     print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)
                     ordered = {one: variants[one] for one in list_variants() if one in variants}

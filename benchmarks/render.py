@@ -122,7 +122,7 @@ def render_key_results(results: Results) -> str:
     return f"{wrap(summary)}\n\n{draw_table('ll', ('', ''), rows.items())}"
 
 
-def describe_deals(variant: dict[str, Any]) -> str:
+def describe_other_splits(variant: dict[str, Any]) -> str:
     """Say how far false alarms and recall differ where the same images are divided in other ways."""
     calibrated = [run["calibrated"] for run in variant["seeds"].values()]
     worst = max(run[name]["false_alarm_rate"] for run in calibrated for name in SHORT_NAMES)
@@ -146,8 +146,8 @@ def render_measured_limits(results: Results) -> str:
         "called fake. Where validation images are few, that costs recall, and the rate "
         f"can be broken: {len(calibrated)} trainings of `{DEFAULT}` on these images found {100 * min(recalls):.0f} to "
         f"{100 * max(recalls):.0f} of 100 fakes of the test split. The worst called {100 * worst:.0f} of 100 real test "
-        f"images of {SHORT_NAMES[source]} fake. {describe_deals(trained[DEALT])} The report of a version, and "
-        "`promotion.max_false_alarm_rate`, go by its test images."
+        f"images of {SHORT_NAMES[source]} fake. {describe_other_splits(trained[OTHER_SPLITS])} The report of a "
+        "version, and `promotion.max_false_alarm_rate`, go by its test images."
     )
     forensic, plain = (list(trained[name]["seeds"].values()) for name in (FORENSIC, PLAIN))
     cost = mean_auc(plain, "all") - mean_auc(forensic, "all")
@@ -223,7 +223,7 @@ def list_worst_changes(metrics: dict[str, float]) -> str:
 
 
 DEFAULT = "efficientnet_lite0"
-DEALT = f"{DEFAULT}, splits dealt anew"
+OTHER_SPLITS = f"{DEFAULT}, other splits"
 CALIBRATED = ("false_alarm_rate", "recall", "sure_share", "error_when_sure")
 
 
@@ -236,7 +236,8 @@ def render_training_results(results: Results) -> str:
         "real-and-fake-face-detection. Minutes of training and images per second (validation included) on "
         f"{candidates['machine']}. AUC lost: by the change of the test images that costs most, over all sources; "
         "empty where it was not measured. AUC on val is that of the checkpoint, which was chosen there. A second head "
-        "has 1,281 parameters, which are not counted. Splits dealt anew: each seed has other images in each split."
+        "has 1,281 parameters, which are not counted. Other splits: each seed divides the "
+        "images in another way, into about as many of each split."
     )
     parts = [wrap(caption), draw_candidates(candidates["variants"]), *draw_calibrated(candidates["variants"])]
     return "\n\n".join([*parts, wrap(describe_training_speed(results["training_speed"]))])

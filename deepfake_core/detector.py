@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from .decoding import MAX_BYTES as MAX_BYTES
@@ -59,14 +60,14 @@ def apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
     return np.minimum((1 / (1 + np.exp(-logits / temperature))).astype(np.float32), HIGHEST_SCORE)
 
 
-def call_fake(scores: np.ndarray, threshold: float) -> np.ndarray:
+def call_fake(scores: ArrayLike, threshold: float) -> np.ndarray:
     """Return which scores are called fake: those at or above the threshold.
 
-    This is the only place where the two are compared. numpy would round the threshold to the scores' float32, and call
+    Verdicts, figures and reports all compare here. numpy would round the threshold to the scores' float32, and call
     a score just below it fake.
 
     Args:
-        scores: float array of any shape: P(fake).
+        scores: a float, or float array of any shape: P(fake).
 
     Returns:
         bool array of the same shape.
@@ -170,7 +171,7 @@ class Detector:
             images: uint8 array (or memory map) of shape (n, image_size, image_size, 3).
 
         Returns:
-            float32 array of shape (n,), 0 to 1.
+            float32 array of shape (n,), from 0 to `HIGHEST_SCORE`.
         """
         scores = np.zeros(len(images), np.float32)
         for start in range(0, len(images), BATCH_SIZE):
@@ -200,7 +201,7 @@ class Detector:
 
     def label(self, score: float) -> str:
         """Return the class of a P(fake)."""
-        return CLASS_NAMES[int(call_fake(np.asarray(score), self.threshold))]
+        return CLASS_NAMES[int(call_fake(score, self.threshold))]
 
     def judge(
         self, score: float, quality: ImageQuality | None = None, low: float | None = None, high: float | None = None

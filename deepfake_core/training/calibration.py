@@ -23,13 +23,15 @@ TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
 MIN_SOURCE_REALS = 50
-"""Real validation images from which on a source's own share of false alarms is kept; below, chance decides it."""
+"""Real validation images, near copies counted once, from which on a source's own share of false alarms is kept; below,
+chance decides it."""
 
 ALL_SOURCES = "all sources together"
 """Name of the group of reals that is held down where a source has too few."""
 
 LOW_ALLOWED_SHARE = 0.7
-"""Of a rate. A warning is due where a smaller share of the images may be called fake: below 200 for a rate of 0.1."""
+"""Of a rate. There is a warning where a smaller share of the images may be called fake: for a rate of 0.1, below some
+200 to 250 images."""
 
 CONFIDENCE = 0.9
 """With which a threshold keeps its rate of false alarms on images to come, and not on validation alone."""
@@ -103,8 +105,8 @@ def choose_threshold(
         rows: columns `source` and `group` of the manifest, n long.
         rule: `best_f1`, `balanced_accuracy`, or `false_alarm_rate`: the highest balanced accuracy at which no source
             has more of its reals called fake than `count_allowed` says. Sources of fewer than `MIN_SOURCE_REALS` are
-            taken together with all others. Near copies count once, by their highest score. On confirmed reports no
-            rate is kept: false alarms are what they were chosen for.
+            taken together with all others. The same holds with near copies counted once, by their highest score. On
+            confirmed reports no rate is kept: false alarms are what they were chosen for.
     """
     order = np.argsort(-scores, kind="stable")
     labels, scores = np.asarray(labels)[order] == 1, np.asarray(scores, np.float64)[order]
@@ -113,11 +115,15 @@ def choose_threshold(
     fakes, reals = max(1, labels.sum()), max(1, (~labels).sum())
     allowed = np.ones(len(hits), bool)
     if rule == "false_alarm_rate":
-        for name, group in group_reals(~labels, rows.iloc[order]).items():
-            images = int(group.sum())
-            most = count_allowed(images, false_alarm_rate)
-            allowed &= np.append(0, group.cumsum()[ends]) <= most
-            log.info("at most %d of the %d reals of %s may be called fake", most, images, name)
+        ordered = rows.iloc[order]
+        for name, group in group_reals(~labels, ordered).items():
+            for counted in (group, keep_first(group, ordered)):
+                images = int(counted.sum())
+                most = count_allowed(images, false_alarm_rate)
+                allowed &= np.append(0, counted.cumsum()[ends]) <= most
+            log.info(
+                "at most %d of the %d reals of %s may be called fake, near copies counted once", most, images, name
+            )
     value = 2 * hits / (hits + alarms + fakes) if rule == "best_f1" else hits / fakes - alarms / reals
     best = int(np.argmax(np.where(allowed, value, -2)))
     if best == 0:
@@ -129,8 +135,6 @@ def choose_threshold(
 def group_reals(real: np.ndarray, rows: pd.DataFrame) -> dict[str, np.ndarray]:
     """Return the reals on which false alarms are held down: each source's, and all together where one has too few.
 
-    Of near copies the first alone is taken, as they say no more than one image.
-
     Args:
         real: mask of shape (n,).
         rows: columns `source` and `group` of the manifest, n long.
@@ -139,46 +143,48 @@ def group_reals(real: np.ndarray, rows: pd.DataFrame) -> dict[str, np.ndarray]:
         By name, masks of shape (n,).
     """
     real = real & (rows["source"] != FEEDBACK).to_numpy()
-    names = sorted(set(rows["source"]) - {FEEDBACK})
-    by_source = {name: _keep_first(real & (rows["source"] == name).to_numpy(), rows) for name in names}
-    enough = {name: group for name, group in by_source.items() if group.sum() >= MIN_SOURCE_REALS}
-    return enough if len(enough) == len(by_source) else enough | {ALL_SOURCES: _keep_first(real, rows)}
+    by_source = {name: real & (rows["source"] == name).to_numpy() for name in sorted(set(rows["source"][real]))}
+    enough = {name: group for name, group in by_source.items() if keep_first(group, rows).sum() >= MIN_SOURCE_REALS}
+    if len(enough) == len(by_source):
+        return enough
+    return enough | {ALL_SOURCES if len(by_source) > 1 else next(iter(by_source)): real}
 
 
-def _keep_first(chosen: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
-    """Return the mask without the chosen rows that follow a near copy of theirs."""
+def keep_first(chosen: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
+    """Return the mask without the chosen rows that follow a near copy of theirs, which say no more than that one."""
     return chosen & ~rows["group"].where(chosen).duplicated().to_numpy()
 
 
 def warn_of_few_reals(real: np.ndarray, rows: pd.DataFrame, rate: float) -> list[str]:
-    """Return what few validation images cost the rule `false_alarm_rate`: the confidence, or fakes found.
+    """Return what few validation images cost the rule `false_alarm_rate`: the confidence, or fakes found. Near copies
+    are counted once.
 
     Args:
         real: mask of shape (n,).
         rows: columns `source` and `group` of the manifest, n long.
     """
-    groups = group_reals(real, rows)
+    held = group_reals(real, rows)
     warnings = []
-    if few := sorted(set(rows["source"]) - {FEEDBACK} - set(groups)):
-        counts = ", ".join(f"{(real & (rows['source'] == name)).sum()} of {name}" for name in few)
+    if few := sorted(set(rows["source"][real]) - {FEEDBACK} - set(held)):
+        counts = ", ".join(f"{keep_first(real & (rows['source'] == name), rows).sum()} of {name}" for name in few)
         warnings.append(
             f"Fewer than {MIN_SOURCE_REALS} real validation images: {counts}. The threshold keeps a rate of false "
             f"alarms on all sources together, and none on {'this one' if len(few) == 1 else 'these'} alone."
         )
-    for name, group in groups.items():
-        images = int(group.sum())
+    for name, reals in held.items():
+        images = int(keep_first(reals, rows).sum())
         most = count_allowed(images, rate)
-        if (1 - rate) ** max(1, images) > 1 - CONFIDENCE:
+        keep = f"to keep the rate of {rate:g} for new images with a confidence of {CONFIDENCE}"
+        if rate < 1 and (1 - rate) ** images > 1 - CONFIDENCE:
             needed = f"{math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-rate))} are" if rate else "no number is"
             warnings.append(
-                f"No real validation image of {name} is called fake, but there are only {images}: {needed} enough to "
-                f"say with a confidence of {CONFIDENCE} that a rate of {rate:g} holds for new images."
+                f"The {images} real validation images of {name} are too few {keep}, though none of them is called "
+                f"fake: {needed} enough."
             )
         elif most < LOW_ALLOWED_SHARE * rate * images:
             warnings.append(
-                f"Only {most} of the {images} real validation images of {name} may be called fake, so that the rate of "
-                f"{rate:g} holds for new images with a confidence of {CONFIDENCE}. With more such images, more fakes "
-                "would be found."
+                f"T{keep[1:]}, {f'only {most}' if most else 'none'} of the {images} real validation images of {name} "
+                "may be called fake. With more such images, more fakes may be found."
             )
     return warnings
 
@@ -208,6 +214,8 @@ def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tupl
     Args:
         labels: int array of shape (n,): 0 real, 1 fake.
         scores: float array of shape (n,): P(fake), of images that the network was not trained on.
+
+    Near copies count as images of their own.
 
     Returns:
         Lower and upper, 0 and 1 where there are too few images for any bound. The lower may be above the upper.

@@ -14,7 +14,7 @@ from PIL import Image
 from deepfake_core.config import EvaluationParameters, PromotionParameters
 from deepfake_core.data.images import Images, load_same, load_seen
 from deepfake_core.data.shortcuts import score_file_facts
-from deepfake_core.detector import Detector
+from deepfake_core.detector import Detector, call_fake
 from deepfake_core.errors import ConfigurationError, ModelError
 from deepfake_core.evaluation import robustness
 from deepfake_core.evaluation.promotion import Scored, compare_scores, decide_promotion, measure_cost
@@ -129,7 +129,7 @@ def test_robustness_compares_with_the_same_images_unchanged(two_sources, candida
     clean = table["auc"] + table["auc_lost"]
     assert clean.max() == pytest.approx(clean.min())
     unchanged = np.sort(np.random.default_rng(0).permutation(len(result.images))[:10])
-    alarms = (result.scores[unchanged] >= result.threshold)[result.images.labels[unchanged] == 0].mean()
+    alarms = call_fake(result.scores[unchanged], result.threshold)[result.images.labels[unchanged] == 0].mean()
     assert (table["false_alarm_rate"] - table["false_alarms_added"]).tolist() == pytest.approx([alarms] * len(table))
     assert measure_robustness(candidate.folder, two_sources, result, 0).empty
 
@@ -227,7 +227,7 @@ def test_the_heat_map_shows_the_evidence_for_the_verdict(candidate):
     assert np.allclose(scores, detector.score(images.pixels))
 
     _, signed = ExplainedNetwork(load_network(candidate.folder))(images.pixels.astype(np.float32))
-    verdicts = np.where(scores >= detector.threshold, 1, -1)
+    verdicts = np.where(call_fake(scores, detector.threshold), 1, -1)
     assert set(verdicts) == {-1, 1}
     evidence = np.maximum(np.asarray(signed) * verdicts[:, None, None], 0)
     expected = evidence / evidence.max(axis=(1, 2), keepdims=True)
