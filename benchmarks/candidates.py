@@ -102,14 +102,14 @@ def list_variants() -> dict[str, Variant]:
 
 
 def prepare_other_splits(data: DataParameters, seed: int) -> Dataset:
-    """Return a data set of the same images, whose groups are divided in another way."""
+    """Return a data set of the same images, whose groups are divided in another way, in a folder of its own."""
 
     def draw_others(rows: pd.DataFrame, *fractions: float) -> pd.Series:
         return draw_splits(rows.assign(group=f"splits {seed}: " + rows["group"]), *fractions)
 
     draw_splits = splits._draw_splits
     with patch.object(splits, "_draw_splits", draw_others):
-        return open_dataset(prepare(data))
+        return open_dataset(prepare(data.model_copy(update={"data_dir": f"{data.data_dir}-{seed}"})))
 
 
 def measure(dataset: Dataset, variant: Variant, seed: int) -> dict[str, Any]:
@@ -209,8 +209,7 @@ def main() -> None:
                     variants[name] = {"parameters": parameters[name], "recipe": description, "seeds": {}}
                 known_seed = variants[name]["seeds"].get(seed, {})
                 if not {"auc_lost", "calibrated"} <= known_seed.keys():  # older results lack some
-                    other = data.model_copy(update={"data_dir": f"{folder}/splits-{seed}"})
-                    used = prepare_other_splits(other, int(seed)) if variant.other_splits else dataset
+                    used = prepare_other_splits(data, int(seed)) if variant.other_splits else dataset
                     variants[name]["seeds"][seed] = measure(used, variant, int(seed))
                     print(name, seed, json.dumps(variants[name]["seeds"][seed]["test"]), flush=True)
                     ordered = {one: variants[one] for one in list_variants() if one in variants}

@@ -122,32 +122,28 @@ def render_key_results(results: Results) -> str:
     return f"{wrap(summary)}\n\n{draw_table('ll', ('', ''), rows.items())}"
 
 
-def describe_other_splits(variant: dict[str, Any]) -> str:
-    """Say how far false alarms and recall differ where the same images are divided in other ways."""
-    calibrated = [run["calibrated"] for run in variant["seeds"].values()]
-    worst = max(run[name]["false_alarm_rate"] for run in calibrated for name in SHORT_NAMES)
-    recalls = [run["all"]["recall"] for run in calibrated]
-    return (
-        f"With the images divided in {len(calibrated)} other ways, one training of each found "
-        f"{100 * min(recalls):.0f} to {100 * max(recalls):.0f} of 100 fakes, and called at most {100 * worst:.0f} of "
-        "100 real test images of a source fake."
-    )
+def summarise_calibrated(variant: dict[str, Any]) -> tuple[int, str, str, str]:
+    """Return, of the calibrated trainings: how many, the range of fakes that they found of 100, the highest number of
+    a source's reals that one called fake of 100, and that source."""
+    runs = [run["calibrated"] for run in variant["seeds"].values() if "calibrated" in run]
+    recalls = [100 * run["all"]["recall"] for run in runs]
+    worst, source = max((run[name]["false_alarm_rate"], name) for run in runs for name in SHORT_NAMES)
+    return len(runs), f"{min(recalls):.0f} to {max(recalls):.0f}", f"{100 * worst:.0f}", SHORT_NAMES[source]
 
 
 def render_measured_limits(results: Results) -> str:
     """Write what the rate of false alarms costs and how far test images break it, what forensic augmentation costs and
     gains, and in how many images no face is found."""
     trained = results["candidates"]["variants"]
-    calibrated = [run["calibrated"] for run in trained[DEFAULT]["seeds"].values() if "calibrated" in run]
-    recalls = [run["all"]["recall"] for run in calibrated]
-    worst, source = max((run[name]["false_alarm_rate"], name) for run in calibrated for name in SHORT_NAMES)
+    trainings, found, worst, source = summarise_calibrated(trained[DEFAULT])
+    others, found_there, worst_there, _ = summarise_calibrated(trained[OTHER_SPLITS])
     alarms = (
         "The threshold is chosen so that, with a confidence of 0.9, at most 10 of 100 real images of each source are "
-        "called fake. Where validation images are few, that costs recall, and the rate "
-        f"can be broken: {len(calibrated)} trainings of `{DEFAULT}` on these images found {100 * min(recalls):.0f} to "
-        f"{100 * max(recalls):.0f} of 100 fakes of the test split. The worst called {100 * worst:.0f} of 100 real test "
-        f"images of {SHORT_NAMES[source]} fake. {describe_other_splits(trained[OTHER_SPLITS])} The report of a "
-        "version, and `promotion.max_false_alarm_rate`, go by its test images."
+        "called fake. Where validation images are few, that costs recall, and the rate can be broken: "
+        f"{trainings} trainings of `{DEFAULT}` on these images found {found} of 100 fakes of the test split. The worst "
+        f"called {worst} of 100 real test images of {source} fake. With the images divided in {others} other ways, one "
+        f"training of each found {found_there} of 100 fakes, and called at most {worst_there} of 100 real test images "
+        "of a source fake. The report of a version, and `promotion.max_false_alarm_rate`, go by its test images."
     )
     forensic, plain = (list(trained[name]["seeds"].values()) for name in (FORENSIC, PLAIN))
     cost = mean_auc(plain, "all") - mean_auc(forensic, "all")

@@ -117,12 +117,15 @@ def choose_threshold(
     if rule == "false_alarm_rate":
         ordered = rows.iloc[order]
         for name, group in group_reals(~labels, ordered).items():
-            for counted in (group, keep_first(group, ordered)):
-                images = int(counted.sum())
-                most = count_allowed(images, false_alarm_rate)
+            independent = keep_first(group, ordered)
+            for counted in (group, independent):
+                most = count_allowed(int(counted.sum()), false_alarm_rate)
                 allowed &= np.append(0, counted.cumsum()[ends]) <= most
             log.info(
-                "at most %d of the %d reals of %s may be called fake, near copies counted once", most, images, name
+                "at most %d of the %d reals of %s may be called fake, near copies counted once",
+                count_allowed(int(independent.sum()), false_alarm_rate),
+                independent.sum(),
+                name,
             )
     value = 2 * hits / (hits + alarms + fakes) if rule == "best_f1" else hits / fakes - alarms / reals
     best = int(np.argmax(np.where(allowed, value, -2)))
@@ -183,8 +186,8 @@ def warn_of_few_reals(real: np.ndarray, rows: pd.DataFrame, rate: float) -> list
             )
         elif most < LOW_ALLOWED_SHARE * rate * images:
             warnings.append(
-                f"T{keep[1:]}, {f'only {most}' if most else 'none'} of the {images} real validation images of {name} "
-                "may be called fake. With more such images, more fakes may be found."
+                f"{keep.capitalize()}, {f'only {most}' if most else 'none'} of the {images} real validation images of "
+                f"{name} may be called fake. With more such images, more fakes may be found."
             )
     return warnings
 
@@ -211,11 +214,11 @@ def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tupl
     Of the verdicts beyond each bound, at most the same share is wrong. This holds for the mix of these images. One
     verdict to come counts as wrong.
 
+    Near copies count as images of their own.
+
     Args:
         labels: int array of shape (n,): 0 real, 1 fake.
         scores: float array of shape (n,): P(fake), of images that the network was not trained on.
-
-    Near copies count as images of their own.
 
     Returns:
         Lower and upper, 0 and 1 where there are too few images for any bound. The lower may be above the upper.
