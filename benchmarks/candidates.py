@@ -105,7 +105,7 @@ def prepare_other_splits(data: DataParameters, seed: int) -> Dataset:
     """Return a data set of the same images, whose groups are divided in another way, in a folder of its own."""
 
     def draw_others(rows: pd.DataFrame, *fractions: float) -> pd.Series:
-        return draw_splits(rows.assign(group=f"splits {seed}: " + rows["group"]), *fractions)
+        return draw_splits(rows.assign(group=f"deal {seed}: " + rows["group"]), *fractions)
 
     draw_splits = splits._draw_splits
     with patch.object(splits, "_draw_splits", draw_others):
