@@ -185,11 +185,13 @@ def check_screen(ended: subprocess.CompletedProcess[str]) -> None:
     own = re.compile(
         r"\d\d:\d\d:\d\d  ((first _1_|second|data set \w+|cnn( epoch 1/1)?|train|val|test|deepfake-detector): "
         r"|(data set|report of data set) \w+|deepfake-detector version 2: |hardware: |\d+ (pictures|usable images): "
-        r"|calibrated on |at most \d+ of the )"
+        r"|calibrated on |at most \d+ of the "
+        r"|WARNING deepfake_core.training.calibration: The \d+ real validation images )"
     )
     assert [line for line in ended.stderr.splitlines() if not own.match(line)] == []
     assert "cnn epoch 1/1: loss" in ended.stderr
     assert "deepfake-detector version 2: " in ended.stderr
+    assert "validation images of second are too few to keep the rate of 0.1" in ended.stderr
     tables, _, steps = ended.stdout.partition("\nTo look further:\n")
     assert "Files found, and what became of them" in tables
     assert all(line.startswith("  ") for line in steps.splitlines())
