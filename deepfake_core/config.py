@@ -469,8 +469,8 @@ class EvaluationParameters(Parameters):
         default=0.05,
         gt=0,
         lt=0.5,
-        description="Share of the fakes that may surely be called real, of the reals that may surely be called fake, "
-        "and of the sure verdicts of each label that may be wrong. Other verdicts are marked as unsure.",
+        description="Share of each source's fakes that may surely be called real, of its reals that may surely be "
+        "called fake, and of the sure verdicts of each label that may be wrong. Other verdicts are marked as unsure.",
     )
     holdout_sources: tuple[str, ...] = Field(
         default=(),

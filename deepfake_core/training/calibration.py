@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
 
-MIN_SOURCE_REALS = 50
-"""Real validation images, near copies counted once, from which on a source's own share of false alarms is kept; below,
-chance decides it."""
+MIN_SOURCE_IMAGES = 50
+"""Validation images of one class, near copies counted once, from which on a source's own share of errors is kept;
+below, chance decides it."""
 
 ALL_SOURCES = "all sources together"
-"""Name of the group of reals that is held down where a source has too few."""
+"""Name of the group of images whose errors are held down where a source has too few."""
 
 LOW_ALLOWED_SHARE = 0.7
 """Of a rate. There is a warning where a smaller share of the images may be called fake: for a rate of 0.1, below some
 200 to 250 images."""
 
 CONFIDENCE = 0.9
-"""With which a threshold keeps its rate of false alarms on images to come, and not on validation alone."""
+"""With which a threshold and bounds keep their rates of errors on images to come, and not on validation alone."""
 
 
 def calibrate_detector(
@@ -56,7 +56,7 @@ def calibrate_detector(
     if parameters.threshold == "false_alarm_rate":
         for warning in warn_of_few_reals(val.labels == 0, val.rows, parameters.false_alarm_rate):
             log.warning("%s", warning)
-    lower, upper = fit_bounds(val.labels, scores, parameters.max_error)
+    lower, upper = fit_bounds(val.labels, scores, val.rows, parameters.max_error)
     write_json(
         file,
         description
@@ -104,7 +104,7 @@ def choose_threshold(
         scores: float array of shape (n,): P(fake), each below 1.
         rows: columns `source` and `group` of the manifest, n long.
         rule: `best_f1`, `balanced_accuracy`, or `false_alarm_rate`: the highest balanced accuracy at which no source
-            has more of its reals called fake than `count_allowed` says. Sources of fewer than `MIN_SOURCE_REALS` are
+            has more of its reals called fake than `count_allowed` says. Sources of fewer than `MIN_SOURCE_IMAGES` are
             taken together with all others. The same holds with near copies counted once, by their highest score. On
             confirmed reports no rate is kept: false alarms are what they were chosen for.
     """
@@ -116,7 +116,7 @@ def choose_threshold(
     allowed = np.ones(len(hits), bool)
     if rule == "false_alarm_rate":
         ordered = rows.iloc[order]
-        for name, group in group_reals(~labels, ordered).items():
+        for name, group in group_sources(~labels, ordered).items():
             independent = keep_first(group, ordered)
             for counted in (group, independent):
                 most = count_allowed(int(counted.sum()), false_alarm_rate)
@@ -135,22 +135,22 @@ def choose_threshold(
     return float((scores[ends[best - 1]] + lower) / 2)
 
 
-def group_reals(real: np.ndarray, rows: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Return the reals on which false alarms are held down: each source's, and all together where one has too few.
+def group_sources(chosen: np.ndarray, rows: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return the images of a class whose errors are held down together: each source's, and all where one has too few.
 
     Args:
-        real: mask of shape (n,).
+        chosen: mask of shape (n,).
         rows: columns `source` and `group` of the manifest, n long.
 
     Returns:
-        By name, masks of shape (n,).
+        By name, masks of shape (n,). Confirmed reports are in none: errors are what they were chosen for.
     """
-    real = real & (rows["source"] != FEEDBACK).to_numpy()
-    by_source = {name: real & (rows["source"] == name).to_numpy() for name in sorted(set(rows["source"][real]))}
-    enough = {name: group for name, group in by_source.items() if keep_first(group, rows).sum() >= MIN_SOURCE_REALS}
+    chosen = chosen & (rows["source"] != FEEDBACK).to_numpy()
+    by_source = {name: chosen & (rows["source"] == name).to_numpy() for name in sorted(set(rows["source"][chosen]))}
+    enough = {name: group for name, group in by_source.items() if keep_first(group, rows).sum() >= MIN_SOURCE_IMAGES}
     if len(enough) == len(by_source):
         return enough
-    return enough | {ALL_SOURCES if len(by_source) > 1 else next(iter(by_source)): real}
+    return enough | {ALL_SOURCES if len(by_source) > 1 else next(iter(by_source)): chosen}
 
 
 def keep_first(chosen: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
@@ -166,12 +166,12 @@ def warn_of_few_reals(real: np.ndarray, rows: pd.DataFrame, rate: float) -> list
         real: mask of shape (n,).
         rows: columns `source` and `group` of the manifest, n long.
     """
-    held = group_reals(real, rows)
+    held = group_sources(real, rows)
     warnings = []
     if few := sorted(set(rows["source"][real]) - {FEEDBACK} - set(held)):
         counts = ", ".join(f"{keep_first(real & (rows['source'] == name), rows).sum()} of {name}" for name in few)
         warnings.append(
-            f"Fewer than {MIN_SOURCE_REALS} real validation images: {counts}. The threshold keeps a rate of false "
+            f"Fewer than {MIN_SOURCE_IMAGES} real validation images: {counts}. The threshold keeps a rate of false "
             f"alarms on all sources together, and none on {'this one' if len(few) == 1 else 'these'} alone."
         )
     for name, reals in held.items():
@@ -204,39 +204,41 @@ def count_allowed(images: int, rate: float) -> int:
     return images if rate == 1 else max(0, int(binom.ppf(1 - CONFIDENCE, images, rate)) - 1)
 
 
-def fit_bounds(labels: np.ndarray, scores: np.ndarray, max_error: float) -> tuple[float, float]:
+def fit_bounds(labels: np.ndarray, scores: np.ndarray, rows: pd.DataFrame, max_error: float) -> tuple[float, float]:
     """Find the bounds beyond which a verdict is sure: the nearest ones that keep the stated error in two ways.
 
-    Of each class, at most a share gets a sure verdict that is wrong. This holds for any mix of reals and fakes:
-    split-conformal prediction for each class, Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML
-    2012, section 2. Of n images, the k-th most extreme score bounds one to come with a chance of at most k / (n + 1).
+    Of the reals of each source, and of its fakes, at most a share gets a sure verdict that is wrong, with `CONFIDENCE`
+    (`count_allowed`). This holds for any mix of reals and fakes: split-conformal prediction, label conditional and
+    training conditional, Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML 2012. Sources of fewer
+    than `MIN_SOURCE_IMAGES` of a class are taken together with all others. Near copies are counted once, as for a
+    threshold. Of so few images that the confidence is lower, the share holds on average over choices of them.
 
-    Of the verdicts beyond each bound, at most the same share is wrong. This holds for the mix of these images. One
-    verdict to come counts as wrong.
-
-    Near copies count as images of their own.
+    Of the verdicts beyond each bound, at most the same share is wrong. This holds for the mix of these images, on
+    average over choices of them. One verdict to come counts as wrong.
 
     Args:
         labels: int array of shape (n,): 0 real, 1 fake.
         scores: float array of shape (n,): P(fake), of images that the network was not trained on.
+        rows: columns `source` and `group` of the manifest, n long.
 
     Returns:
-        Lower and upper, 0 and 1 where there are too few images for any bound. The lower may be above the upper.
+        Lower and upper, 0 and 1 where there are too few images for any bound: fewer than 19 of a class at an error of
+        0.05. The lower may be above the upper.
     """
-    fakes, reals = np.sort(scores[labels == 1]), np.sort(scores[labels == 0])[::-1]
-    below, above = (math.floor(max_error * (len(one) + 1) + 1e-9) for one in (fakes, reals))
-    lower = float(fakes[below - 1]) if below else 0.0
-    upper = float(reals[above - 1]) if above else 1.0
     return (
-        min(lower, 0.0 - _find_bound(-scores, labels == 1, max_error, 0.0)),  # no -0.0
-        max(upper, _find_bound(scores, labels == 0, max_error, 1.0)),
+        0.0 - _find_bound(-scores, labels == 1, rows, max_error, 0.0),  # no -0.0
+        _find_bound(scores, labels == 0, rows, max_error, 1.0),
     )
 
 
-def _find_bound(scores: np.ndarray, wrong: np.ndarray, max_error: float, none: float) -> float:
-    """Return the lowest score such that of the scores above it at most a share is wrong, `none` if there is no such."""
+def _find_bound(scores: np.ndarray, wrong: np.ndarray, rows: pd.DataFrame, max_error: float, none: float) -> float:
+    """Return the lowest score above which errors are as few as stated, `none` if there is no such."""
     order = np.argsort(-scores, kind="stable")
-    scores, wrong = scores[order], wrong[order]
+    scores, wrong, rows = scores[order], wrong[order], rows.iloc[order]
     ends = np.flatnonzero(np.diff(scores))  # of each run of equal scores but the last, above which lie all others
-    kept = np.flatnonzero(wrong.cumsum()[ends] + 1 <= max_error * (ends + 2) + 1e-9)
-    return float(scores[ends[kept[-1]] + 1]) if len(kept) else none
+    kept = wrong.cumsum()[ends] + 1 <= max_error * (ends + 2) + 1e-9
+    groups = group_sources(wrong, rows).values()
+    for counted in (one for group in groups for one in (group, keep_first(group, rows))):
+        images = int(counted.sum())
+        kept &= (counted.cumsum()[ends] <= count_allowed(images, max_error)) & (max_error * (images + 1) > 1 - 1e-9)
+    return float(scores[ends[kept][-1] + 1]) if groups and kept.any() else none
