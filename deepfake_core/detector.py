@@ -47,15 +47,18 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
 def apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
     """Divide the scores' logits by a temperature, which keeps their order.
 
+    To do so to scores at temperature 1 is the same as to do so to what the network said.
+
     Args:
         scores: float array of shape (n,), 0 to 1.
 
     Returns:
         float32 array of shape (n,), from 0 to `HIGHEST_SCORE`.
     """
+    scores = np.minimum(np.asarray(scores, np.float32), HIGHEST_SCORE)
     if temperature == 1:
-        return np.minimum(np.asarray(scores, np.float32), HIGHEST_SCORE)
-    probability = np.clip(np.asarray(scores, np.float64), 1e-9, 1 - 1e-9)
+        return scores
+    probability = np.maximum(scores.astype(np.float64), 1e-9)
     logits = np.log(probability) - np.log1p(-probability)
     return np.minimum((1 / (1 + np.exp(-logits / temperature))).astype(np.float32), HIGHEST_SCORE)
 

@@ -13,7 +13,7 @@ from scipy.stats import binom
 
 from deepfake_core.config import FEEDBACK, EvaluationParameters, ThresholdRule
 from deepfake_core.data.images import Images
-from deepfake_core.detector import DESCRIPTION, Detector, apply_temperature
+from deepfake_core.detector import DESCRIPTION, Detector, apply_temperature, call_fake
 from deepfake_core.input_gate import ImageQuality, fit_limits
 from deepfake_core.storage.files import write_json
 
@@ -56,7 +56,7 @@ def calibrate_detector(
     if parameters.threshold == "false_alarm_rate":
         for warning in warn_of_few_reals(val.labels == 0, val.rows, parameters.false_alarm_rate):
             log.warning("%s", warning)
-    lower, upper = fit_bounds(val.labels, scores, val.rows, parameters.max_error)
+    lower, upper = fit_bounds(val.labels, scores, val.rows, threshold, parameters.max_error)
     write_json(
         file,
         description
@@ -204,41 +204,57 @@ def count_allowed(images: int, rate: float) -> int:
     return images if rate == 1 else max(0, int(binom.ppf(1 - CONFIDENCE, images, rate)) - 1)
 
 
-def fit_bounds(labels: np.ndarray, scores: np.ndarray, rows: pd.DataFrame, max_error: float) -> tuple[float, float]:
+def fit_bounds(
+    labels: np.ndarray, scores: np.ndarray, rows: pd.DataFrame, threshold: float, max_error: float
+) -> tuple[float, float]:
     """Find the bounds beyond which a verdict is sure: the nearest ones that keep the stated error in two ways.
 
-    Of the reals of each source, and of its fakes, at most a share gets a sure verdict that is wrong, with `CONFIDENCE`
-    (`count_allowed`). This holds for any mix of reals and fakes: split-conformal prediction, label conditional and
-    training conditional, Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML 2012. Sources of fewer
-    than `MIN_SOURCE_IMAGES` of a class are taken together with all others. Near copies are counted once, as for a
-    threshold. Of so few images that the confidence is lower, the share holds on average over choices of them.
+    Of each source, at most a share of the reals lies above the upper bound, and of the fakes below the lower one, each
+    with `CONFIDENCE` (`count_allowed`), for any mix of reals and fakes: split-conformal prediction, label conditional
+    and training conditional, Vovk, "Conditional Validity of Inductive Conformal Predictors", ACML 2012. Sources of
+    fewer than `MIN_SOURCE_IMAGES` of a class are taken together with all others. Confirmed reports set no such limit.
 
-    Of the verdicts beyond each bound, at most the same share is wrong. This holds for the mix of these images, on
-    average over choices of them. One verdict to come counts as wrong.
+    Of the sure verdicts of each label, at most the same share is wrong, with one more counted as wrong. This is of
+    these images and their mix. Simulated images to come keep it on average over choices of these.
+
+    Both hold for images, and with near copies counted once, by their most extreme score.
 
     Args:
         labels: int array of shape (n,): 0 real, 1 fake.
         scores: float array of shape (n,): P(fake), of images that the network was not trained on.
         rows: columns `source` and `group` of the manifest, n long.
+        threshold: from which on a verdict is fake.
 
     Returns:
-        Lower and upper, 0 and 1 where there are too few images for any bound: fewer than 19 of a class at an error of
+        Lower and upper, 0 and 1 where none keeps the error, such as for fewer than 19 images of a class at an error of
         0.05. The lower may be above the upper.
     """
+    fake = call_fake(scores, threshold)
     return (
-        0.0 - _find_bound(-scores, labels == 1, rows, max_error, 0.0),  # no -0.0
-        _find_bound(scores, labels == 0, rows, max_error, 1.0),
+        0.0 - _find_bound(-scores, ~fake, labels == 1, rows, max_error, 0.0),  # no -0.0
+        _find_bound(scores, fake, labels == 0, rows, max_error, 1.0),
     )
 
 
-def _find_bound(scores: np.ndarray, wrong: np.ndarray, rows: pd.DataFrame, max_error: float, none: float) -> float:
-    """Return the lowest score above which errors are as few as stated, `none` if there is no such."""
+def _find_bound(
+    scores: np.ndarray, judged: np.ndarray, wrong: np.ndarray, rows: pd.DataFrame, max_error: float, none: float
+) -> float:
+    """Return the lowest score above which errors are as few as stated, `none` if there is no such.
+
+    Args:
+        judged: mask of shape (n,) of the images that get the label whose bound it is.
+        wrong: mask of shape (n,) of the images of which that label is wrong.
+    """
     order = np.argsort(-scores, kind="stable")
-    scores, wrong, rows = scores[order], wrong[order], rows.iloc[order]
+    scores, judged, wrong, rows = scores[order], judged[order], wrong[order], rows.iloc[order]
     ends = np.flatnonzero(np.diff(scores))  # of each run of equal scores but the last, above which lie all others
-    kept = wrong.cumsum()[ends] + 1 <= max_error * (ends + 2) + 1e-9
     groups = group_sources(wrong, rows).values()
+    kept = np.full(len(ends), bool(groups))
     for counted in (one for group in groups for one in (group, keep_first(group, rows))):
         images = int(counted.sum())
         kept &= (counted.cumsum()[ends] <= count_allowed(images, max_error)) & (max_error * (images + 1) > 1 - 1e-9)
-    return float(scores[ends[kept][-1] + 1]) if groups and kept.any() else none
+    sure = judged & wrong, judged & ~wrong
+    for errors, others in (sure, [keep_first(one, rows) for one in sure]):
+        one_more = errors.cumsum()[ends] + 1
+        kept &= one_more <= max_error * (one_more + others.cumsum()[ends]) + 1e-9
+    return float(scores[ends[kept][-1] + 1]) if kept.any() else none

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import beta
 
@@ -157,6 +157,13 @@ def test_a_threshold_of_1_calls_no_image_fake():
         assert not call_fake(scores, 1).any()
 
 
+@given(st.floats(0, 1, width=32), st.floats(0.05, 20))
+@example(1.0, 2.0)
+def test_a_score_means_the_same_where_bounds_are_fitted_and_where_it_is_served(score, temperature):
+    at_1 = apply_temperature(np.array([score], np.float32), 1)
+    assert apply_temperature(at_1, temperature) == apply_temperature(np.array([score], np.float32), temperature)
+
+
 def test_near_copies_count_once_by_the_highest_score():
     scores = np.append(np.arange(60) / 100, np.repeat(np.arange(50, 60) / 100 + 0.005, 4))
     labels = np.repeat([0, 1], [60, 40])
@@ -249,7 +256,7 @@ def test_in_1000_draws_the_next_image_keeps_every_stated_rate():
         draw = lambda count, shape=shape: np.concatenate([random.beta(1, shape, count), random.beta(shape, 1, count)])  # noqa: E731
         scores, new = draw(79), draw(200)
         threshold = choose_threshold(labels, scores, ONE[:158], "false_alarm_rate", 0.1)
-        lower, upper = fit_bounds(labels, scores, ONE[:158], 0.05)
+        lower, upper = fit_bounds(labels, scores, ONE[:158], threshold, 0.05)
         # The chances that a real one, of Beta(1, shape), or a fake one, of Beta(shape, 1), is called what it is not.
         chances.append([(1 - threshold) ** shape, (1 - upper) ** shape, lower**shape])
         surely_fake, surely_real = new > upper, new < lower
@@ -266,16 +273,21 @@ def test_in_1000_draws_the_next_image_keeps_every_stated_rate():
     assert (broken >= 0.02).all(), broken  # and hardly less: threshold and bounds are no further out than need be
 
 
-@given(st.integers(0, 150), st.integers(0, 150), st.floats(0.3, 6), st.integers(1, 4), st.integers(0, 1000))
-def test_of_each_class_and_of_the_sure_at_most_the_stated_share_is_surely_wrong(reals, fakes, shape, decimals, seed):
+@given(st.integers(0, 150), st.integers(0, 150), st.floats(0.3, 6), st.integers(1, 4), st.floats(0, 1), st.integers(0))
+def test_of_each_class_and_of_the_sure_at_most_the_stated_share_is_surely_wrong(
+    reals, fakes, shape, decimals, threshold, seed
+):
     random, labels = np.random.default_rng(seed), np.repeat([0, 1], [reals, fakes])
     scores = np.round(np.append(random.beta(0.3, shape, reals), random.beta(shape, 0.3, fakes)), decimals)
-    lower, upper = fit_bounds(labels, scores, ONE[: len(scores)], 0.05)
+    lower, upper = fit_bounds(labels, scores, ONE[: len(scores)], threshold, 0.05)
     assert (scores[labels == 1] < lower).sum() <= count_allowed(fakes, 0.05)
     assert (scores[labels == 0] > upper).sum() <= count_allowed(reals, 0.05)
-    for beyond, wrong_class in ((scores < lower, 1), (scores > upper, 0)):
-        wrong = (labels[beyond] == wrong_class).sum()
-        assert not beyond.any() or wrong + 1 <= 0.05 * (beyond.sum() + 1) + 1e-9
+    for sure, wrong_class in (
+        ((scores < lower) & (scores < threshold), 1),
+        ((scores > upper) & (scores >= threshold), 0),
+    ):
+        wrong = (labels[sure] == wrong_class).sum()
+        assert not sure.any() or wrong + 1 <= 0.05 * (sure.sum() + 1) + 1e-9
     assert not np.signbit(lower)  # a report would show -0.00
     if fakes < 19:
         assert lower == 0
@@ -283,37 +295,63 @@ def test_of_each_class_and_of_the_sure_at_most_the_stated_share_is_surely_wrong(
         assert upper == 1
 
 
+REALS, FAKES = np.linspace(0, 0.4, 200), np.linspace(0.6, 1, 200)
+
+
+def fit(rows, reals=REALS, fakes=FAKES, threshold=0.5):
+    """Fit bounds for an error of 0.05."""
+    labels = np.repeat([0, 1], [len(reals), len(fakes)])
+    return fit_bounds(labels, np.append(reals, fakes), rows[: len(labels)], threshold, 0.05)
+
+
 def test_the_source_that_errs_most_decides_the_bounds():
-    reals, fakes = np.linspace(0, 0.4, 200), np.linspace(0.6, 1, 200)
-    labels, scores, place = np.repeat([0, 1], 200), np.append(reals, fakes), np.arange(400) % 200
-
-    def fit(sources):
-        return fit_bounds(labels, scores, make_rows(sources), 0.05)
-
+    place = np.arange(400) % 200
     assert count_allowed(60, 0.05) == 0
     assert [count_allowed(images, 0.05) for images in (140, 160, 200)] == [3, 4, 5]
-    assert fit(["one"] * 400) == (fakes[5], reals[194])
-    assert fit(np.where(place < 140, "low", "high")) == (fakes[3], reals[199])
-    too_few_of_its_own = np.where(place < 160, "low", "high")
-    assert fit(too_few_of_its_own) == (fakes[4], reals[194])
-    reported = np.where(place < 140, "low", "feedback")  # they only count among the sure
-    assert fit(reported) == (fakes[3], reals[190])
-    assert fit(["feedback"] * 400) == (0, 1)
+    assert fit(ONE) == (FAKES[5], REALS[194])
+    assert fit(make_rows(np.where(place < 140, "low", "high"))) == (FAKES[3], REALS[199])
+    too_few_of_its_own = np.where(place < 151, "low", "high")
+    assert fit(make_rows(too_few_of_its_own)) == (FAKES[count_allowed(151, 0.05)], REALS[194])
+    reported = np.where(place < 140, "low", "feedback")  # they set no limit of their own
+    assert fit(make_rows(reported)) == (FAKES[3], REALS[136])
+    assert fit(make_rows(["feedback"] * 400)) == (0, 1)
+
+
+def test_from_19_images_of_a_class_on_there_is_a_bound():
+    assert fit(ONE, REALS[-19:], FAKES[:19]) == (FAKES[0], REALS[-1])
+    assert fit(ONE, REALS[-19:], FAKES[:18])[0] == 0
+    assert fit(ONE, REALS[-18:], FAKES[:19])[1] == 1
 
 
 def test_the_share_of_the_sure_is_kept_at_the_bound_that_a_class_sets():
-    """Six reals score highest: above the sixth of them five are too many of the sure, and the class allows no more."""
-    scores = np.append(np.linspace(0, 0.4, 194), np.linspace(0.5, 1, 212))
-    labels = np.append(np.zeros(194, int), np.repeat([1, 0], [206, 6]))
-    assert count_allowed(200, 0.05) == 5
-    assert fit_bounds(labels, scores, ONE[:406], 0.05) == (scores[199], 1)
+    """Six reals score highest. The class allows five above the bound, of so few sure verdicts five are too many."""
+    reals = np.append(REALS[:194], [0.995, 0.996, 0.997, 0.998, 0.999, 1.0])
+    assert fit(ONE, reals, FAKES * 0.9) == (FAKES[5] * 0.9, 1)
 
 
-def test_bounds_count_near_copies_once():
-    scores = np.append(np.linspace(0, 0.4, 200), np.linspace(0.6, 1, 200))
-    groups = np.append(np.arange(200), np.arange(200, 400) % 18)
-    lower, upper = fit_bounds(np.repeat([0, 1], 200), scores, make_rows(["one"] * 400, groups), 0.05)
-    assert (lower, upper) == (0, scores[194])  # the fakes are 18 images, which are too few
+def test_the_share_of_the_sure_is_that_at_the_threshold():
+    """Above the bound that the class sets, 200 are right and 3 wrong; from 0.95 on, 5 are right and 3 wrong."""
+    reals, fakes = np.append(REALS[:197], [0.97, 0.98, 0.99]), np.append(FAKES[:195] * 0.9, np.linspace(0.95, 0.96, 5))
+    assert fit(ONE, reals, fakes)[1] == REALS[194]
+    assert fit(ONE, reals, fakes, 0.95)[1] == 1
+
+
+def test_bounds_hold_for_images_and_with_near_copies_counted_once_by_the_most_extreme():
+    def copy(*places):
+        groups = np.arange(400)
+        groups[list(places)] = places[0]
+        return make_rows(["one"] * 400, groups)
+
+    assert fit(copy(*range(194, 200))) == (FAKES[5], REALS[194])  # as images: five of 200 above
+    assert fit(copy(*range(217, 400)))[0] == 0  # 18 fakes and their copies are too few
+    assert [count_allowed(images, 0.05) for images in (77, 76)] == [1, 0]
+    assert fit(copy(0, 76), REALS[:77])[1] == REALS[76]  # the highest of a group counts
+    assert fit(copy(0, 1), REALS[:77])[1] == REALS[76]
+    reals = np.append(REALS[:195], [0.95, 0.96, 0.97, 0.98, 0.99])
+    assert fit(ONE, reals)[1] == REALS[194]
+    assert fit(copy(*range(200, 400)), reals)[1] == 1  # of the sure, five would be wrong and one right
+    few_found = np.append(REALS[:150], FAKES[:50])
+    assert fit(copy(*range(195, 200)), reals, few_found)[1] == 1  # as images, five wrong and 50 right
 
 
 def test_all_is_stored_with_the_detector_and_used(candidate, tmp_path):
