@@ -22,6 +22,7 @@ from deepfake_core.registry.challenge import Outcome
 from deepfake_core.reports import plots
 from deepfake_core.reports.model_card import ModelFacts, list_warnings, write_model_card
 from deepfake_core.reports.pages import encode_figure, encode_picture, render_page
+from deepfake_core.training.calibration import CONFIDENCE
 
 HEADLINE = {
     name: METRIC_TITLES[name]
@@ -171,6 +172,7 @@ def render_report(
         sure_titles={name: METRIC_TITLES[name] for name in SURE_METRICS},
         sources=_list_sources(measured),
         bounds=facts.bounds,
+        confidence=CONFIDENCE,
         decision=outcome.decision,
         comparison=outcome.comparison,
         production=outcome.production,
