@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 
-
 MIN_SOURCE_IMAGES = 50
 """Validation images of one class, near copies counted once, from which on a source's own share of errors is kept;
 below, chance decides it."""
@@ -117,16 +116,10 @@ def choose_threshold(
     if rule == "false_alarm_rate":
         ordered = rows.iloc[order]
         for name, group in group_sources(~labels, ordered).items():
-            independent = keep_first(group, ordered)
-            for counted in (group, independent):
-                most = count_allowed(int(counted.sum()), false_alarm_rate)
-                allowed &= np.append(0, counted.cumsum()[ends]) <= most
-            log.info(
-                "at most %d of the %d reals of %s may be called fake, near copies counted once",
-                count_allowed(int(independent.sum()), false_alarm_rate),
-                independent.sum(),
-                name,
-            )
+            allowed[1:] &= _keeps_rate(group, ordered, ends, false_alarm_rate)
+            count = int(keep_first(group, ordered).sum())
+            most = count_allowed(count, false_alarm_rate)
+            log.info("at most %d of the %d reals of %s may be called fake, near copies counted once", most, count, name)
     value = 2 * hits / (hits + alarms + fakes) if rule == "best_f1" else hits / fakes - alarms / reals
     best = int(np.argmax(np.where(allowed, value, -2)))
     if best == 0:
@@ -156,6 +149,12 @@ def group_sources(chosen: np.ndarray, rows: pd.DataFrame) -> dict[str, np.ndarra
 def keep_first(chosen: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
     """Return the mask without the chosen rows that follow a near copy of theirs, which say no more than that one."""
     return chosen & ~rows["group"].where(chosen).duplicated().to_numpy()
+
+
+def _keeps_rate(wrong: np.ndarray, rows: pd.DataFrame, ends: np.ndarray, rate: float) -> np.ndarray:
+    """Return at which ends as few of these images have passed as is allowed, near copies counted once or not."""
+    both = wrong, keep_first(wrong, rows)
+    return np.all([one.cumsum()[ends] <= count_allowed(int(one.sum()), rate) for one in both], axis=0)
 
 
 def warn_of_few_reals(real: np.ndarray, rows: pd.DataFrame, rate: float) -> list[str]:
@@ -250,9 +249,9 @@ def _find_bound(
     ends = np.flatnonzero(np.diff(scores))  # of each run of equal scores but the last, above which lie all others
     groups = group_sources(wrong, rows).values()
     kept = np.full(len(ends), bool(groups))
-    for counted in (one for group in groups for one in (group, keep_first(group, rows))):
-        images = int(counted.sum())
-        kept &= (counted.cumsum()[ends] <= count_allowed(images, max_error)) & (max_error * (images + 1) > 1 - 1e-9)
+    for group in groups:
+        enough = max_error * (keep_first(group, rows).sum() + 1) > 1 - 1e-9
+        kept &= enough & _keeps_rate(group, rows, ends, max_error)
     sure = judged & wrong, judged & ~wrong
     for errors, others in (sure, [keep_first(one, rows) for one in sure]):
         one_more = errors.cumsum()[ends] + 1
