@@ -1,13 +1,16 @@
-"""What is left of a detector when images come as the web delivers them: recompressed, scaled, blurred, photographed.
+"""What is left of a detector when images come as the web delivers them: recompressed, scaled, blurred, retouched.
 
-Each change is made to the image as it was found, before it is resized to the detector's input.
+Each change is made to the image as it was found, before it is resized to the detector's input. Large images are scaled
+down first.
 """
 
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageEnhance, ImageFilter
@@ -20,10 +23,14 @@ from deepfake_core.storage.progress import Progress
 
 IMAGES_AT_ONCE = 32
 
+LONGEST_SIDE = 1024
+"""In pixels. Larger images are scaled down to it before they are changed, as web sites do: a change takes up to 80
+bytes of memory for each pixel."""
 
-def recompress(image: Image.Image, quality: int) -> Image.Image:
+
+def recompress(image: Image.Image, quality: int, file_format: str = "JPEG") -> Image.Image:
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
+    image.save(buffer, file_format, quality=quality)
     return Image.open(buffer).convert("RGB")
 
 
@@ -44,8 +51,27 @@ def add_noise(image: Image.Image, deviation: float) -> Image.Image:
     return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
 
 
-def brighten(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(factor)
+def enhance(image: Image.Image, factor: float, kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Image.Image:
+    """Change an image as Pillow's `ImageEnhance` does; a factor of 1 leaves it as it is."""
+    return kind(image).enhance(factor)
+
+
+def smooth(image: Image.Image, share: float) -> Image.Image:
+    """Smooth skin and keep edges, as retouching does: Gastal and Oliveira, "Domain Transform for Edge-Aware Image and
+    Video Processing", SIGGRAPH 2011.
+
+    Args:
+        share: of the range of colours: pixels that differ by much more are not mixed. In space it is 3 pixels of an
+            image 256 pixels wide.
+    """
+    pixels = np.asarray(image)[:, :, ::-1]
+    smoothed = cv2.edgePreservingFilter(pixels, flags=cv2.RECURS_FILTER, sigma_s=3 * image.width / 256, sigma_r=share)
+    return Image.fromarray(np.ascontiguousarray(smoothed[:, :, ::-1]))
+
+
+def sharpen(image: Image.Image, percent: int) -> Image.Image:
+    """Add the difference to a blurred image, that many percent of it."""
+    return image.filter(ImageFilter.UnsharpMask(radius=2 * image.width / 256, percent=percent, threshold=0))
 
 
 def crop(image: Image.Image, share: float) -> Image.Image:
@@ -61,10 +87,15 @@ def take_screenshot(image: Image.Image, factor: float) -> Image.Image:
 
 CHANGES: dict[str, tuple[Callable[..., Image.Image], Sequence[float]]] = {
     "JPEG quality": (recompress, (90, 70, 50, 30)),
+    "WebP quality": (partial(recompress, file_format="WEBP"), (80, 50)),
     "scaled and back": (scale_and_back, (0.5, 0.25)),
     "blur, pixels of 256": (blur, (0.5, 1, 2)),
     "noise, grey levels": (add_noise, (4, 8, 16)),
-    "brightness": (brighten, (0.6, 0.8, 1.25, 1.6)),
+    "smoothing, share of the range": (smooth, (0.1, 0.3)),
+    "sharpening, percent": (sharpen, (75, 150)),
+    "brightness": (partial(enhance, kind=ImageEnhance.Brightness), (0.6, 0.8, 1.25, 1.6)),
+    "contrast": (partial(enhance, kind=ImageEnhance.Contrast), (0.7, 1.4)),
+    "colour": (partial(enhance, kind=ImageEnhance.Color), (0, 0.5, 1.6)),
     "crop, share of the side": (crop, (0.02, 0.05, 0.1)),
     "screenshot, scale": (take_screenshot, (0.7, 1.4)),
 }
@@ -84,6 +115,7 @@ def score_changed(
 
     def change_image(path: str) -> list[np.ndarray]:
         image = decode_image(read(path))
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         return [resize_image(CHANGES[name][0](image, strength), detector.image_size) for name, strength in kinds]
 
     with ThreadPoolExecutor() as pool:

@@ -111,9 +111,27 @@ def test_each_change_changes_the_image_more_the_stronger_it_is(name):
         for strength in strengths
     ]
     assert min(distances) > 0.05
-    if name != "brightness" and not name.startswith("screenshot"):  # which go both ways
+    if name not in ("brightness", "contrast", "colour") and not name.startswith("screenshot"):  # which go both ways
         assert distances == sorted(distances)
     assert np.array_equal(np.asarray(change(image, strengths[0])), np.asarray(change(image, strengths[0])))
+
+
+def test_large_images_are_scaled_down_before_they_are_changed(monkeypatch, candidate):
+    """A change of 50 million pixels would take 4 GB, in each thread."""
+    seen = []
+
+    def keep(image, strength):  # noqa: ARG001 - the signature of a change
+        seen.append(image.size)
+        return image
+
+    monkeypatch.setattr(robustness, "CHANGES", {"none": (keep, (1,))})
+    files = {
+        "large": encode(draw_image(1, size=2000).crop((0, 0, 2000, 1500))),
+        "small": encode(draw_image(2, size=300)),
+    }
+    scores = robustness.score_changed(Detector(candidate.folder), list(files), files.__getitem__)
+    assert sorted(seen) == [(300, 300), (1024, 768)]
+    assert scores["none", 1].shape == (2,)
 
 
 @pytest.mark.slow
