@@ -150,8 +150,7 @@ def plot_measured(measured: Measured, robustness: pd.DataFrame) -> dict[str, Fig
         "reliability": plot_reliability(labels, scores),
     }
     if len(robustness):
-        clean = float(robustness["auc"].iloc[0] + robustness["auc_lost"].iloc[0])
-        figures["robustness"] = plot_robustness(robustness, clean)
+        figures["robustness"] = plot_robustness(robustness)
     return figures
 
 
@@ -165,28 +164,38 @@ def plot_data(dataset: Dataset, training: Training) -> dict[str, Figure]:
     }
 
 
-def plot_robustness(table: pd.DataFrame, clean_auc: float) -> Figure:
-    """Draw the AUC after each change of the images, by strength.
+def plot_robustness(table: pd.DataFrame) -> Figure:
+    """Draw AUC and false alarms after each change of the images, by strength, and without one as dotted lines.
 
     Args:
-        table: columns `change`, `strength`, `auc`.
+        table: from `measure_robustness`, at least one row.
     """
     changes = list(dict.fromkeys(table["change"]))
     figure = Figure(figsize=(11, 2.9 * -(-len(changes) // 4)), layout="constrained")
     cells = figure.subplots(-(-len(changes) // 4), min(4, len(changes)), squeeze=False, sharey=True)
     for axes in cells.flat[len(changes) :]:
         axes.axis("off")
+    unchanged = table.iloc[0]
+    measures = (
+        ("auc", "AUC", CLASS_COLOURS["fake"], unchanged["auc"] + unchanged["auc_lost"]),
+        (
+            "false_alarm_rate",
+            "false alarms",
+            CLASS_COLOURS["real"],
+            unchanged["false_alarm_rate"] - unchanged["false_alarms_added"],
+        ),
+    )
     for axes, change in zip(cells.flat, changes, strict=False):
         rows = table[table["change"] == change]
-        axes.axhline(clean_auc, color="grey", linestyle=":", label="unchanged")
-        axes.plot(
-            [f"{strength:g}" for strength in rows["strength"]], rows["auc"], marker="o", color=CLASS_COLOURS["fake"]
-        )
-        axes.set(title=change)
+        for column, label, colour, before in measures:
+            axes.axhline(before, color=colour, linestyle=":")
+            axes.plot(
+                [f"{strength:g}" for strength in rows["strength"]], rows[column], marker="o", color=colour, label=label
+            )
+        axes.set(title=change, ylim=(-0.03, 1.03))
         axes.grid(alpha=0.3)
-    for axes in cells[:, 0]:
-        axes.set(ylabel="AUC")
-    cells[0, 0].legend(loc="lower left")
+    handles, labels = cells[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, title="dotted: without the change")
     return figure
 
 

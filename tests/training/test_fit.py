@@ -587,9 +587,15 @@ def test_figures_show_what_was_measured(candidate, dataset):
     assert share == pytest.approx([1, 0, 1, 0])
 
     table = pd.DataFrame({"change": ["blur", "blur", "noise"], "strength": [1, 2, 8], "auc": [0.9, 0.7, 0.8]})
-    robustness = plots.plot_robustness(table, 0.95)
+    table = table.assign(false_alarm_rate=[0.1, 0.3, 0.2]).assign(
+        auc_lost=0.95 - table["auc"], false_alarms_added=[0.05, 0.25, 0.15]
+    )
+    robustness = plots.plot_robustness(table)
     assert [axes.get_title() for axes in robustness.axes] == ["blur", "noise"]
-    assert robustness.axes[0].lines[1].get_ydata().tolist() == [0.9, 0.7]
+    for axes, expected in zip(robustness.axes, ([0.9, 0.7, 0.1, 0.3], [0.8, 0.2]), strict=True):
+        dotted, drawn = axes.lines[::2], axes.lines[1::2]
+        assert [value for line in drawn for value in line.get_ydata()] == expected
+        assert [line.get_ydata()[0] for line in dotted] == pytest.approx([0.95, 0.05])
 
     sources = np.where(np.arange(40) < 20, "one", "two")
     assert [axes.get_title() for axes in plots.plot_scores(images.labels, scores, sources, 0.5).axes] == ["one", "two"]
