@@ -1,4 +1,5 @@
-"""Whether an image is like those on which a model was calibrated: large, sharp and lightly compressed enough.
+"""Whether an image is like those on which a model was calibrated: large, sharp, lightly compressed
+and colourful enough.
 
 This file is also copied into every registered model, so it imports nothing of the project.
 """
@@ -25,11 +26,13 @@ class ImageQuality:
         sharpness: contrast between neighbouring pixels of the network's input, over all contrast in it: 0 to about 1.
             Blur and scaling up lower it.
         jpeg_quality: 1 to 100, as libjpeg counts, read from the file's quantisation table; None if it is no JPEG.
+        saturation: of the network's input, see `measure_saturation`; None if it was not measured.
     """
 
     side: float
     sharpness: float
     jpeg_quality: float | None = None
+    saturation: float | None = None
 
     @classmethod
     def take(cls, part: Image.Image, pixels: np.ndarray, jpeg_quality: float | None) -> "ImageQuality":
@@ -39,7 +42,7 @@ class ImageQuality:
             part: before it is resized.
             pixels: the same as the network's input, uint8 of shape (size, size, 3).
         """
-        return cls(min(part.size), measure_sharpness(pixels), jpeg_quality)
+        return cls(min(part.size), measure_sharpness(pixels), jpeg_quality, measure_saturation(pixels))
 
 
 MEASURES = tuple(one.name for one in fields(ImageQuality))
@@ -48,6 +51,7 @@ REASONS = {
     "side": "shorter side of {value:.0f} pixels; calibrated on {limit:.0f} and more",
     "sharpness": "blurred or scaled up, sharpness {value:.3f}; calibrated on {limit:.3f} and more",
     "jpeg_quality": "JPEG quality {value:.0f}; calibrated on {limit:.0f} and more",
+    "saturation": "grey or nearly so, saturation {value:.3f}; calibrated on {limit:.3f} and more",
 }
 
 
@@ -63,6 +67,17 @@ def measure_sharpness(pixels: np.ndarray) -> float:
     if not contrast:
         return 0.0
     return float(np.sqrt((np.mean(across**2) + np.mean(down**2)) / 4)) / contrast
+
+
+def measure_saturation(pixels: np.ndarray) -> float:
+    """Return the highest less the lowest of red, green and blue, mean over the pixels: 0 for grey, to 1.
+
+    Args:
+        pixels: uint8 of shape (height, width, 3).
+    """
+    red, green, blue = (pixels[:, :, channel] for channel in range(3))
+    highest, lowest = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    return float((highest - lowest).mean()) / 255
 
 
 def read_jpeg_quality(image: Image.Image) -> float | None:

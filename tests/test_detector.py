@@ -118,13 +118,14 @@ def test_a_model_without_bounds_does_not_say_whether_it_is_sure(tmp_path):
 
 def test_what_is_unlike_the_calibration_images_is_not_sure(tmp_path):
     everything = {"bounds": {"lower": 1.0, "upper": 0.0, "max_error": 0.05}}
-    limits = {"side": 48, "sharpness": 0.0, "jpeg_quality": 80}
+    limits = {"side": 48, "sharpness": 0.0, "jpeg_quality": 80, "saturation": 0.02}
     detector = Detector(write_model(tmp_path / "model", **everything, limits=limits))
     images = [encode(draw_image(1, side), quality=quality) for side, quality in ((48, 90), (47, 90), (48, 70))]
-    found = detector.predict(images)
-    assert [one.sure for one in found] == [True, False, False]
+    found = detector.predict([*images, encode(draw_image(1, 48).convert("L"), quality=90)])
+    assert [one.sure for one in found] == [True, False, False, False]
     assert "shorter side of 47 pixels" in found[1].reason
     assert "JPEG quality 70" in found[2].reason
+    assert "saturation 0.000" in found[3].reason
 
 
 def test_the_rates_of_a_threshold_are_those_of_the_next_lower_one(tmp_path):

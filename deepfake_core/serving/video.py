@@ -148,11 +148,12 @@ def _score(tracks: list[_Track], predictor: Predictor) -> None:
 
 def _judge(predictor: Predictor, clip: ClipFrames, name: str, face: int | None, track: _Track) -> Verdict:
     """Judge a face of a clip, which is sure where most of its frames are: the middle of their scores is beyond the
-    bound, their median is as large and sharp as the model was calibrated on, and there are enough of them."""
+    bound, they are as large, sharp and colourful in the median as the model was calibrated on, and enough."""
     detector, probability = predictor.detector, average_scores(track.scores)
     low, high = (float(value) for value in np.quantile(track.scores, SPREAD))
-    sides, sharpness = zip(*((one.side, one.sharpness) for one in track.qualities), strict=True)
-    middle = ImageQuality(float(np.median(sides)), float(np.median(sharpness)))  # a frame has no JPEG quality
+    measured = np.array([(one.side, one.sharpness, one.saturation) for one in track.qualities], np.float64)
+    side, sharpness, saturation = np.median(measured, axis=0).tolist()
+    middle = ImageQuality(side, sharpness, saturation=saturation)  # a frame has no JPEG quality
     judged = detector.judge(probability, middle, low, high)
     sure, reason = judged.sure, judged.reason
     if sure and len(track.scores) < MIN_SURE_FRAMES:

@@ -83,19 +83,20 @@ def test_many_crops_are_scored_as_they_come(detector, two_people, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("lower", "side", "frames", "reason"),
+    ("lower", "limits", "frames", "reason"),
     [
-        (1.0, 100, 30, None),
-        (1e-9, 100, 30, "P(fake) must be"),
-        (1.0, 5000, 30, "5000 and more"),
-        (1.0, 100, 7, "7 frames; 8 are needed"),
+        (1.0, {"side": 100, "saturation": 0.01}, 30, None),
+        (1e-9, {}, 30, "P(fake) must be"),
+        (1.0, {"side": 5000}, 30, "5000 and more"),
+        (1.0, {"saturation": 0.99}, 30, "grey or nearly so"),
+        (1.0, {}, 7, "7 frames; 8 are needed"),
     ],
 )
-def test_a_clip_is_sure_where_most_of_its_frames_are(candidate, two_people, tmp_path, lower, side, frames, reason):
+def test_a_clip_is_sure_where_most_of_its_frames_are(candidate, two_people, tmp_path, lower, limits, frames, reason):
     model = Path(shutil.copytree(candidate.folder, tmp_path / "model"))
     description = json.loads((model / "detector.json").read_text())
     bounds = {"lower": lower, "upper": 1 - lower, "max_error": 0.05}
-    (model / "detector.json").write_text(json.dumps(description | {"bounds": bounds, "limits": {"side": side}}))
+    (model / "detector.json").write_text(json.dumps(description | {"bounds": bounds, "limits": limits}))
     longest = max(judge_clip(Predictor(Detector(model)), two_people, frames).verdicts, key=lambda one: one.clip.frames)
     assert longest.sure is (reason is None)
     assert reason is None or reason in longest.reason
