@@ -339,6 +339,12 @@ class AugmentationParameters(Parameters):
     )
     zoom: float = Field(default=0.1, ge=0, lt=1, description="Greatest zoom in or out: 0.1 is 0.9 to 1.1.")
     horizontal_flip: bool = Field(default=True, description="Mirror half of the images, chosen at random.")
+    colours: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of images that are given another brightness, contrast and saturation, grey among them.",
+    )
     recompression: float = Field(
         default=0.0, ge=0, le=1, description="Share of images that are recompressed as JPEG, at quality 40 to 95."
     )
@@ -351,8 +357,8 @@ class AugmentationParameters(Parameters):
 
     @property
     def degrades(self) -> bool:
-        """Whether any image is recompressed, blurred or scaled."""
-        return bool(self.recompression or self.blur or self.resize)
+        """Whether any image is given other colours, recompressed, blurred or scaled."""
+        return bool(self.colours or self.recompression or self.blur or self.resize)
 
     @property
     def resamples(self) -> bool:

@@ -1,7 +1,7 @@
 """Random changes to training images: what each image of an epoch is to go through, and how the CPU does it.
 
-Degradation is what happens to images on their way through the web: scaled down, blurred, recompressed. A detector that
-saw fakes only as their generator wrote them lives on traces that the first upload removes.
+Degradation is what happens to images on their way through the web: edited, scaled down, blurred, recompressed. A
+detector that saw fakes only as their generator wrote them lives on traces that the first upload removes.
 
 A crop leaves a random part of the image: a generator's traces are everywhere in it, so that parts teach as much as the
 whole, in less time, and are harder to learn by heart.
@@ -28,6 +28,14 @@ cv2.setNumThreads(1)
 """Of the process, in which nothing else uses OpenCV: on images this small, a second thread saves no time, and takes as
 much again from the training."""
 
+BRIGHTNESS, CONTRAST, SATURATION = (0.65, 1.5), (0.7, 1.4), (0.0, 1.6)
+"""Factors. A saturation of 0 is grey."""
+
+SAME_COLOURS = np.eye(3, 4, dtype=np.float32).ravel()
+
+LUMINANCE = np.array([0.299, 0.587, 0.114])
+"""What red, green and blue add to the luminance: ITU-R BT.601."""
+
 RESIZE_SHARES = (0.5, 1.0)
 BLUR_PIXELS = (0.3, 1.5)
 JPEG_QUALITY = (40, 95)
@@ -38,6 +46,7 @@ class Changes:
     """What becomes of n images, in the order in which it is done.
 
     Attributes:
+        colours: float32 (n, 12): a matrix (3, 4), row by row, from (red, green, blue, 1) to red, green and blue.
         sides: int32 (n,): scale to this side and back; the images' own leaves them as they are.
         radii: float32 (n,): blur by a Gaussian of this radius in pixels, or 0.
         qualities: int32 (n,): recompress as JPEG of this quality, or 0.
@@ -46,6 +55,7 @@ class Changes:
             (a0 x + a1 y + a2, b0 x + b1 y + b2) that it shows.
     """
 
+    colours: np.ndarray
     sides: np.ndarray
     radii: np.ndarray
     qualities: np.ndarray
@@ -65,15 +75,16 @@ def draw_changes(parameters: AugmentationParameters, count: int, size: int, rand
 
     side = crop_side(size, parameters)
     scaled = np.round(size * random.uniform(*RESIZE_SHARES, count))
-    return Changes(
-        sides=choose(parameters.resize, scaled, size, np.int32),
-        radii=choose(parameters.blur, random.uniform(*BLUR_PIXELS, count), 0, np.float32),
-        qualities=choose(
+    changes = {
+        "sides": choose(parameters.resize, scaled, size, np.int32),
+        "radii": choose(parameters.blur, random.uniform(*BLUR_PIXELS, count), 0, np.float32),
+        "qualities": choose(
             parameters.recompression, random.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1, count), 0, np.int32
         ),
-        corners=random.integers(0, size - side + 1, (count, 2), np.int32),
-        matrices=draw_matrices(parameters, count, side, random),
-    )
+        "corners": random.integers(0, size - side + 1, (count, 2), np.int32),
+        "matrices": draw_matrices(parameters, count, side, random),
+    }
+    return Changes(colours=draw_colours(parameters, count, random), **changes)  # last, as it was added last
 
 
 def crop_side(size: int, parameters: AugmentationParameters) -> int:
@@ -92,7 +103,8 @@ def change_images(images: np.ndarray, changes: Changes, parameters: Augmentation
         uint8 (n, side, side, 3).
     """
     if parameters.degrades:
-        images = np.stack(list(pool.map(degrade_image, images, changes.sides, changes.radii, changes.qualities)))
+        degradations = changes.colours, changes.sides, changes.radii, changes.qualities
+        images = np.stack(list(pool.map(degrade_image, images, *degradations)))
     side = crop_side(images.shape[1], parameters)
     if side < images.shape[1]:
         squares = [image[y : y + side, x : x + side] for image, (y, x) in zip(images, changes.corners, strict=True)]
@@ -110,9 +122,13 @@ def warp_images(images: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     return warped
 
 
-def degrade_image(image: np.ndarray, side: int, radius: float, quality: int) -> np.ndarray:
-    """Scale a uint8 image (size, size, 3) to a side and back, blur and recompress it; see `Changes`."""
+def degrade_image(image: np.ndarray, colours: np.ndarray, side: int, radius: float, quality: int) -> np.ndarray:
+    """Give a uint8 image (size, size, 3) other colours, scale it to a side and back, blur and recompress it; see
+    `Changes`."""
     size = image.shape[0]
+    if not np.array_equal(colours, SAME_COLOURS):
+        matrix = colours.reshape(3, 4)
+        image = np.clip(np.rint(image @ matrix[:, :3].T + matrix[:, 3]), 0, 255).astype(np.uint8)
     if side < size:
         small = Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)
         image = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC))
@@ -122,6 +138,20 @@ def degrade_image(image: np.ndarray, side: int, radius: float, quality: int) -> 
         data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), int(quality), colorsubsampling="420")
         image = simplejpeg.decode_jpeg(data)
     return image
+
+
+def draw_colours(parameters: AugmentationParameters, count: int, random: np.random.Generator) -> np.ndarray:
+    """Draw so many changes of colours, float32 (count, 12); see `Changes`: saturation, then brightness, then contrast
+    about a middle grey."""
+    changed = random.random(count) < parameters.colours
+    brightness, contrast, saturation = (
+        np.where(changed, random.uniform(*factors, count), 1) for factors in (BRIGHTNESS, CONTRAST, SATURATION)
+    )
+    matrices = np.empty((count, 3, 4))
+    matrices[..., :3] = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * LUMINANCE
+    matrices[..., :3] *= (brightness * contrast)[:, None, None]
+    matrices[..., 3] = (128 * (1 - contrast))[:, None]
+    return matrices.reshape(count, 12).astype(np.float32)
 
 
 def draw_matrices(parameters: AugmentationParameters, count: int, size: int, random: np.random.Generator) -> np.ndarray:

@@ -18,10 +18,30 @@ from keras import ops
 
 from deepfake_core.training.recompression import cut, extend, per_image, recompress, select, to_whole
 
-__all__ = ["blur", "recompress", "rescale", "warp"]
+__all__ = ["blur", "recolour", "recompress", "rescale", "warp"]
 
 BOX_REACH = 2
 BOX_BLURS = 3
+
+
+def recolour(images: Any, colours: Any) -> Any:
+    """Multiply the colours of each image by a matrix, with a constant in addition.
+
+    Args:
+        images: float32 of shape (n, size, size, 3).
+        colours: float32 of shape (n, 12): (3, 4) row by row, see `augmentation.Changes`.
+    """
+    red, green, blue = (images[..., channel] for channel in range(3))
+    return to_whole(
+        ops.stack(
+            [
+                sum(colours[:, row + column, None, None] * one for column, one in enumerate((red, green, blue)))
+                + colours[:, row + 3, None, None]
+                for row in (0, 4, 8)
+            ],
+            axis=-1,
+        )
+    )
 
 
 def rescale(images: Any, sides: Any) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from deepfake_core.config import AugmentationParameters
-from deepfake_core.training.degradation import blur, recompress, rescale, warp
+from deepfake_core.training.degradation import blur, recolour, recompress, rescale, warp
 from deepfake_core.training.kinds import measure_kinds
 
 
@@ -49,6 +49,8 @@ class Steps:
         augmentation = self.augmentation
         if augmentation.degrades:
             images = ops.cast(images, "float32")
+        if augmentation.colours:
+            images = recolour(images, batch["colours"])
         if augmentation.resize:
             images = rescale(images, batch["sides"])
         if augmentation.blur:

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from deepfake_core.config import AugmentationParameters
 from deepfake_core.training import degradation
-from deepfake_core.training.augmentation import draw_matrices
+from deepfake_core.training.augmentation import SAME_COLOURS, degrade_image, draw_colours, draw_matrices
 from tests.builders import FACES, ROOT, draw_image, draw_portrait, needs_faces, needs_jax
 
 pytestmark = [pytest.mark.slow, pytest.mark.sweep]
@@ -53,7 +53,10 @@ def give_arguments(size):
     turned = draw_matrices(AugmentationParameters(), COUNT, side, random)
     turned[::5] = 1, 0, 0, 0, 1, 0
     moved = draw_matrices(AugmentationParameters(rotation=0, zoom=0), COUNT, side, random)
+    colours = draw_colours(AugmentationParameters(colours=1), COUNT, random)
+    colours[::4] = SAME_COLOURS
     return {
+        "recolour": (colours,),
         "recompress": (spread(40, 95, 0, np.int32),),
         "rescale": (spread(size // 2, size - 1, size, np.int32),),
         "blur": (spread(0.3, 1.5, 0, np.float32),),
@@ -66,7 +69,7 @@ def compute():
     """Return what each function makes of all images, compiled by the backend in use; by function, kind and size."""
     done, found = {}, ("drawn", "faces") if (FACES / "faces").is_dir() else ("drawn",)
     for size in SIZES:
-        functions = {name: getattr(degradation, name) for name in ("recompress", "rescale", "blur")}
+        functions = {name: getattr(degradation, name) for name in ("recolour", "recompress", "rescale", "blur")}
         functions["warp"] = partial(degradation.warp, side=size * 3 // 4, resampled=True)
         functions["move"] = partial(degradation.warp, side=size * 3 // 4, resampled=False)
         images = {kind: load(kind, size) for kind in found}
@@ -121,7 +124,7 @@ def compare(computed, name, kind, size, change):
     assert np.array_equal(result, result.astype(np.uint8))
     assert np.array_equal(result[::4], images[::4])
     changed = [i for i in range(COUNT) if i % 4]
-    expected = np.stack([change(images[i], arguments[i].item()) for i in changed])
+    expected = np.stack([change(images[i], arguments[i]) for i in changed])
     errors = result[changed] - expected
     untouched = np.abs(images[changed] - expected.astype(float)).mean((1, 2, 3))
     return np.square(errors).mean((1, 2, 3)), np.abs(errors).mean((1, 2, 3)), untouched
@@ -129,9 +132,21 @@ def compare(computed, name, kind, size, change):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
+def test_colours_are_those_of_the_cpu(computed, kind, size):
+    def change(image, colours):
+        return degrade_image(image, colours, size, 0.0, 0)
+
+    _, errors, untouched = compare(computed, "recolour", kind, size, change)
+    print("colours", kind, size, errors.mean(), errors.max(), untouched.mean())
+    assert errors.max() < 0.01
+    assert untouched.min() > 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_recompression_is_turbojpegs(computed, kind, size):
     def change(image, quality):
-        return simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(image, quality, colorsubsampling="420"))
+        return simplejpeg.decode_jpeg(simplejpeg.encode_jpeg(image, int(quality), colorsubsampling="420"))
 
     squared, _, _ = compare(computed, "recompress", kind, size, change)
     ratios = 10 * np.log10(255**2 / squared)
@@ -155,7 +170,7 @@ def test_scaling_down_and_up_is_pillows(computed, kind, size):
 @pytest.mark.parametrize("kind", KINDS)
 def test_blur_is_pillows(computed, kind, size):
     def change(image, radius):
-        return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
+        return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(float(radius))))
 
     _, errors, untouched = compare(computed, "blur", kind, size, change)
     print("blur", kind, size, errors.mean(), errors.max(), untouched.mean())

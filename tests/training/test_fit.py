@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image, ImageEnhance
 
 from deepfake_core.config import AugmentationParameters
 from deepfake_core.data.images import Images, load_images
@@ -25,7 +26,8 @@ from deepfake_core.errors import ConfigurationError, LockedError, ModelError
 from deepfake_core.evaluation.confusion import Confusion
 from deepfake_core.models import CANDIDATES, efficientnet_lite0
 from deepfake_core.reports import plots
-from deepfake_core.training import checkpoints, degradation, fit
+from deepfake_core.training import augmentation, checkpoints, degradation, fit
+from deepfake_core.training.augmentation import degrade_image
 from deepfake_core.training.batches import Batches
 from deepfake_core.training.fit import Training, train_candidate
 from deepfake_core.training.optimizer import FusedAdam
@@ -268,6 +270,41 @@ def test_each_degradation_changes_its_share_of_the_images_and_removes_detail(kin
     detail = [np.abs(np.diff(pixels[changed].astype(float), axis=2)).mean() for pixels in (images.pixels, degraded)]
     assert detail[1] < detail[0]
     assert Batches(images, 200, STILL.model_copy(update={kind: 1.0}))[0][0].tolist() == images.pixels.tolist()
+
+
+@pytest.mark.slow
+def test_colours_change_in_their_share_of_the_images_and_not_from_pixel_to_pixel():
+    images = stripes(200, 0)
+    batches = Batches(images, 200, STILL.model_copy(update={"colours": 0.5}), seed=0)
+    pixels = batches[0][0]
+    changed = (pixels != images.pixels).any(axis=(1, 2, 3))
+    assert 70 < changed.sum() < 130
+    assert np.array_equal(pixels, batches[0][0])
+    plain = Batches(images, 200, STILL, seed=0).changes
+    assert np.array_equal(plain.corners, batches.changes.corners)  # nothing else is drawn in another way
+    assert np.array_equal(plain.matrices, batches.changes.matrices)
+    grey = np.repeat(images.pixels[:1, :, :, :1], 3, axis=3)[0]
+    shades = degrade_image(grey, batches.changes.colours[changed.argmax()], SIZE, 0.0, 0)
+    assert np.ptp(shades.astype(int), axis=2).max() <= 1  # grey stays grey
+
+
+@pytest.mark.parametrize(
+    ("factors", "enhance"),
+    [
+        ((1.4, 1, 1), lambda image: ImageEnhance.Brightness(image).enhance(1.4)),
+        ((1, 1, 0.3), lambda image: ImageEnhance.Color(image).enhance(0.3)),
+        ((1, 1, 1.5), lambda image: ImageEnhance.Color(image).enhance(1.5)),
+        ((1, 0.7, 1), lambda image: Image.blend(Image.new("RGB", image.size, (128, 128, 128)), image, 0.7)),
+    ],
+)
+def test_brightness_contrast_and_saturation_are_pillows(factors, enhance, monkeypatch):
+    """But for contrast, which is about a middle grey, not about the image's mean."""
+    for name, factor in zip(("BRIGHTNESS", "CONTRAST", "SATURATION"), factors, strict=True):
+        monkeypatch.setattr(augmentation, name, (factor, factor))
+    colours = augmentation.draw_colours(STILL.model_copy(update={"colours": 1.0}), 1, np.random.default_rng(0))[0]
+    image = draw_image(3, size=64, cells=40)
+    expected = np.asarray(enhance(image), int)
+    assert np.abs(degrade_image(np.asarray(image), colours, 64, 0.0, 0) - expected).max() <= 1  # Pillow rounds down
 
 
 @pytest.mark.slow
