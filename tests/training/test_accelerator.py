@@ -23,8 +23,8 @@ from tests.builders import RECIPE, ROOT, SIZE, needs_jax, stripes
 
 pytestmark = pytest.mark.sweep
 
-MOVED = AugmentationParameters(rotation=0, zoom=0)
-"""Shifts and flips by whole pixels, which every path does alike."""
+MOVED = AugmentationParameters(rotation=0, zoom=0, colours=0.5)
+"""Colours, and shifts and flips by whole pixels, which every path does alike."""
 
 CHILD = """
 import json, sys
