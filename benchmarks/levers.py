@@ -27,8 +27,8 @@ after its last epoch, so that no checkpoint is chosen. The test split is not tou
   retrain that starts from production would be, if half of the images were new.
 
 `edited`, of a training with a head per kind: what the same validation images are worth after edits that make no fake of
-a photograph, each as robustness.py makes it: AUC, and the share of each source's reals that is called fake at the
-threshold at which it is a tenth before the edit.
+a photograph, each as robustness.py makes it: AUC, and the shares of each source's reals and fakes that are called fake,
+at the threshold at which a tenth of the reals is before the edit.
 
 Results are written to benchmarks/results/levers.json after each training. What is there already is not repeated.
 """
@@ -434,19 +434,28 @@ def measure(lever: Lever, train_images: Images, val: Images, edited: Edited, see
 def measure_edited(
     model: keras.Model, labels: np.ndarray, sources: np.ndarray, unchanged: np.ndarray, edited: Edited
 ) -> dict[str, Any]:
-    """Return, by edit, the AUC of each source, and the share of its reals that is called fake.
+    """Return, by edit, `none` first, the AUC of each source, and the shares of its reals and fakes called fake.
 
     Args:
         unchanged: the scores of the images before.
     """
-    found = {}
-    for (name, strength), pixels in edited.items():
-        scores, alarms = score(model, pixels), {}
-        for source in (FACES_140K, CIPLAB):
-            reals = (sources == source) & (labels == 0)
-            alarms[source] = float((scores[reals] > np.quantile(unchanged[reals], 0.9)).mean())
-        found[f"{name} {strength:g}"] = {"auc": measure_aucs(labels, scores, sources), "false_alarms": alarms}
-    return found
+    thresholds = {
+        source: float(np.quantile(unchanged[(sources == source) & (labels == 0)], 0.9))
+        for source in (FACES_140K, CIPLAB)
+    }
+
+    def describe(scores: np.ndarray) -> dict[str, dict[str, float]]:
+        shares = [
+            {
+                source: float((scores[(sources == source) & (labels == label)] > threshold).mean())
+                for source, threshold in thresholds.items()
+            }
+            for label in (0, 1)
+        ]
+        return {"auc": measure_aucs(labels, scores, sources), "false_alarms": shares[0], "recall": shares[1]}
+
+    after = {f"{name} {strength:g}": describe(score(model, pixels)) for (name, strength), pixels in edited.items()}
+    return {"none": describe(unchanged)} | after
 
 
 def measure_specialists(train_images: Images, val: Images, seed: int) -> dict[str, Any]:
