@@ -1,5 +1,4 @@
-"""Whether an image is like those on which a model was calibrated: large, sharp, lightly compressed
-and colourful enough.
+"""Whether an image is like those on which a model was calibrated: large, sharp, colourful and lightly compressed.
 
 This file is also copied into every registered model, so it imports nothing of the project.
 """

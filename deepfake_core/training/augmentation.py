@@ -33,8 +33,8 @@ BRIGHTNESS, CONTRAST, SATURATION = (0.65, 1.5), (0.7, 1.4), (0.0, 1.6)
 
 SAME_COLOURS = np.eye(3, 4, dtype=np.float32).ravel()
 
-LUMINANCE = np.array([0.299, 0.587, 0.114])
-"""What red, green and blue add to the luminance: ITU-R BT.601."""
+GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
+"""Of red, green and blue: the luminance of ITU-R BT.601."""
 
 RESIZE_SHARES = (0.5, 1.0)
 BLUR_PIXELS = (0.3, 1.5)
@@ -75,16 +75,16 @@ def draw_changes(parameters: AugmentationParameters, count: int, size: int, rand
 
     side = crop_side(size, parameters)
     scaled = np.round(size * random.uniform(*RESIZE_SHARES, count))
-    changes = {
-        "sides": choose(parameters.resize, scaled, size, np.int32),
-        "radii": choose(parameters.blur, random.uniform(*BLUR_PIXELS, count), 0, np.float32),
-        "qualities": choose(
+    return Changes(
+        sides=choose(parameters.resize, scaled, size, np.int32),
+        radii=choose(parameters.blur, random.uniform(*BLUR_PIXELS, count), 0, np.float32),
+        qualities=choose(
             parameters.recompression, random.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1, count), 0, np.int32
         ),
-        "corners": random.integers(0, size - side + 1, (count, 2), np.int32),
-        "matrices": draw_matrices(parameters, count, side, random),
-    }
-    return Changes(colours=draw_colours(parameters, count, random), **changes)  # last, as it was added last
+        corners=random.integers(0, size - side + 1, (count, 2), np.int32),
+        matrices=draw_matrices(parameters, count, side, random),
+        colours=draw_colours(parameters, count, random),
+    )
 
 
 def crop_side(size: int, parameters: AugmentationParameters) -> int:
@@ -148,7 +148,7 @@ def draw_colours(parameters: AugmentationParameters, count: int, random: np.rand
         np.where(changed, random.uniform(*factors, count), 1) for factors in (BRIGHTNESS, CONTRAST, SATURATION)
     )
     matrices = np.empty((count, 3, 4))
-    matrices[..., :3] = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * LUMINANCE
+    matrices[..., :3] = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * GREY_WEIGHTS
     matrices[..., :3] *= (brightness * contrast)[:, None, None]
     matrices[..., 3] = (128 * (1 - contrast))[:, None]
     return matrices.reshape(count, 12).astype(np.float32)
