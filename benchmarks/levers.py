@@ -42,6 +42,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,14 +58,13 @@ from sklearn.metrics import log_loss, roc_auc_score
 from deepfake_core.config import DataParameters
 from deepfake_core.data.dataset import Dataset, open_dataset
 from deepfake_core.data.images import Images, load_images
-from deepfake_core.detector import decode_image, resize_image
-from deepfake_core.evaluation.robustness import CHANGES
+from deepfake_core.evaluation.robustness import CHANGES, change_image
 from deepfake_core.models import efficientnet_lite0
 from deepfake_core.models.backbone import BatchNormalization
 from deepfake_core.models.efficientnet_lite0 import RECIPE
 from deepfake_core.models.torch_checkpoint import read_checkpoint
 from deepfake_core.storage.files import write_json
-from deepfake_core.training.augmentation import change_images
+from deepfake_core.training.augmentation import BRIGHTNESS, CONTRAST, SATURATION, change_images
 from deepfake_core.training.batches import Batches
 from deepfake_core.training.fit import find_backbone, make_optimizer
 from flows.prepare import prepare
@@ -291,8 +291,8 @@ def edit_image(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Recolour, smooth, sharpen, or compress as WebP a uint8 image (size, size, 3), each by chance."""
     edited = Image.fromarray(image)
     if random.random() < 0.3:
-        for kind, lowest, highest in (("brightness", 0.65, 1.5), ("contrast", 0.7, 1.4), ("colour", 0.0, 1.6)):
-            edited = CHANGES[kind][0](edited, random.uniform(lowest, highest))
+        for kind, factors in (("brightness", BRIGHTNESS), ("contrast", CONTRAST), ("colour", SATURATION)):
+            edited = CHANGES[kind][0](edited, random.uniform(*factors))
     if random.random() < 0.15:
         edited = CHANGES[SMOOTHING][0](edited, random.uniform(0.05, 0.3))
     if random.random() < 0.15:
@@ -302,16 +302,13 @@ def edit_image(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return np.asarray(edited)
 
 
-def edit_all(dataset: Dataset) -> Edited:
+def edit_all(dataset: Dataset, size: int) -> Edited:
     """Return the validation images after each of `EDITS` at each strength."""
     kinds = [(name, strength) for name in EDITS for strength in CHANGES[name][1]]
-
-    def edit_one(path: str) -> list[np.ndarray]:
-        image = decode_image(dataset.read(path))
-        return [resize_image(CHANGES[name][0](image, strength), RECIPE.image_size) for name, strength in kinds]
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        edited = list(pool.map(edit_one, dataset.split("val")["path"]))
+        edited = list(
+            pool.map(lambda path: change_image(dataset.read(path), kinds, size), dataset.split("val")["path"])
+        )
     return {kind: np.stack([one[place] for one in edited]) for place, kind in enumerate(kinds)}
 
 
@@ -424,7 +421,7 @@ def measure(lever: Lever, train_images: Images, val: Images, edited: Edited, see
     ways = {"last weights": score(model, pixels)}
     ways["image and mirror image"] = (ways["last weights"] + score(model, pixels[:, :, ::-1])) / 2
     sources = val.rows["source"].to_numpy()
-    after = measure_edited(model, val.labels, sources, ways["last weights"], edited) if lever.heads else {}
+    after = measure_edited(model, val.labels, sources, ways["last weights"], edited) if edited else {}
     model.set_weights(watch.averages)
     ways["averaged weights"] = score(model, pixels)
     auc = {way: measure_aucs(val.labels, scores, sources) for way, scores in ways.items()}
@@ -513,13 +510,15 @@ def main() -> None:
         )
         dataset = open_dataset(prepare(DataParameters(sources=sources, data_dir=folder)))
         trained: dict[str, Any] = known.get("levers", {}) if known.get("dataset") == dataset.version else {}
-        edited = edit_all(dataset)
+        load = cache(lambda size: [load_images(dataset, split, size) for split in ("train", "val")])
+        edit = cache(lambda size: edit_all(dataset, size))
         for seed in options.seeds:
             for name in options.only:
                 if str(seed) in trained.setdefault(name, {}):
                     continue
                 lever = LEVERS[name]
-                train_images, val = (load_images(dataset, split, lever.image_size) for split in ("train", "val"))
+                train_images, val = load(lever.image_size)
+                edited = edit(lever.image_size) if lever.heads else {}
                 trained[name][str(seed)] = (
                     measure_specialists(train_images, val, seed)
                     if name == SPECIALISTS
@@ -527,7 +526,7 @@ def main() -> None:
                         lever,
                         train_images,
                         val,
-                        edited if lever.image_size == RECIPE.image_size else {},
+                        edited,
                         seed,
                         Path(folder),
                     )

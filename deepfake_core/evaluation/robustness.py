@@ -102,6 +102,13 @@ CHANGES: dict[str, tuple[Callable[..., Image.Image], Sequence[float]]] = {
 """By name: the change, and its strengths."""
 
 
+def change_image(data: bytes, kinds: Sequence[tuple[str, float]], size: int) -> list[np.ndarray]:
+    """Return an image after each of these changes at this strength, resized: uint8 arrays (size, size, 3)."""
+    image = decode_image(data)
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    return [resize_image(CHANGES[name][0](image, strength), size) for name, strength in kinds]
+
+
 def score_changed(
     detector: Detector, paths: Sequence[str], read: Callable[[str], bytes], on_progress: Progress | None = None
 ) -> dict[tuple[str, float], np.ndarray]:
@@ -113,14 +120,12 @@ def score_changed(
     kinds = [(name, strength) for name, (_, strengths) in CHANGES.items() for strength in strengths]
     scores = {kind: np.zeros(len(paths), np.float32) for kind in kinds}
 
-    def change_image(path: str) -> list[np.ndarray]:
-        image = decode_image(read(path))
-        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        return [resize_image(CHANGES[name][0](image, strength), detector.image_size) for name, strength in kinds]
+    def change(path: str) -> list[np.ndarray]:
+        return change_image(read(path), kinds, detector.image_size)
 
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), IMAGES_AT_ONCE):
-            changed = list(pool.map(change_image, paths[start : start + IMAGES_AT_ONCE]))
+            changed = list(pool.map(change, paths[start : start + IMAGES_AT_ONCE]))
             for position, kind in enumerate(kinds):
                 pixels = np.stack([images[position] for images in changed])
                 scores[kind][start : start + len(changed)] = detector.score(pixels)

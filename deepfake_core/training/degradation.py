@@ -31,17 +31,9 @@ def recolour(images: Any, colours: Any) -> Any:
         images: float32 of shape (n, size, size, 3).
         colours: float32 of shape (n, 12): (3, 4) row by row, see `augmentation.Changes`.
     """
-    red, green, blue = (images[..., channel] for channel in range(3))
-    return to_whole(
-        ops.stack(
-            [
-                sum(colours[:, row + column, None, None] * one for column, one in enumerate((red, green, blue)))
-                + colours[:, row + 3, None, None]
-                for row in (0, 4, 8)
-            ],
-            axis=-1,
-        )
-    )
+    matrices = ops.reshape(colours, (-1, 1, 1, 3, 4))
+    shares = (matrices[..., column] * images[..., column : column + 1] for column in range(3))
+    return to_whole(sum(shares) + matrices[..., 3])
 
 
 def rescale(images: Any, sides: Any) -> Any:
